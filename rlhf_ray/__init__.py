@@ -1,0 +1,1 @@
+"""Aligns language models on a Ray cluster."""

@@ -1,0 +1,39 @@
+"""Prompts for PPO and labelled pairs for reward models."""
+
+from typing import Literal
+
+from rlhf_ray.config.base import PositiveInt, Section
+
+
+class PromptData(Section):
+    """Prompts and how many of them make a step."""
+
+    prompts: str
+    """JSONL file; a row has `prompt` (text, or a list of chat messages) and optionally `uid`."""
+    prompt_key: str = "prompt"
+    """Column of the prompt."""
+    prompts_per_step: PositiveInt = 128
+    """Prompts in one PPO step."""
+    samples_per_prompt: PositiveInt = 1
+    """Responses to each prompt."""
+    max_prompt_tokens: PositiveInt | None = None
+    """Budget of a prompt; by default what `rollout.engine.max_model_len` leaves beside the longest response."""
+    overlong: Literal["drop", "truncate"] = "drop"
+    """What happens to a prompt over the budget; `truncate` keeps its end. Both are counted and reported."""
+    shuffle: bool = True
+    """New order in each epoch, from the run's seed."""
+
+
+class PairData(Section):
+    """Pairs of texts of which a human liked one better."""
+
+    train: str
+    """JSONL file; a row has `chosen` and `rejected` (text) and optionally `prompt` and `uid`."""
+    eval: str | None = None
+    """JSONL file of held-out pairs."""
+    pairs_per_step: PositiveInt = 32
+    """Pairs in one optimizer step."""
+    max_tokens: PositiveInt = 1024
+    """Budget of one text with its prompt."""
+    overlong: Literal["drop", "truncate"] = "drop"
+    """What happens to a pair over the budget; `truncate` keeps the end of each text. Both are reported."""

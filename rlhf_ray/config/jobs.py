@@ -1,0 +1,151 @@
+"""The job types: what a config file as a whole may say, and which of its sections conflict."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from rlhf_ray.config.algorithm import PPO
+from rlhf_ray.config.base import NonNegativeInt, Section
+from rlhf_ray.config.data import PairData, PromptData
+from rlhf_ray.config.placement import Cluster, PPOPlacement, RewardModelPlacement
+from rlhf_ray.config.rewards import ModelReward, RewardPart, part_name
+from rlhf_ray.config.rollout import Rollout
+from rlhf_ray.config.run import EpochRun, PPORun
+from rlhf_ray.config.training import Critic, Policy, Reference, RewardModelOptimizer, TrainingEngine
+
+
+class _Job(Section):
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
+    """Name of the run, in telemetry and Ray."""
+    seed: NonNegativeInt = 0
+    """Seed of everything random."""
+    cluster: Cluster = Cluster()
+    """The Ray cluster."""
+
+
+class PPOJob(_Job):
+    """Reinforcement learning: policy, critic, reference, reward and rollout engines as Ray actors."""
+
+    job: Literal["ppo"]
+    """The job type."""
+    policy: Policy
+    """The model that is trained."""
+    critic: Critic = Critic()
+    """The value model."""
+    reference: Reference = Reference()
+    """The model that the KL penalty is measured against."""
+    reward: tuple[RewardPart, ...]
+    """Parts of the reward; the score is their weighted sum."""
+    rollout: Rollout = Rollout()
+    """Generation."""
+    algorithm: PPO = PPO()
+    """The algorithm."""
+    data: PromptData
+    """Prompts."""
+    placement: PPOPlacement = PPOPlacement()
+    """Where actors sit."""
+    run: PPORun
+    """The run."""
+
+    @property
+    def samples_per_step(self) -> int:
+        """Responses in one PPO step."""
+        return self.data.prompts_per_step * self.data.samples_per_prompt
+
+    @property
+    def max_prompt_tokens(self) -> int:
+        """Budget of a prompt: the configured one, else what the engine's length leaves beside a response."""
+        room = self.rollout.engine.max_model_len - self.rollout.sampling.max_new_tokens
+        return room if self.data.max_prompt_tokens is None else self.data.max_prompt_tokens
+
+    @property
+    def reward_models(self) -> list[ModelReward]:
+        """The parts of the reward that are models, in order."""
+        return [part for part in self.reward if isinstance(part, ModelReward)]
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> "PPOJob":
+        if not self.reward:
+            raise ValueError("reward: needs at least one part")
+        prompt, new = self.max_prompt_tokens, self.rollout.sampling.max_new_tokens
+        if prompt + new > self.rollout.engine.max_model_len:
+            raise ValueError(
+                f"data.max_prompt_tokens ({prompt}) + rollout.sampling.max_new_tokens ({new}) is more than "
+                f"rollout.engine.max_model_len ({self.rollout.engine.max_model_len})"
+            )
+        if self.rollout.sampling.temperature == 0:
+            raise ValueError(
+                "rollout.sampling.temperature is 0 (greedy), which gives no probabilities for job: ppo to learn from"
+            )
+        names = [part_name(part) for part in self.reward]
+        for index, name in enumerate(names):
+            if name in names[:index]:
+                raise ValueError(f"reward.{index} and reward.{names.index(name)} are both named {name!r}: set name")
+            if name in ("mean", "std"):
+                raise ValueError(f"reward.{index}.name: {name!r} is the name of a metric of the sum; choose another")
+        if not any(part.weight for part in self.reward):
+            raise ValueError("every reward.N.weight is 0: there is nothing to learn")
+        if self.critic.init_from == "reward" and not self.reward_models:
+            raise ValueError(
+                "critic.init_from is 'reward', but reward has no part with a model: name a model folder in "
+                "critic.init_from"
+            )
+        trained: tuple[Literal["policy", "critic"], ...] = ("policy", "critic")
+        for role in trained:
+            ranks = self.placement.ranks_of(role)
+            if self.samples_per_step // self.algorithm.optimizer_steps < ranks:
+                raise ValueError(
+                    f"data.prompts_per_step × data.samples_per_prompt ({self.samples_per_step}) split into "
+                    f"algorithm.optimizer_steps ({self.algorithm.optimizer_steps}) gives fewer samples than "
+                    f"placement.{role}.ranks ({ranks})"
+                )
+        if self.algorithm.critic_warmup_steps >= self.run.steps:
+            raise ValueError(
+                f"algorithm.critic_warmup_steps ({self.algorithm.critic_warmup_steps}) leaves no step of "
+                f"run.steps ({self.run.steps}) in which the policy learns"
+            )
+        return self
+
+
+class RewardModel(Section):
+    """The model that learns to score."""
+
+    model: str
+    """Folder of a causal language model, which gets a new scalar head, or of a reward model to train on."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with this model. Off unless you have read that code."""
+    engine: TrainingEngine = TrainingEngine()
+    """How it is held and trained."""
+    optimizer: RewardModelOptimizer = RewardModelOptimizer()
+    """How it is updated."""
+
+
+class RewardModelJob(_Job):
+    """Bradley–Terry training of a reward model on pairs."""
+
+    job: Literal["reward_model"]
+    """The job type."""
+    reward: RewardModel
+    """The model that is trained."""
+    data: PairData
+    """The pairs."""
+    placement: RewardModelPlacement = RewardModelPlacement()
+    """Where actors sit."""
+    run: EpochRun
+    """The run."""
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> "RewardModelJob":
+        ranks = self.placement.reward.ranks or 1
+        if self.data.pairs_per_step < ranks:
+            raise ValueError(
+                f"data.pairs_per_step ({self.data.pairs_per_step}) is less than placement.reward.ranks ({ranks})"
+            )
+        if self.run.keep_best is not None and self.data.eval is None and self.run.keep_best.metric.startswith("eval/"):
+            raise ValueError(f"run.keep_best.metric is {self.run.keep_best.metric!r}, but data.eval is not set")
+        return self
+
+
+JobConfig = PPOJob | RewardModelJob
+
+JOB_TYPES: dict[str, type[PPOJob] | type[RewardModelJob]] = {"ppo": PPOJob, "reward_model": RewardModelJob}

@@ -1,0 +1,98 @@
+"""The run: its length, its folder, checkpoints, telemetry and time limits."""
+
+from typing import Literal
+
+from rlhf_ray.config.base import NonNegativeInt, PositiveFloat, PositiveInt, Section
+
+
+class KeepBest(Section):
+    """Which checkpoint is kept beside the newest ones."""
+
+    metric: str = "reward/mean"
+    """Metric that ranks checkpoints."""
+    mode: Literal["max", "min"] = "max"
+    """Whether more or less is better."""
+
+
+class Wandb(Section):
+    """Weights & Biases, when the package `wandb` is installed."""
+
+    project: str
+    """Project that the run is logged to."""
+    entity: str | None = None
+    """Team or user; by default the account's own."""
+
+
+class Mlflow(Section):
+    """MLflow, when the package `mlflow` is installed."""
+
+    experiment: str
+    """Experiment that the run is logged to."""
+    tracking_uri: str | None = None
+    """Tracking server; by default MLflow's own setting."""
+
+
+class Timeouts(Section):
+    """Seconds that each wait may take before the run stops with an error that says what it waited for."""
+
+    setup_s: PositiveFloat = 900.0
+    """Start of the actors and loading of the models."""
+    rollout_s: PositiveFloat = 1800.0
+    """Generation of one step."""
+    score_s: PositiveFloat = 900.0
+    """Scoring of one step: rewards, log-probs, values and advantages."""
+    update_s: PositiveFloat = 1800.0
+    """Update of policy and critic on one step."""
+    sync_s: PositiveFloat = 300.0
+    """Transfer of new weights to the engines."""
+    checkpoint_s: PositiveFloat = 1800.0
+    """Writing or reading of one checkpoint."""
+
+
+class Run(Section):
+    """What every job has."""
+
+    dir: str
+    """Folder of the run: config, metrics, samples, trace, checkpoints, export. Shared storage on a cluster."""
+    checkpoint_every: NonNegativeInt = 0
+    """Steps between checkpoints; 0 writes one at the end only."""
+    keep_last: PositiveInt = 2
+    """Newest checkpoints that are kept."""
+    keep_best: KeepBest | None = None
+    """Keep the best checkpoint too."""
+    resume: Literal["auto", "never"] = "auto"
+    """`auto` goes on from the newest complete checkpoint of `dir`; `never` refuses a folder that has one."""
+    export: bool = True
+    """Write the trained model in Hugging Face format at each checkpoint, in the background, and at the end."""
+    deterministic: bool = False
+    """Same config, same numbers, bit for bit, resumed or not. docs/architecture.md says what it costs."""
+    trace: bool = True
+    """Write `timeline.json`, a Chrome trace of what each actor did when."""
+    tensorboard: bool = True
+    """Write TensorBoard files."""
+    wandb: Wandb | None = None
+    """Log to Weights & Biases."""
+    mlflow: Mlflow | None = None
+    """Log to MLflow."""
+    timeouts: Timeouts = Timeouts()
+    """Limits of every wait."""
+
+
+class PPORun(Run):
+    """A PPO run."""
+
+    steps: PositiveInt
+    """PPO steps."""
+    samples_every: PositiveInt = 1
+    """Steps between those whose samples are written."""
+    samples_kept: PositiveInt = 8
+    """Samples written at such a step."""
+
+
+class EpochRun(Run):
+    """A run over a data set."""
+
+    epochs: PositiveInt = 1
+    """Passes over the training data."""
+    eval_every: NonNegativeInt = 0
+    """Optimizer steps between evaluations; 0 evaluates before and after training."""

@@ -1,0 +1,127 @@
+"""Models that are trained (policy, critic, reward model) and models that only score."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from rlhf_ray.config.base import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
+
+Dtype = Literal["bfloat16", "float32"]
+
+
+class ScoringEngine(Section):
+    """How a forward-only model is held and fed."""
+
+    dtype: Dtype = "bfloat16"
+    """Number format of the weights and of the forward pass."""
+    zero_stage: Literal[0, 3] = 0
+    """3 shards the weights over the ranks and gathers them layer by layer; 0 keeps a copy on each rank."""
+    micro_batch_tokens: PositiveInt = 8192
+    """Tokens (prompt and response) packed into one forward pass. A longer sample goes through alone."""
+    vocab_chunk_tokens: PositiveInt = 1024
+    """Response positions whose logits exist at the same time."""
+    offload_parameters: bool = False
+    """Keep sharded weights in host memory between uses (needs `zero_stage: 3`)."""
+
+    @model_validator(mode="after")
+    def _offload_needs_stage_3(self) -> "ScoringEngine":
+        if self.offload_parameters and self.zero_stage != 3:
+            raise ValueError(f".offload_parameters: true needs .zero_stage: 3, but it is {self.zero_stage}")
+        return self
+
+
+class TrainingEngine(Section):
+    """How DeepSpeed holds and trains a model."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    """What is sharded over the ranks: 0 nothing, 1 optimizer state, 2 also gradients, 3 also weights."""
+    dtype: Dtype = "bfloat16"
+    """Number format of weights and activations. The optimizer keeps float32 master weights either way."""
+    micro_batch_tokens: PositiveInt = 8192
+    """Tokens packed into one forward and backward pass of a rank. Does not change the gradient."""
+    vocab_chunk_tokens: PositiveInt = 1024
+    """Response positions whose logits exist at the same time."""
+    gradient_clip: NonNegativeFloat = 1.0
+    """Largest global gradient norm of an optimizer step; 0 turns clipping off."""
+    offload_optimizer: bool = False
+    """Keep the optimizer state in host memory and step there (needs `zero_stage` of at least 1)."""
+    offload_parameters: bool = False
+    """Keep sharded weights in host memory between uses (needs `zero_stage: 3`)."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more compute."""
+
+    @model_validator(mode="after")
+    def _offload_needs_sharding(self) -> "TrainingEngine":
+        if self.offload_parameters and self.zero_stage != 3:
+            raise ValueError(f".offload_parameters: true needs .zero_stage: 3, but it is {self.zero_stage}")
+        if self.offload_optimizer and self.zero_stage == 0:
+            raise ValueError(".offload_optimizer: true needs .zero_stage: 1, 2 or 3, but it is 0")
+        return self
+
+
+class Optimizer(Section):
+    """AdamW and its learning-rate schedule."""
+
+    lr: PositiveFloat = 1.0e-6
+    """Peak learning rate."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    """Decay of the first and the second moment."""
+    eps: PositiveFloat = 1.0e-8
+    """Added to the denominator of the update."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Decoupled weight decay."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Shape of the learning rate after warm-up, over all optimizer steps of the run."""
+    warmup_steps: NonNegativeInt = 0
+    """Optimizer steps over which the learning rate rises linearly from 0."""
+    min_lr_ratio: Fraction = 0.0
+    """Where `linear` and `cosine` end, as a fraction of `lr`."""
+
+
+class CriticOptimizer(Optimizer):
+    """AdamW and its learning-rate schedule."""
+
+    lr: PositiveFloat = 5.0e-6
+    """Peak learning rate."""
+
+
+class RewardModelOptimizer(Optimizer):
+    """AdamW and its learning-rate schedule."""
+
+    lr: PositiveFloat = 1.0e-5
+    """Peak learning rate."""
+
+
+class Policy(Section):
+    """The model that is trained and that generates."""
+
+    model: str
+    """Hugging Face model folder, or hub name where a hub can be reached."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with this model. Off unless you have read that code."""
+    engine: TrainingEngine = TrainingEngine()
+    """How it is held and trained."""
+    optimizer: Optimizer = Optimizer()
+    """How it is updated."""
+
+
+class Critic(Section):
+    """The model that predicts the return at every response token."""
+
+    init_from: str = "reward"
+    """`reward` starts from the first reward model; else a model folder, a causal one getting a new scalar head."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with this model. Off unless you have read that code."""
+    engine: TrainingEngine = TrainingEngine()
+    """How it is held and trained."""
+    optimizer: CriticOptimizer = CriticOptimizer()
+    """How it is updated."""
+
+
+class Reference(Section):
+    """The model that the policy is held close to."""
+
+    from_model: str = Field(default="policy", alias="from")
+    """`policy` is the policy as it was before training; else a model folder with the same tokenizer."""
+    engine: ScoringEngine = ScoringEngine()
+    """How it is held and fed."""

@@ -1,0 +1,41 @@
+"""What is wrong with a data file: always the file, the row where there is one, the reason and the cure."""
+
+from collections.abc import Sequence
+from typing import Any
+
+
+class DataError(Exception):
+    """A data file that can't be used.
+
+    Attributes:
+        file: path of the file.
+        row: line in it, counted from 1; None when the file as a whole is meant.
+        reason: what is wrong and how to cure it.
+    """
+
+    def __init__(self, file: str, row: int | None, reason: str) -> None:
+        self.file = file
+        self.row = row
+        self.reason = reason
+        super().__init__(f"{file}: {reason}" if row is None else f"{file}:{row}: {reason}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Exceptions cross process borders pickled; the default would call __init__ with the message alone.
+        return type(self), (self.file, self.row, self.reason)
+
+
+class DataErrors(DataError):
+    """All bad rows of one file. Nothing of a file is used when one of its rows is bad.
+
+    Attributes:
+        errors: one for each bad row, in the order of the file.
+    """
+
+    def __init__(self, file: str, errors: Sequence[DataError]) -> None:
+        self.errors = tuple(errors)
+        rows = "1 row" if len(errors) == 1 else f"{len(errors)} rows"
+        listing = "".join(f"\n  {error}" for error in errors)
+        super().__init__(file, None, f"{rows} can't be used; correct or remove them:{listing}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.file, self.errors)

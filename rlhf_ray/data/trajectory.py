@@ -1,0 +1,125 @@
+"""What was sampled, as flat arrays: the one batch type of reinforcement learning.
+
+Numpy arrays without padding pass through Ray's object store without copies. Response columns (log-probs,
+values, advantages) that other roles add are separate flat float32 arrays aligned with `response_tokens`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Literal, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+FinishReason = Literal["stop", "length"]
+
+Tokens = NDArray[np.int32]
+Floats = NDArray[np.float32]
+Offsets = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """One sampled response.
+
+    Attributes:
+        uid: of the prompt; a prompt seen again in a later epoch has another uid.
+        sample_index: which of the prompt's samples this is.
+        seed: the sampler's seed, a function of run seed, uid and sample index.
+        prompt_tokens, response_tokens: as the engine saw and sampled them; never re-tokenised text.
+        engine_logprobs: the engine's log-probability of each response token.
+        weight_versions: which version of the policy sampled each response token.
+        finish_reason: `stop` for an end token or stop string, `length` when cut at the limit.
+    """
+
+    uid: str
+    sample_index: int
+    seed: int
+    prompt_tokens: Sequence[int]
+    response_tokens: Sequence[int]
+    engine_logprobs: Sequence[float]
+    weight_versions: Sequence[int]
+    finish_reason: FinishReason
+
+
+@dataclass(frozen=True)
+class TrajectoryBatch:
+    """Several trajectories. Sample i's response is `response_tokens[response_offsets[i]:response_offsets[i + 1]]`.
+
+    Attributes:
+        uids: `[samples]`.
+        sample_index: int32 `[samples]`.
+        seeds: int64 `[samples]`.
+        prompt_tokens, prompt_offsets: int32 `[prompt tokens]`, int64 `[samples + 1]`.
+        response_tokens, response_offsets: int32 `[response tokens]`, int64 `[samples + 1]`.
+        engine_logprobs: float32 `[response tokens]`.
+        weight_versions: int32 `[response tokens]`.
+        truncated: bool `[samples]`, the response was cut at the length limit.
+    """
+
+    uids: tuple[str, ...]
+    sample_index: NDArray[np.int32]
+    seeds: NDArray[np.int64]
+    prompt_tokens: Tokens
+    prompt_offsets: Offsets
+    response_tokens: Tokens
+    response_offsets: Offsets
+    engine_logprobs: Floats
+    weight_versions: NDArray[np.int32]
+    truncated: NDArray[np.bool_]
+
+    @classmethod
+    def of(cls, trajectories: Sequence[Trajectory]) -> Self:
+        """Flatten `trajectories`, keeping their order."""
+        return cls(
+            uids=tuple(t.uid for t in trajectories),
+            sample_index=np.array([t.sample_index for t in trajectories], np.int32),
+            seeds=np.array([t.seed for t in trajectories], np.int64),
+            prompt_tokens=_flat([t.prompt_tokens for t in trajectories], np.int32),
+            prompt_offsets=offsets_of([len(t.prompt_tokens) for t in trajectories]),
+            response_tokens=_flat([t.response_tokens for t in trajectories], np.int32),
+            response_offsets=offsets_of([len(t.response_tokens) for t in trajectories]),
+            engine_logprobs=_flat([t.engine_logprobs for t in trajectories], np.float32),
+            weight_versions=_flat([t.weight_versions for t in trajectories], np.int32),
+            truncated=np.array([t.finish_reason == "length" for t in trajectories], np.bool_),
+        )
+
+    def __len__(self) -> int:
+        return len(self.uids)
+
+    @property
+    def prompt_lengths(self) -> NDArray[np.int64]:
+        """Tokens of each prompt, `[samples]`."""
+        return np.diff(self.prompt_offsets)
+
+    @property
+    def response_lengths(self) -> NDArray[np.int64]:
+        """Tokens of each response, `[samples]`."""
+        return np.diff(self.response_offsets)
+
+    def prompt(self, sample: int) -> Tokens:
+        """Prompt tokens of one sample."""
+        return self.prompt_tokens[self.prompt_offsets[sample] : self.prompt_offsets[sample + 1]]
+
+    def response(self, sample: int) -> Tokens:
+        """Response tokens of one sample."""
+        return self.response_tokens[self.response_slice(sample)]
+
+    def response_slice(self, sample: int) -> slice:
+        """Where one sample's response stands in every response column."""
+        return slice(int(self.response_offsets[sample]), int(self.response_offsets[sample + 1]))
+
+    def nbytes(self) -> int:
+        """Bytes of the arrays."""
+        return sum(value.nbytes for f in fields(self) if isinstance(value := getattr(self, f.name), np.ndarray))
+
+
+def offsets_of(lengths: Sequence[int]) -> Offsets:
+    """Offsets `[len + 1]` of flat arrays with these row lengths."""
+    return np.concatenate([[0], np.cumsum(np.asarray(lengths, np.int64))]).astype(np.int64)
+
+
+def _flat(rows: Sequence[Sequence[int] | Sequence[float]], dtype: type[np.int32] | type[np.float32]) -> NDArray:
+    if not rows:
+        return np.empty(0, dtype)
+    return np.concatenate([np.asarray(row, dtype) for row in rows])

@@ -1,0 +1,47 @@
+"""The process group between the ranks of one role."""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+from rlhf_ray.platform import platform
+
+
+@dataclass(frozen=True)
+class Rendezvous:
+    """Where the ranks of a role meet.
+
+    Attributes:
+        rank, world_size: of this process in the role.
+        host, port: of rank 0.
+        timeout_s: how long any collective may take.
+    """
+
+    rank: int
+    world_size: int
+    host: str
+    port: int
+    timeout_s: float
+
+
+def join_collectives(rendezvous: Rendezvous) -> None:
+    """Join the role's process group through DeepSpeed, once per process."""
+    os.environ.update(
+        RANK=str(rendezvous.rank),
+        WORLD_SIZE=str(rendezvous.world_size),
+        LOCAL_RANK="0",  # Ray shows each rank only its own device
+        MASTER_ADDR=rendezvous.host,
+        MASTER_PORT=str(rendezvous.port),
+        DS_ACCELERATOR=platform().deepspeed,
+    )
+    import deepspeed
+
+    # A shared-memory all-reduce for CPU inference, compiled for half a minute at the first start; unused here.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(
+        dist_backend=platform().collectives,
+        auto_mpi_discovery=False,
+        timeout=timedelta(seconds=rendezvous.timeout_s),
+        rank=rendezvous.rank,
+        world_size=rendezvous.world_size,
+    )

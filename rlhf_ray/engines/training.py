@@ -1,0 +1,219 @@
+"""One rank of a DeepSpeed engine: forward, backward, step, checkpoint, and the weights it can send."""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
+
+from rlhf_ray.config import training as config
+from rlhf_ray.models.token_logprobs import TokenLogProbs
+from rlhf_ray.platform import platform
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """What an optimizer step was like.
+
+    Attributes:
+        grad_norm: global norm before clipping.
+        lr: learning rate that the step used.
+    """
+
+    grad_norm: float
+    lr: float
+
+
+class TrainingEngine:
+    """DeepSpeed around one model. Every method is collective: all ranks of the role call it in the same order.
+
+    Micro-batches accumulate until one is marked as the last; losses passed to `backward` are this rank's share
+    of a sum over all ranks, so the gradient is that of the summed loss for any number of ranks.
+    """
+
+    def __init__(
+        self, model: nn.Module, engine: config.TrainingEngine, optimizer: config.Optimizer, total_steps: int
+    ) -> None:
+        self._world_size = torch.distributed.get_world_size()
+        if engine.activation_checkpointing:
+            _checkpoint_activations(model)
+        model.train()
+        model.to(platform().device)
+        adam = _adam(model, engine, optimizer)
+        self._schedule = LambdaLR(adam, lr_factor(optimizer, total_steps))
+        self._engine, *_ = deepspeed.initialize(
+            model=model, optimizer=adam, lr_scheduler=self._schedule, config=_deepspeed_config(engine)
+        )
+        # In stage 0 with bfloat16, DeepSpeed allocates Adam's state by a step on zero gradients and leaves it counted,
+        # which spoils the bias correction of the first real steps.
+        if engine.zero_stage == 0:
+            adam.state.clear()
+        if engine.zero_stage == 3:
+            _announce_shared_weights(model)
+        self.model = model
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's forward pass."""
+        return self._engine(*args, **kwargs)
+
+    def backward(self, loss: torch.Tensor, *, last: bool) -> None:
+        """Add the gradient of this rank's share of the loss; `last` ends the accumulation."""
+        self._engine.set_gradient_accumulation_boundary(last)
+        self._engine.backward(loss * self._world_size)  # DeepSpeed averages over ranks; the loss is a sum
+
+    def step(self) -> StepStats:
+        """Clip, update the weights and move the schedule."""
+        lr = self._schedule.get_last_lr()[0]
+        plain = self._engine.optimizer is self._engine.basic_optimizer  # stage 0 in float32: DeepSpeed keeps no norm
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None]) if plain else None
+        self._engine.step()
+        return StepStats(grad_norm=float(norm if norm is not None else self._engine.get_global_grad_norm()), lr=float(lr))
+
+    def save(self, folder: Path) -> None:
+        """Write weights, optimizer and schedule; each rank writes its own shards into `folder`."""
+        self._engine.save_checkpoint(str(folder), tag="state", save_latest=False)
+
+    def load(self, folder: Path) -> None:
+        """Read what `save` wrote, with the same number of ranks."""
+        loaded, _ = self._engine.load_checkpoint(str(folder), tag="state")
+        if loaded is None:
+            raise FileNotFoundError(f"{folder} holds no DeepSpeed checkpoint")
+
+
+class ForwardEngine:
+    """A model that only scores: whole on every rank, or sharded by ZeRO-3 and gathered layer by layer."""
+
+    def __init__(self, model: nn.Module, engine: config.ScoringEngine) -> None:
+        model.eval().requires_grad_(False).to(platform().device)
+        self._forward: Callable[..., Any] = model
+        if engine.zero_stage == 3:
+            self._forward, *_ = deepspeed.initialize(model=model, config=_deepspeed_config(engine))
+            _announce_shared_weights(model)
+
+    @torch.no_grad()
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's forward pass, without gradients."""
+        return self._forward(*args, **kwargs)
+
+
+def lr_factor(optimizer: config.Optimizer, total_steps: int) -> Callable[[int], float]:
+    """Learning rate at a step as a fraction of the peak."""
+
+    def factor(step: int) -> float:
+        if step < optimizer.warmup_steps:
+            return (step + 1) / (optimizer.warmup_steps + 1)
+        progress = (step - optimizer.warmup_steps) / max(1, total_steps - optimizer.warmup_steps)
+        progress = min(1.0, progress)
+        match optimizer.schedule:
+            case "constant":
+                return 1.0
+            case "linear":
+                shape = 1.0 - progress
+            case "cosine":
+                shape = 0.5 * (1.0 + math.cos(math.pi * progress))
+        return optimizer.min_lr_ratio + (1.0 - optimizer.min_lr_ratio) * shape
+
+    return factor
+
+
+class ModelWeights(WeightSource):
+    """The weights of a model under their Hugging Face names, for vLLM's trainer-side transfer engines.
+
+    Under ZeRO-3 they are gathered a few at a time, `bucket_bytes` at most (or one tensor, if larger), so the
+    full model never exists on a rank. Every rank iterates; each pass is fresh.
+    """
+
+    def __init__(self, model: nn.Module, bucket_bytes: int) -> None:
+        self._named = [(name.removeprefix("model."), parameter) for name, parameter in model.named_parameters()]
+        self._bucket_bytes = bucket_bytes
+
+    def metadata(self) -> list[ParamMeta]:
+        """Name, dtype and full shape of every tensor, gathering nothing."""
+        return [ParamMeta(name, parameter.dtype, _full_shape(parameter)) for name, parameter in self._named]
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        bucket: list[tuple[str, nn.Parameter]] = []
+        held = 0
+        for name, parameter in self._named:
+            size = math.prod(_full_shape(parameter)) * parameter.element_size()
+            if bucket and held + size > self._bucket_bytes:
+                yield from _gathered(bucket)
+                bucket, held = [], 0
+            bucket.append((name, parameter))
+            held += size
+        yield from _gathered(bucket)
+
+
+def _gathered(bucket: list[tuple[str, nn.Parameter]]) -> Iterator[tuple[str, torch.Tensor]]:
+    with _whole([parameter for _, parameter in bucket]):
+        for name, parameter in bucket:
+            yield name, parameter.data
+
+
+@contextmanager
+def _whole(parameters: list[nn.Parameter]) -> Iterator[None]:
+    with deepspeed.zero.GatheredParameters([p for p in parameters if hasattr(p, "ds_id")]):
+        yield
+
+
+def _full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def _adam(model: nn.Module, engine: config.TrainingEngine, optimizer: config.Optimizer) -> torch.optim.Optimizer:
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    settings: dict[str, Any] = {
+        "lr": optimizer.lr,
+        "betas": optimizer.betas,
+        "eps": optimizer.eps,
+        "weight_decay": optimizer.weight_decay,
+    }
+    if engine.offload_optimizer:
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        return DeepSpeedCPUAdam(parameters, adamw_mode=True, **settings)  # type: ignore[no-any-return]
+    return torch.optim.AdamW(parameters, fused=True, **settings)
+
+
+def _deepspeed_config(engine: config.TrainingEngine | config.ScoringEngine) -> dict[str, Any]:
+    zero: dict[str, Any] = {"stage": engine.zero_stage}
+    if engine.zero_stage == 3:
+        # Gather a layer at a time; small tensors (norms) stay whole because gathering them costs more than it saves.
+        zero |= {"stage3_param_persistence_threshold": 10_000, "stage3_gather_16bit_weights_on_model_save": False}
+        if engine.offload_parameters:
+            zero["offload_param"] = {"device": "cpu"}
+    settings: dict[str, Any] = {
+        # Micro-batches are of any size and number: the boundary is set by hand, sizes here are formal.
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "zero_optimization": zero,
+        "bf16": {"enabled": engine.dtype == "bfloat16"},
+        "steps_per_print": 2**31,
+        "wall_clock_breakdown": False,
+    }
+    if isinstance(engine, config.TrainingEngine):
+        settings["gradient_clipping"] = engine.gradient_clip
+        if engine.offload_optimizer:
+            zero["offload_optimizer"] = {"device": "cpu"}
+    return settings
+
+
+def _checkpoint_activations(model: nn.Module) -> None:
+    inner = model.model
+    inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[union-attr,operator]
+
+
+def _announce_shared_weights(model: nn.Module) -> None:
+    """Have ZeRO-3 gather the vocabulary weight for the module that uses it without owning it."""
+    for module in model.modules():
+        if isinstance(module, TokenLogProbs):
+            deepspeed.zero.register_external_parameter(module, module.weight)

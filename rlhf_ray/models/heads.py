@@ -1,0 +1,191 @@
+"""transformers models as the roles use them: packed in, numbers at chosen positions out."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf_ray.models.attention import PACKED_ATTENTION
+from rlhf_ray.models.packed import PackedSequences
+from rlhf_ray.models.token_logprobs import TokenLogProbs
+
+
+class ModelError(Exception):
+    """A model folder that can't be used.
+
+    Attributes:
+        model: the folder or hub name.
+    """
+
+    def __init__(self, model: str, reason: str) -> None:
+        self.model = model
+        super().__init__(f"model {model!r}: {reason}")
+
+
+class CausalModel(nn.Module):
+    """A language model that gives log-probs of chosen tokens."""
+
+    def __init__(self, model: PreTrainedModel, vocab_chunk_tokens: int) -> None:
+        super().__init__()
+        self.model = model
+        self.token_logprobs = TokenLogProbs(model.get_output_embeddings(), vocab_chunk_tokens)
+
+    def forward(
+        self, packed: PackedSequences, positions: torch.Tensor, targets: torch.Tensor, temperature: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probs of `targets` `[positions]` as predicted at `positions` of the pack, and entropies there."""
+        hidden = _hidden_states(self.model, packed)
+        out = self.token_logprobs(hidden[positions], targets, temperature)
+        return out  # type: ignore[no-any-return]
+
+
+class ScalarModel(nn.Module):
+    """A decoder with one number per token: the critic's value, or at the last token the reward model's score."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, packed: PackedSequences, positions: torch.Tensor) -> torch.Tensor:
+        """Float32 `[positions]`."""
+        hidden = _hidden_states(self.model, packed)
+        return self.model.score(hidden[positions])[:, 0].float()
+
+
+def _hidden_states(model: PreTrainedModel, packed: PackedSequences) -> torch.Tensor:
+    """Final hidden states `[tokens, hidden]`."""
+    out = model.base_model(
+        input_ids=packed.input_ids,
+        position_ids=packed.position_ids,
+        use_cache=False,
+        cu_seq_lens_q=packed.cu_seqlens,
+        cu_seq_lens_k=packed.cu_seqlens,
+        max_length_q=packed.max_length,
+        max_length_k=packed.max_length,
+    )
+    hidden: torch.Tensor = out.last_hidden_state[0]
+    return hidden
+
+
+def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder.
+
+    Raises:
+        ModelError: when there is none.
+    """
+    _check_folder(model)
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(model, f"its tokenizer can't be loaded ({error})") from error
+    return tokenizer
+
+
+def check_tokenizer_matches(model: str, tokenizer: PreTrainedTokenizerBase, *, trust_remote_code: bool = False) -> None:
+    """Every token id must have a row in the model's embedding.
+
+    Raises:
+        ModelError: naming both sizes.
+    """
+    config = load_config(model, trust_remote_code=trust_remote_code)
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= config.vocab_size:
+        raise ModelError(
+            model,
+            f"its tokenizer has token ids up to {largest}, but its embedding has {config.vocab_size} rows: the "
+            "folder holds the tokenizer of another model",
+        )
+
+
+def load_config(model: str, *, trust_remote_code: bool = False) -> Any:
+    """The transformers config of a model folder.
+
+    Raises:
+        ModelError: when there is none, or the model can't run packed.
+    """
+    _check_folder(model)
+    try:
+        config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(model, f"its config can't be loaded ({error})") from error
+    for unsupported in ("final_logit_softcapping", "attn_logit_softcapping", "logit_scale", "logits_scaling"):
+        if getattr(config, unsupported, None) not in (None, 1, 1.0):
+            raise ModelError(model, f"{unsupported} in its config is not supported: log-probs would be wrong")
+    return config
+
+
+def load_causal(
+    model: str, *, dtype: torch.dtype, vocab_chunk_tokens: int, trust_remote_code: bool = False
+) -> CausalModel:
+    """A causal model that runs packed, without dropout.
+
+    Raises:
+        ModelError: when the folder can't be loaded as one.
+    """
+    config = _without_dropout(load_config(model, trust_remote_code=trust_remote_code))
+    loaded = _load(AutoModelForCausalLM, model, config, dtype, trust_remote_code)
+    head = loaded.get_output_embeddings()
+    if head is None or getattr(head, "bias", None) is not None:
+        raise ModelError(model, "its vocabulary head is missing or has a bias, which is not supported")
+    return CausalModel(loaded, vocab_chunk_tokens)
+
+
+def load_scalar(model: str, *, dtype: torch.dtype, seed: int = 0, trust_remote_code: bool = False) -> ScalarModel:
+    """A model with a scalar head that runs packed, without dropout.
+
+    The folder of a causal model gets a new head from N(0, 1/(hidden + 1)), as in Stiennon et al. 2020.
+
+    Raises:
+        ModelError: when the folder can't be loaded as one.
+    """
+    config = _without_dropout(load_config(model, trust_remote_code=trust_remote_code))
+    is_new = not any("SequenceClassification" in name for name in config.architectures or [])
+    if not is_new and config.num_labels != 1:
+        raise ModelError(model, f"it has {config.num_labels} labels; a reward model has one")
+    config.num_labels = 1
+    loaded = _load(AutoModelForSequenceClassification, model, config, dtype, trust_remote_code)
+    if not isinstance(getattr(loaded, "score", None), nn.Linear):
+        raise ModelError(model, f"{type(loaded).__name__} has no linear head named score: it is no decoder classifier")
+    if is_new:
+        generator = torch.Generator().manual_seed(seed)
+        weight = torch.empty(loaded.score.weight.shape).normal_(0, math.sqrt(1 / (config.hidden_size + 1)), generator=generator)
+        with torch.no_grad():
+            loaded.score.weight.copy_(weight)
+    return ScalarModel(loaded)
+
+
+def _load(auto: Any, model: str, config: Any, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
+    try:
+        loaded: PreTrainedModel = auto.from_pretrained(
+            model,
+            config=config,
+            dtype=dtype,
+            attn_implementation=PACKED_ATTENTION,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(model, f"can't be loaded ({error})") from error
+    loaded.config.use_cache = False
+    return loaded
+
+
+def _without_dropout(config: Any) -> Any:
+    """PPO's ratio is 1 at the first step only when both passes see the same network."""
+    for name, value in config.to_dict().items():
+        if name.endswith(("dropout", "pdrop")) and isinstance(value, float):
+            setattr(config, name, 0.0)
+    return config
+
+
+def _check_folder(model: str) -> None:
+    path = Path(model)
+    looks_local = path.is_absolute() or model.startswith(".") or len(path.parts) != 2 or path.parts[0] in ("models", "runs")
+    if looks_local and not path.exists():
+        raise ModelError(model, "no such folder; `rlhf-ray prepare` makes the ones that the examples use")
+    if path.exists() and not (path / "config.json").is_file():
+        raise ModelError(model, "the folder has no config.json, so it is no Hugging Face model")

@@ -1,0 +1,97 @@
+"""Log-probability and entropy at chosen positions, without the logits of all of them at once."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class TokenLogProbs(nn.Module):
+    """The vocabulary head of a causal model, applied to a few hundred positions at a time.
+
+    Logits `[chunk, vocab]` are made, reduced and dropped; the backward pass makes them again. Peak memory is
+    therefore that of one chunk, however many positions there are.
+    """
+
+    def __init__(self, head: nn.Module, chunk_tokens: int) -> None:
+        super().__init__()
+        self.chunk_tokens = chunk_tokens
+        # Held in a tuple so that the head is not registered a second time as a child.
+        self._head = (head,)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """`[vocab, hidden]`; tied to the embedding in many models."""
+        weight = self._head[0].weight
+        assert isinstance(weight, torch.Tensor)
+        return weight
+
+    def forward(
+        self, hidden: torch.Tensor, targets: torch.Tensor, temperature: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probability of `targets` and entropy of the distribution, both float32 `[positions]`.
+
+        Args:
+            hidden: `[positions, hidden]`, the states that predict the targets.
+            targets: int64 `[positions]`.
+            temperature: divides the logits.
+        """
+        out = _ChunkedLogProbs.apply(hidden, self.weight, targets, temperature, self.chunk_tokens)
+        return out  # type: ignore[no-any-return]
+
+
+class _ChunkedLogProbs(torch.autograd.Function):
+    """With p = softmax(z), H = −Σ p log p: ∂log p_t/∂z = 1_t − p and ∂H/∂z = −p·(log p + H)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, temperature: float, chunk: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        logprobs = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        normalisers, entropy = torch.empty_like(logprobs), torch.empty_like(logprobs)
+        for part in _chunks(len(hidden), chunk):
+            logits = _logits(hidden[part], weight, temperature)
+            normaliser = logits.logsumexp(-1)
+            chosen = logits.gather(-1, targets[part, None])[:, 0]
+            logprobs[part] = chosen - normaliser
+            normalisers[part] = normaliser
+            mean_logit = torch.linalg.vecdot(logits.sub(normaliser[:, None]).exp_(), logits)
+            entropy[part] = normaliser - mean_logit
+        ctx.save_for_backward(hidden, weight, targets, normalisers, entropy)
+        ctx.temperature, ctx.chunk = temperature, chunk
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        hidden, weight, targets, normalisers, entropy = ctx.saved_tensors
+        grad_logprobs, grad_entropy = grads
+        with_entropy = bool(grad_entropy.any())
+        grad_hidden = torch.empty_like(hidden)
+        chunks = _chunks(len(hidden), ctx.chunk)
+        # Several chunks add up in float32: a sum kept in bfloat16 would lose what each adds.
+        wide = len(chunks) > 1 and weight.dtype != torch.float64
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32 if wide else weight.dtype)
+        for part in chunks:
+            logits = _logits(hidden[part], weight, ctx.temperature)
+            log_p = logits.sub_(normalisers[part, None])
+            p = log_p.exp()
+            if with_entropy:
+                factor = log_p.add_(entropy[part, None]).mul_(grad_entropy[part, None]).add_(grad_logprobs[part, None])
+                grad = p.mul_(factor.neg_())
+            else:
+                grad = p.mul_(-grad_logprobs[part, None])
+            grad.scatter_add_(-1, targets[part, None], grad_logprobs[part, None].to(grad.dtype))
+            grad = grad.div_(ctx.temperature).to(weight.dtype)
+            grad_hidden[part] = grad @ weight
+            grad_weight += grad.T @ hidden[part]
+        return grad_hidden, grad_weight.to(weight.dtype), None, None, None
+
+
+def _logits(hidden: torch.Tensor, weight: torch.Tensor, temperature: float) -> torch.Tensor:
+    logits = hidden @ weight.T
+    logits = logits.float() if logits.dtype == torch.bfloat16 else logits
+    return logits if temperature == 1.0 else logits / temperature
+
+
+def _chunks(length: int, chunk: int) -> list[slice]:
+    return [slice(start, min(start + chunk, length)) for start in range(0, length, chunk)]

@@ -1,0 +1,34 @@
+"""The one place where CPU and GPU differ: which device, which collectives, which transfer, which attention."""
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal
+
+import torch
+
+
+@dataclass(frozen=True)
+class Platform:
+    """What this process computes on.
+
+    Attributes:
+        device: of models and batches.
+        collectives: torch.distributed backend between the ranks of a role.
+        weight_transfer: vLLM weight-transfer backend between policy and rollout engines.
+        attention: attention over packed sequences (see models/attention.py).
+        deepspeed: accelerator name for DeepSpeed.
+    """
+
+    device: torch.device
+    collectives: Literal["nccl", "gloo"]
+    weight_transfer: Literal["nccl", "gloo"]
+    attention: Literal["varlen_flash", "bucketed_sdpa"]
+    deepspeed: Literal["cuda", "cpu"]
+
+
+@cache
+def platform() -> Platform:
+    """The platform of this process. Ray shows an actor only the GPU that was reserved for it."""
+    if torch.cuda.is_available():
+        return Platform(torch.device("cuda", 0), "nccl", "nccl", "varlen_flash", "cuda")
+    return Platform(torch.device("cpu"), "gloo", "gloo", "bucketed_sdpa", "cpu")

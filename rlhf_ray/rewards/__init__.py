@@ -1,0 +1,1 @@
+"""Rewards: models, Python functions, HTTP services and their combination."""

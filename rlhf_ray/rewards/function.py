@@ -1,0 +1,115 @@
+"""Scores from a Python function of the user's."""
+
+import importlib
+import threading
+from collections.abc import Callable, Sequence
+from queue import Empty, SimpleQueue
+from typing import Any
+
+import numpy as np
+
+from rlhf_ray.config.rewards import FunctionReward, part_name
+from rlhf_ray.data.trajectory import Floats
+from rlhf_ray.rewards.errors import RewardError, checked_scores
+
+_Function = Callable[[list[str], list[str]], Any]
+
+
+class FunctionScorer:
+    """Calls `f(prompts, responses)` batch by batch, in one thread, so that a call that hangs can be given up.
+
+    A thread can't be killed: after a time-out the scorer refuses all further calls, and the process that holds it
+    is to be ended.
+    """
+
+    def __init__(self, config: FunctionReward) -> None:
+        """Import the function.
+
+        Raises:
+            RewardError: it can't be imported or called.
+        """
+        self._part = part_name(config)
+        self._source = f"reward function {config.function!r}"
+        self._batch_size = config.batch_size
+        self._timeout_s = config.timeout_s
+        self._function = self._import(config.function)
+        self._calls: SimpleQueue[_Call] = SimpleQueue()
+        self._hung = False
+        # One thread for all calls, since functions keep thread-bound things (database handles, event loops). A daemon,
+        # since a hung one must not keep the process alive.
+        threading.Thread(target=self._work, name=f"reward-{self._part}", daemon=True).start()
+
+    def score(self, prompts: Sequence[str], responses: Sequence[str], uids: Sequence[str]) -> Floats:
+        """One score for each sample, float32 `[samples]`.
+
+        Raises:
+            RewardError: the function raised (its exception is the cause), took longer than `timeout_s` for a batch,
+                or gave the wrong count or something else than finite numbers; the samples are named.
+        """
+        scores = [np.empty(0, np.float32)]
+        for start in range(0, len(uids), self._batch_size):
+            batch = slice(start, start + self._batch_size)
+            answer = self._call(list(prompts[batch]), list(responses[batch]), list(uids[batch]))
+            scores.append(checked_scores(self._part, self._source, answer, uids[batch]))
+        return np.concatenate(scores)
+
+    def _call(self, prompts: list[str], responses: list[str], uids: list[str]) -> Any:
+        if self._hung:
+            raise RewardError(self._part, f"{self._source} still hangs in an earlier call: restart its process", uids)
+        call = _Call(prompts, responses)
+        self._calls.put(call)
+        try:
+            call.done.get(timeout=self._timeout_s)
+        except Empty:
+            self._hung = True
+            raise RewardError(
+                self._part,
+                f"{self._source} did not return within timeout_s ({self._timeout_s:g} s): raise timeout_s, lower "
+                f"batch_size ({self._batch_size}), or find out what it waits for",
+                uids,
+            ) from None
+        if call.error is not None:
+            raise RewardError(
+                self._part, f"{self._source} raised {type(call.error).__name__}: {call.error}", uids
+            ) from call.error
+        return call.answer
+
+    def _work(self) -> None:
+        while True:
+            call = self._calls.get()
+            try:
+                call.answer = self._function(call.prompts, call.responses)
+            except BaseException as error:  # SystemExit too: it would end this thread, and the caller would time out
+                call.error = error
+            call.done.put(None)
+
+    def _import(self, target: str) -> _Function:
+        module_name, _, name = target.partition(":")
+        try:
+            module = importlib.import_module(module_name)
+        except (Exception, SystemExit) as error:  # a module may do anything while it is imported
+            raise RewardError(
+                self._part,
+                f"{self._source} can't be imported: {type(error).__name__}: {error}; its module must be on the Python "
+                "path of every node (install it, or put it into the job's working directory)",
+            ) from error
+        function = getattr(module, name, None)
+        if not callable(function):
+            found = "has no such name" if function is None else f"has {type(function).__name__} under that name"
+            raise RewardError(
+                self._part,
+                f"{self._source} can't be used: module {module_name!r} ({getattr(module, '__file__', None)}) {found}; "
+                "write function: package.module:function",
+            )
+        return function
+
+
+class _Call:
+    """One batch on its way through the thread."""
+
+    def __init__(self, prompts: list[str], responses: list[str]) -> None:
+        self.prompts = prompts
+        self.responses = responses
+        self.answer: Any = None
+        self.error: BaseException | None = None
+        self.done: SimpleQueue[None] = SimpleQueue()

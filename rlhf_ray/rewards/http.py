@@ -1,0 +1,198 @@
+"""Scores from a service: POST of `{"prompts": [...], "responses": [...]}`, answered by `{"scores": [...]}`."""
+
+import json
+import logging
+import os
+import random
+import time
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import Any
+
+import httpx
+import numpy as np
+
+from rlhf_ray.config.rewards import HttpReward, part_name
+from rlhf_ray.data.trajectory import Floats
+from rlhf_ray.rewards.errors import RewardError, checked_scores
+
+_LOG = logging.getLogger(__name__)
+
+# A service that wants to be left alone for longer is down, as far as a run that waits for it is concerned.
+LONGEST_WAIT_S = 120.0
+
+
+class HttpScorer:
+    """Posts samples batch by batch, and again after a back-off when the service is down, slow or busy."""
+
+    def __init__(
+        self,
+        config: HttpReward,
+        *,
+        transport: httpx.BaseTransport | None = None,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        """Connects to nothing yet.
+
+        Args:
+            config: address, batches, time limits and the variable that holds the token.
+            transport: what carries requests; by default httpx's own, which honours proxy variables.
+            sleep: how to wait between tries.
+
+        Raises:
+            RewardError: the address is none, or the token's variable is not set or can't be sent.
+        """
+        self._config = config
+        self._part = part_name(config)
+        self._sleep = sleep
+        # Not the global generator: a retry must not change what the run draws from it.
+        self._jitter = random.Random()
+        self._token = self._read_token(config.token_env)
+        headers = {"Authorization": f"Bearer {self._token}"} if self._token else {}
+        try:
+            # A password in the address is used, but not shown.
+            self._source = f"service {httpx.URL(config.url).copy_with(userinfo=b'')}"
+            self._client = httpx.Client(transport=transport, timeout=config.timeout_s, headers=headers)
+        except (httpx.InvalidURL, ValueError) as error:
+            raise RewardError(self._part, f"url can't be used: {error}") from error
+
+    def score(self, prompts: Sequence[str], responses: Sequence[str], uids: Sequence[str]) -> Floats:
+        """One score for each sample, float32 `[samples]`.
+
+        Raises:
+            RewardError: the service failed at every try, refused the request, or answered something else than one
+                finite number for each sample; the samples are named.
+        """
+        scores = [np.empty(0, np.float32)]
+        for start in range(0, len(uids), self._config.batch_size):
+            batch = slice(start, start + self._config.batch_size)
+            body = {"prompts": list(prompts[batch]), "responses": list(responses[batch])}
+            answer = self._post(body, uids[batch])
+            scores.append(checked_scores(self._part, self._source, self._scores_in(answer, uids[batch]), uids[batch]))
+        return np.concatenate(scores)
+
+    def check(self) -> None:
+        """Ask for any HTTP answer at all, of whatever status, within `timeout_s`.
+
+        Raises:
+            RewardError: there is none.
+        """
+        try:
+            self._request("OPTIONS", None)
+        except httpx.RequestError as error:
+            raise RewardError(
+                self._part,
+                f"{self._source} can't be reached: {self._describe(error)}; start it, or correct url",
+            ) from error
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._client.close()
+
+    def _post(self, body: dict[str, list[str]], uids: Sequence[str]) -> bytes:
+        tries = self._config.retries + 1
+        for attempt in range(1, tries + 1):
+            cause: httpx.RequestError | None = None
+            wait = self._backoff(attempt)
+            try:
+                response, content = self._request("POST", body)
+            except (httpx.UnsupportedProtocol, httpx.LocalProtocolError, httpx.DecodingError) as error:
+                raise RewardError(self._part, f"{self._source}: {self._describe(error)}", uids) from error
+            except httpx.RequestError as error:
+                cause, failure = error, self._describe(error)
+            else:
+                if response.is_success:
+                    return content
+                failure = f"it answered {response.status_code} {response.reason_phrase}: {self._excerpt(content)}"
+                if not (response.status_code == 429 or response.is_server_error):
+                    raise RewardError(self._part, f"{self._source}: {failure}{self._cure(response)}", uids)
+                wait = max(wait, self._retry_after(response))
+            if attempt == tries or wait > LONGEST_WAIT_S:
+                asked = f", and it asks to wait {wait:.0f} s" if wait > LONGEST_WAIT_S else ""
+                raise RewardError(
+                    self._part,
+                    f"{self._source} failed at {attempt} of {tries} tries, the last time because {failure}{asked}; "
+                    "check that it runs and that the cluster's nodes reach it, or raise retries or timeout_s",
+                    uids,
+                ) from cause
+            _LOG.warning("%s: try %d of %d failed (%s); next in %.1f s", self._source, attempt, tries, failure, wait)
+            self._sleep(wait)
+        raise AssertionError("the loop returns or raises")
+
+    def _request(self, method: str, body: dict[str, list[str]] | None) -> tuple[httpx.Response, bytes]:
+        limit = self._config.timeout_s
+        deadline = time.monotonic() + limit
+        content = bytearray()
+        with self._client.stream(method, self._config.url, json=body) as response:
+            for chunk in response.iter_bytes():
+                content += chunk
+                # httpx limits each read, but a service that drips byte after byte would never reach that limit.
+                if time.monotonic() > deadline:
+                    raise httpx.ReadTimeout("the answer was not complete", request=response.request)
+        return response, bytes(content)
+
+    def _scores_in(self, content: bytes, uids: Sequence[str]) -> Any:
+        try:
+            answer = json.loads(content)
+        except (ValueError, RecursionError) as error:
+            raise RewardError(
+                self._part,
+                f"{self._source} gave an answer that is not JSON: {self._excerpt(content)}",
+                uids,
+            ) from error
+        if not isinstance(answer, dict) or "scores" not in answer:
+            raise RewardError(
+                self._part,
+                f'{self._source} must answer {{"scores": [...]}}, but gave {self._excerpt(content)}',
+                uids,
+            )
+        return answer["scores"]
+
+    def _backoff(self, attempt: int) -> float:
+        doubled = self._config.backoff_s * 2.0 ** min(attempt - 1, 60)
+        return min(doubled * self._jitter.uniform(0.5, 1.5), LONGEST_WAIT_S)
+
+    def _retry_after(self, response: httpx.Response) -> float:
+        """Seconds that the service asks to wait, given as a number or a date; 0 when it doesn't say."""
+        value = response.headers.get("Retry-After", "").strip()
+        if value.isascii() and value.isdigit():
+            return float(value)
+        try:
+            then = parsedate_to_datetime(value)
+        except ValueError:
+            return 0.0
+        return max(0.0, (then.replace(tzinfo=then.tzinfo or UTC) - datetime.now(UTC)).total_seconds())
+
+    def _cure(self, response: httpx.Response) -> str:
+        if response.status_code in (401, 403):
+            variable = self._config.token_env
+            return f"; check the token in {variable}" if variable else "; name the token's variable in token_env"
+        if response.is_redirect:
+            return f"; set url to where it points, {self._redacted(response.headers.get('Location', ''))!r}"
+        return "; check url, and that the service takes what docs/config.md says"
+
+    def _describe(self, error: httpx.RequestError) -> str:
+        if isinstance(error, httpx.TimeoutException):
+            return f"there was no complete answer within timeout_s ({self._config.timeout_s:g} s)"
+        return self._redacted(f"{type(error).__name__}: {error}")
+
+    def _excerpt(self, content: bytes) -> str:
+        return repr(self._redacted(content.decode(errors="replace"))[:200])
+
+    def _redacted(self, text: str) -> str:
+        # Services echo headers in their errors.
+        return text.replace(self._token, "***") if self._token else text
+
+    def _read_token(self, variable: str | None) -> str | None:
+        if variable is None:
+            return None
+        token = os.environ.get(variable, "")
+        if not token:
+            raise RewardError(self._part, f"token_env names {variable}, but that environment variable is not set here")
+        # Sent as it is, a bad one would be quoted by the error of the HTTP library.
+        if not (token.isascii() and token.isprintable() and " " not in token):
+            raise RewardError(
+                self._part, f"the token in {variable} has spaces, line ends or other characters that no header may hold"
+            )
+        return token

