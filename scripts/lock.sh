@@ -45,7 +45,8 @@ compile() {
         --constraint "$work/constraints.txt" --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
         --no-header --annotation-style line --no-emit-index-url --no-emit-find-links --quiet \
         --output-file "$work/$profile.txt" "$@" >"$work/$profile.log"
-    sed -i -E 's/^(torch==[0-9.]+)\+[a-z0-9]+/\1/' "$work/$profile.txt"
+    # Also out: this run's temporary paths in the notes.
+    sed -i -E "s/^(torch==[0-9.]+)\+[a-z0-9]+/\1/; s#(, )?(-c|--override) $work/[^,]*##" "$work/$profile.txt"
     # The same pins must resolve for Python 3.12.
     sed -E 's/ +#.*//' "$work/$profile.txt" >"$work/$profile-pins.txt"
     "$uv" pip compile pyproject.toml --extra "$profile" --extra examples --extra dev \
@@ -55,7 +56,7 @@ compile() {
 
 # publish PROFILE: puts the header of standard input and the resolved set into locks/PROFILE.txt.
 publish() {
-    if grep -nE '://|--(index|extra-index|find-links)|@ file' "$work/$1.txt"; then
+    if grep -nE '://|/tmp|--(index|extra-index|find-links)|@ file' "$work/$1.txt"; then
         echo "lock.sh: locks/$1.txt would name a place to fetch from (above)" >&2
         exit 1
     fi

@@ -150,8 +150,9 @@ def _prepare_item(item: "Item", target: Path, force: bool) -> PreparedItem:
     except Exception as error:
         raise PrepareError(
             item.name,
-            f"building it failed: {type(error).__name__}: {error}",
-            f"Check free disk space and the installed packages, then run `rlhf-ray prepare --only {item.name}` again.",
+            f"building it failed: {type(error).__name__}: {str(error).rstrip('.')}",
+            "Check free disk space and that the extra `examples` is installed (scripts/install.sh does it), then run "
+            f"`rlhf-ray prepare --only {item.name}` again.",
         ) from error
     finally:
         if stage is not None:

@@ -317,4 +317,5 @@ def report_overlong(file: str, what: str, done: str, uids: Sequence[str]) -> Non
     """Log how many rows were over the budget, the first of them, and what was done to them."""
     if uids:
         more = f" and {len(uids) - 5} more" if len(uids) > 5 else ""
-        _LOG.warning("%s: %d %s over the token budget %s: %s%s", file, len(uids), what, done, ", ".join(uids[:5]), more)
+        named = ", ".join(uids[:5])
+        _LOG.warning("%s: %s over the token budget, %s: %d (%s%s)", file, what, done, len(uids), named, more)

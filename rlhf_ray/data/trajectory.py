@@ -6,7 +6,7 @@ values, advantages) that other roles add are separate flat float32 arrays aligne
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -109,17 +109,56 @@ class TrajectoryBatch:
         """Where one sample's response stands in every response column."""
         return slice(int(self.response_offsets[sample]), int(self.response_offsets[sample + 1]))
 
+    @classmethod
+    def concat(cls, batches: Sequence[Self]) -> Self:
+        """The samples of several batches, in order."""
+        columns = {
+            f.name: np.concatenate([getattr(batch, f.name) for batch in batches])
+            for f in fields(cls)
+            if f.name not in ("uids", "prompt_offsets", "response_offsets")
+        }
+        return cls(
+            uids=tuple(uid for batch in batches for uid in batch.uids),
+            prompt_offsets=offsets_of([n for batch in batches for n in batch.prompt_lengths]),
+            response_offsets=offsets_of([n for batch in batches for n in batch.response_lengths]),
+            **columns,
+        )
+
+    def select(self, samples: Sequence[int]) -> Self:
+        """Some of the samples, in the given order."""
+        chosen = np.asarray(samples, np.int64)
+        prompt, response = take_rows(self.prompt_offsets, chosen), take_rows(self.response_offsets, chosen)
+        return type(self)(
+            uids=tuple(self.uids[sample] for sample in samples),
+            sample_index=self.sample_index[chosen],
+            seeds=self.seeds[chosen],
+            prompt_tokens=self.prompt_tokens[prompt],
+            prompt_offsets=offsets_of(self.prompt_lengths[chosen]),
+            response_tokens=self.response_tokens[response],
+            response_offsets=offsets_of(self.response_lengths[chosen]),
+            engine_logprobs=self.engine_logprobs[response],
+            weight_versions=self.weight_versions[response],
+            truncated=self.truncated[chosen],
+        )
+
     def nbytes(self) -> int:
         """Bytes of the arrays."""
         return sum(value.nbytes for f in fields(self) if isinstance(value := getattr(self, f.name), np.ndarray))
 
 
-def offsets_of(lengths: Sequence[int]) -> Offsets:
+def take_rows(offsets: Offsets, rows: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
+    """Positions, in a flat array, of the elements of some rows, in the order of `rows`."""
+    if len(rows) == 0:
+        return np.empty(0, np.int64)
+    return np.concatenate([np.arange(offsets[row], offsets[row + 1]) for row in rows])
+
+
+def offsets_of(lengths: Sequence[int] | NDArray[np.int64]) -> Offsets:
     """Offsets `[len + 1]` of flat arrays with these row lengths."""
     return np.concatenate([[0], np.cumsum(np.asarray(lengths, np.int64))]).astype(np.int64)
 
 
-def _flat(rows: Sequence[Sequence[int] | Sequence[float]], dtype: type[np.int32] | type[np.float32]) -> NDArray:
+def _flat(rows: Sequence[Sequence[int] | Sequence[float]], dtype: type[np.int32] | type[np.float32]) -> NDArray[Any]:
     if not rows:
         return np.empty(0, dtype)
     return np.concatenate([np.asarray(row, dtype) for row in rows])

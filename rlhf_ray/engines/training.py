@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ import deepspeed
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
-from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
 
 from rlhf_ray.config import training as config
 from rlhf_ray.models.token_logprobs import TokenLogProbs
@@ -125,48 +123,38 @@ def lr_factor(optimizer: config.Optimizer, total_steps: int) -> Callable[[int], 
     return factor
 
 
-class ModelWeights(WeightSource):
-    """The weights of a model under their Hugging Face names, for vLLM's trainer-side transfer engines.
+def named_weights(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Parameters under their Hugging Face names; a weight that is tied to another appears once."""
+    return [(name.removeprefix("model."), parameter) for name, parameter in model.named_parameters()]
 
-    Under ZeRO-3 they are gathered a few at a time, `bucket_bytes` at most (or one tensor, if larger), so the
-    full model never exists on a rank. Every rank iterates; each pass is fresh.
+
+def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    """Shape of the whole parameter, also where this rank holds a shard."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def full_weights(model: nn.Module, bucket_bytes: int) -> Iterator[tuple[str, torch.Tensor]]:
+    """Whole tensors, one after the other; collective.
+
+    Under ZeRO-3 they are gathered `bucket_bytes` at a time (or one, if larger), so the whole model never exists on a
+    rank. A tensor is valid until the next one is asked for.
     """
-
-    def __init__(self, model: nn.Module, bucket_bytes: int) -> None:
-        self._named = [(name.removeprefix("model."), parameter) for name, parameter in model.named_parameters()]
-        self._bucket_bytes = bucket_bytes
-
-    def metadata(self) -> list[ParamMeta]:
-        """Name, dtype and full shape of every tensor, gathering nothing."""
-        return [ParamMeta(name, parameter.dtype, _full_shape(parameter)) for name, parameter in self._named]
-
-    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        bucket: list[tuple[str, nn.Parameter]] = []
-        held = 0
-        for name, parameter in self._named:
-            size = math.prod(_full_shape(parameter)) * parameter.element_size()
-            if bucket and held + size > self._bucket_bytes:
-                yield from _gathered(bucket)
-                bucket, held = [], 0
-            bucket.append((name, parameter))
-            held += size
-        yield from _gathered(bucket)
+    bucket: list[tuple[str, nn.Parameter]] = []
+    held = 0
+    for name, parameter in named_weights(model):
+        size = math.prod(full_shape(parameter)) * parameter.element_size()
+        if bucket and held + size > bucket_bytes:
+            yield from _gathered(bucket)
+            bucket, held = [], 0
+        bucket.append((name, parameter))
+        held += size
+    yield from _gathered(bucket)
 
 
 def _gathered(bucket: list[tuple[str, nn.Parameter]]) -> Iterator[tuple[str, torch.Tensor]]:
-    with _whole([parameter for _, parameter in bucket]):
+    with deepspeed.zero.GatheredParameters([parameter for _, parameter in bucket if hasattr(parameter, "ds_id")]):
         for name, parameter in bucket:
             yield name, parameter.data
-
-
-@contextmanager
-def _whole(parameters: list[nn.Parameter]) -> Iterator[None]:
-    with deepspeed.zero.GatheredParameters([p for p in parameters if hasattr(p, "ds_id")]):
-        yield
-
-
-def _full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def _adam(model: nn.Module, engine: config.TrainingEngine, optimizer: config.Optimizer) -> torch.optim.Optimizer:

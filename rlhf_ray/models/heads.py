@@ -152,7 +152,9 @@ def load_scalar(model: str, *, dtype: torch.dtype, seed: int = 0, trust_remote_c
         raise ModelError(model, f"{type(loaded).__name__} has no linear head named score: it is no decoder classifier")
     if is_new:
         generator = torch.Generator().manual_seed(seed)
-        weight = torch.empty(loaded.score.weight.shape).normal_(0, math.sqrt(1 / (config.hidden_size + 1)), generator=generator)
+        weight = torch.empty(loaded.score.weight.shape).normal_(
+            0, math.sqrt(1 / (config.hidden_size + 1)), generator=generator
+        )
         with torch.no_grad():
             loaded.score.weight.copy_(weight)
     return ScalarModel(loaded)
@@ -170,7 +172,6 @@ def _load(auto: Any, model: str, config: Any, dtype: torch.dtype, trust_remote_c
         )
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(model, f"can't be loaded ({error})") from error
-    loaded.config.use_cache = False
     return loaded
 
 
@@ -184,7 +185,9 @@ def _without_dropout(config: Any) -> Any:
 
 def _check_folder(model: str) -> None:
     path = Path(model)
-    looks_local = path.is_absolute() or model.startswith(".") or len(path.parts) != 2 or path.parts[0] in ("models", "runs")
+    looks_local = (
+        path.is_absolute() or model.startswith(".") or len(path.parts) != 2 or path.parts[0] in ("models", "runs")
+    )
     if looks_local and not path.exists():
         raise ModelError(model, "no such folder; `rlhf-ray prepare` makes the ones that the examples use")
     if path.exists() and not (path / "config.json").is_file():

@@ -93,14 +93,15 @@ class FunctionScorer:
                 f"{self._source} can't be imported: {type(error).__name__}: {error}; its module must be on the Python "
                 "path of every node (install it, or put it into the job's working directory)",
             ) from error
-        function = getattr(module, name, None)
-        if not callable(function):
-            found = "has no such name" if function is None else f"has {type(function).__name__} under that name"
+        value: Any = getattr(module, name, None)
+        if not callable(value):
+            found = "has no such name" if value is None else f"has {type(value).__name__} under that name"
             raise RewardError(
                 self._part,
                 f"{self._source} can't be used: module {module_name!r} ({getattr(module, '__file__', None)}) {found}; "
                 "write function: package.module:function",
             )
+        function: _Function = value
         return function
 
 

@@ -79,7 +79,8 @@ class HttpScorer:
             RewardError: there is none.
         """
         try:
-            self._request("OPTIONS", None)
+            with self._client.stream("OPTIONS", self._config.url):
+                return
         except httpx.RequestError as error:
             raise RewardError(
                 self._part,
@@ -96,7 +97,7 @@ class HttpScorer:
             cause: httpx.RequestError | None = None
             wait = self._backoff(attempt)
             try:
-                response, content = self._request("POST", body)
+                response, content = self._request(body)
             except (httpx.UnsupportedProtocol, httpx.LocalProtocolError, httpx.DecodingError) as error:
                 raise RewardError(self._part, f"{self._source}: {self._describe(error)}", uids) from error
             except httpx.RequestError as error:
@@ -120,11 +121,11 @@ class HttpScorer:
             self._sleep(wait)
         raise AssertionError("the loop returns or raises")
 
-    def _request(self, method: str, body: dict[str, list[str]] | None) -> tuple[httpx.Response, bytes]:
+    def _request(self, body: dict[str, list[str]]) -> tuple[httpx.Response, bytes]:
         limit = self._config.timeout_s
         deadline = time.monotonic() + limit
         content = bytearray()
-        with self._client.stream(method, self._config.url, json=body) as response:
+        with self._client.stream("POST", self._config.url, json=body) as response:
             for chunk in response.iter_bytes():
                 content += chunk
                 # httpx limits each read, but a service that drips byte after byte would never reach that limit.

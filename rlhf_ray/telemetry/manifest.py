@@ -93,7 +93,7 @@ def git_state(folder: Path, timeout_s: float = 10.0) -> dict[str, Any] | None:
 # Names that tell of tokens of text, or of where a secret is rather than of what it is.
 _HARMLESS = re.compile(r"tokens|tokenizer\w*|token_?ids?|token_env")
 _SECRET = re.compile(r"token|secret|passw|credential|bearer|authorization|(?:api|access|private|auth)[._-]?key")
-_PAIR = re.compile(r"""(?P<key>[\w.-]+)(?P<between>["']?\s*[=:]\s*["']?)(?P<value>"[^"]*"|'[^']*'|[^\s"'&,;}\]]+)""")
+_PAIR = re.compile(r"""(?P<key>[\w.-]+)(?P<between>["']?\s*[=:]\s*)(?P<value>"[^"]*"|'[^']*'|[^\s"'&,;}\]]+)""")
 _USER_IN_URL = re.compile(r"://[^/@\s]+@")
 _BEARER = re.compile(r"(?i)\b(bearer|basic)\s+\S+")
 

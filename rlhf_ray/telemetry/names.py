@@ -1,4 +1,4 @@
-"""Every metric that a run can log, with its meaning. docs/metrics.md is made from this."""
+"""Every metric that a run can log, with its meaning; `describe` makes the table of the docs from it."""
 
 from dataclasses import dataclass
 

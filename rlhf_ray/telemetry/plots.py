@@ -179,8 +179,7 @@ def _window(rows: int) -> int:
 
 def _moving_mean(values: Series, window: int) -> Series:
     """Centred mean; at the ends over the part of the window that there is."""
-    kernel = np.ones(min(window, 2 * len(values) - 1))
-    half = len(kernel) // 2
+    kernel, half = np.ones(window), window // 2
     sums = np.convolve(values, kernel)[half : half + len(values)]
     return sums / np.convolve(np.ones_like(values), kernel)[half : half + len(values)]
 

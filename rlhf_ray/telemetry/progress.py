@@ -6,6 +6,7 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from types import TracebackType
 from typing import Self
 
@@ -27,10 +28,17 @@ _SHOWN = (
 )
 
 
+class QuietConsole(Console):
+    """A console that falls silent when nobody reads it any more; rich's own ends the process."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+
+
 @functools.cache
 def stderr_console() -> Console:
     """The one console of the process: log lines and the live line must share it not to overwrite each other."""
-    return Console(stderr=True)
+    return QuietConsole(stderr=True)
 
 
 def setup_logging(level: int | str = logging.INFO) -> None:
@@ -121,7 +129,10 @@ class Progress:
         try:
             action()
         except Exception:
-            self._live = None
+            live, self._live = self._live, None
+            if live is not None:
+                with suppress(Exception):
+                    live.stop()
             logger.debug("progress display failed", exc_info=True)
 
 

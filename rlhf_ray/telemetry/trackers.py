@@ -105,7 +105,8 @@ class WandbTracker(Tracker):
 
 
 class MlflowTracker(Tracker):
-    """One MLflow run per run folder; its id lies there. Uses the client, which leaves MLflow's global run alone."""
+    """One MLflow run per run folder; its id lies there. Steps that a resumed run does again have two values, as
+    MLflow takes nothing back. Uses the client, which leaves MLflow's global run alone."""
 
     def __init__(
         self, run_dir: Path, section: Mlflow, name: str, config: Mapping[str, Any], resume_step: int | None

@@ -3,14 +3,18 @@ import pickle
 from collections import Counter
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf_ray.data.cursor import CursorError, PromptCursor, PromptTicket, visit_uid
 
 
+@settings(deadline=None)
 @given(
-    size=st.integers(1, 30), seed=st.integers(0, 2**64), shuffle=st.booleans(), takes=st.lists(st.integers(0, 40), max_size=8)
+    size=st.integers(1, 30),
+    seed=st.integers(0, 2**64),
+    shuffle=st.booleans(),
+    takes=st.lists(st.integers(0, 40), max_size=8),
 )
 def test_every_row_comes_exactly_once_in_each_epoch(size: int, seed: int, shuffle: bool, takes: list[int]) -> None:
     cursor = PromptCursor(size, seed, shuffle)
@@ -21,6 +25,7 @@ def test_every_row_comes_exactly_once_in_each_epoch(size: int, seed: int, shuffl
     assert Counter((t.epoch, t.index) for t in tickets) == Counter((e, i) for e in range(epochs) for i in range(size))
 
 
+@settings(deadline=None)
 @given(size=st.integers(1, 30), seed=st.integers(0, 99), before=st.integers(0, 100), after=st.integers(0, 100))
 def test_a_resumed_cursor_goes_on_exactly(size: int, seed: int, before: int, after: int) -> None:
     whole = PromptCursor(size, seed, shuffle=True)
@@ -32,6 +37,7 @@ def test_a_resumed_cursor_goes_on_exactly(size: int, seed: int, before: int, aft
     assert resumed.take(after) == whole.take(after)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 12), max_size=10))
 def test_the_order_does_not_depend_on_the_batch_size(takes: list[int]) -> None:
     pieces = PromptCursor(7, 3, shuffle=True)

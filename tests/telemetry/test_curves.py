@@ -60,7 +60,7 @@ def test_every_part_of_the_reward_has_a_labelled_curve() -> None:
     assert legend is not None
     assert [text.get_text() for text in legend.get_texts()] == ["model", "vader"]
     raw, smooth = axes.get_lines()[:2]
-    assert list(raw.get_ydata()) == [row["reward/model"] for row in rows], "the raw values stay visible"
+    assert np.asarray(raw.get_ydata()).tolist() == [row["reward/model"] for row in rows], "the raw values stay visible"
     assert (raw.get_alpha() or 1.0) < 0.5 < (smooth.get_alpha() or 1.0)
     assert (axes.get_title(loc="left") or axes.get_title(), axes.get_xlabel()) == ("Parts of the reward", "step")
 

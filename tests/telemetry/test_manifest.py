@@ -112,6 +112,7 @@ def test_the_commit_and_changes_of_the_package_are_told(tmp_path: Path) -> None:
     (package / "__init__.py").write_text("")
     assert git_state(package) is None, "no checkout"
     _git(tmp_path, "init", "-q")
+    _git(tmp_path, "commit", "-q", "--allow-empty", "-m", "zero")
     assert git_state(package) is None, "installed inside somebody's repository"
     _git(tmp_path, "add", "package")
     _git(tmp_path, "commit", "-qm", "one")

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,10 +28,11 @@ def _write_steps(folder: Path, steps: range, resume_step: int | None = None) -> 
 
 
 def test_rows_come_back_exactly_with_step_first_and_names_sorted(tmp_path: Path) -> None:
+    float32: Any = np.float32(0.1)
     with _log(tmp_path) as log:
-        log.write(1, {"reward/mean": 0.1 + 0.2, "kl/mean": np.float32(0.1), "critic/loss": 5e-324})
+        log.write(1, {"reward/mean": 0.1 + 0.2, "kl/mean": float32, "critic/loss": 5e-324})
         assert read_metrics(tmp_path) == [
-            {"step": 1, "reward/mean": 0.1 + 0.2, "kl/mean": float(np.float32(0.1)), "critic/loss": 5e-324}
+            {"step": 1, "reward/mean": 0.1 + 0.2, "kl/mean": 0.10000000149011612, "critic/loss": 5e-324}
         ], "a row is on disk when write returns"
     line = (tmp_path / "metrics.jsonl").read_text()
     assert list(json.loads(line)) == ["step", "critic/loss", "kl/mean", "reward/mean"]

@@ -2,13 +2,16 @@
 
 import io
 import logging
+import os
+import re
 from collections.abc import Iterator
+from contextlib import suppress
 
 import pytest
 from rich.console import Console
 
 from rlhf_ray.telemetry import progress
-from rlhf_ray.telemetry.progress import Progress, setup_logging
+from rlhf_ray.telemetry.progress import Progress, QuietConsole, setup_logging
 
 METRICS = {"reward/mean": 0.41234, "kl/mean": 3.2, "throughput/response_tokens_per_s": 1812.3, "policy/loss": 1.0}
 
@@ -60,12 +63,15 @@ def test_on_a_terminal_the_line_shows_steps_and_metrics_and_nothing_is_logged(
     assert caplog.messages == []
 
 
-def test_a_display_that_breaks_is_switched_off_and_the_run_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [BrokenPipeError(), OSError("the terminal hung up")])
+def test_a_display_that_breaks_is_switched_off_and_the_run_goes_on(
+    monkeypatch: pytest.MonkeyPatch, error: OSError
+) -> None:
     class _Gone(io.StringIO):
         def write(self, text: str) -> int:
-            raise BrokenPipeError
+            raise error
 
-    console = Console(file=_Gone(), force_terminal=True)
+    console = QuietConsole(file=_Gone(), force_terminal=True)
     monkeypatch.setattr(progress, "stderr_console", lambda: console)
     with Progress("demo", steps=2) as shown:
         shown.update(1, METRICS)
@@ -95,4 +101,17 @@ def test_on_a_terminal_log_lines_go_through_the_console_of_the_live_line(monkeyp
     out = _on(monkeypatch, terminal=True)
     setup_logging()
     logging.getLogger("rlhf_ray").info("hello [bold]x[/bold]")
-    assert "hello [bold]x[/bold]" in out.getvalue()
+    assert "hello [bold]x[/bold]" in re.sub(r"\x1b\[[0-9;]*m", "", out.getvalue())
+
+
+def test_a_log_line_that_nobody_reads_does_not_end_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w", buffering=1) as gone:
+        console = QuietConsole(file=gone, force_terminal=True)
+        monkeypatch.setattr(progress, "stderr_console", lambda: console)
+        setup_logging()
+        logging.getLogger("rlhf_ray").info("hello")
+        assert console.quiet
+        with suppress(BrokenPipeError):
+            gone.close()

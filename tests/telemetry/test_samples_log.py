@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from rlhf_ray.telemetry.errors import NonFiniteError, StepOrderError
@@ -15,6 +15,7 @@ ROW = SampleRow("p7", 1, "The film", " was\nfine", 0.5, {"vader": 0.25, "model":
 
 
 @given(st.text(st.characters()), st.text(st.characters(exclude_categories=())))
+@example("\u2028", "half an emoji \ud83d, a \0 and a \r\n")
 def test_any_text_comes_back_as_it_was(tmp_path_factory: pytest.TempPathFactory, prompt: str, response: str) -> None:
     folder = tmp_path_factory.mktemp("samples")
     row = replace(ROW, prompt=prompt, response=response)
@@ -26,7 +27,7 @@ def test_any_text_comes_back_as_it_was(tmp_path_factory: pytest.TempPathFactory,
 
 
 def test_text_stays_readable_and_numpy_numbers_are_taken(tmp_path: Path) -> None:
-    row = replace(ROW, response="größer 映画", score=np.float32(0.5), truncated=np.bool_(True))
+    row = replace(ROW, response="größer 映画", score=np.float32(0.5), truncated=np.bool_(True))  # type: ignore[arg-type]
     with SamplesLog(tmp_path) as log:
         log.append(1, [row])
     assert "größer 映画" in (tmp_path / "samples.jsonl").read_text(encoding="utf-8")

@@ -62,6 +62,16 @@ def test_a_role_is_a_process_and_a_rank_a_thread_of_it(tmp_path: Path) -> None:
     assert len(_events(path, "M")) == 3 + 4, "each process and thread is named once"
 
 
+def test_work_inside_other_work_stays_in_the_thread_of_its_rank_and_only_a_crossing_leaves_it(tmp_path: Path) -> None:
+    path = tmp_path / "timeline.json"
+    timeline = Timeline(path)
+    timeline.add("policy/0", [Span("forward", 2.0, 3.0), Span("update", 1.0, 5.0)])
+    timeline.add("policy/0", [Span("step", 0.0, 6.0), Span("sync", 5.0, 6.0), Span("crossing", 4.0, 7.0)])
+    threads = _names(path)
+    where = {event["name"]: threads[event["tid"]] for event in _events(path)}
+    assert where == {**dict.fromkeys(("step", "update", "forward", "sync"), "policy/0"), "crossing": "policy/0 (2)"}
+
+
 def test_a_resumed_run_appends_and_keeps_the_ids(tmp_path: Path) -> None:
     path = tmp_path / "timeline.json"
     Timeline(path).add("policy/0", [Span("update", 1.0, 2.0, 1)])
@@ -91,7 +101,7 @@ def test_a_file_left_open_by_a_kill_is_closed_again_wherever_it_was_cut(tmp_path
 def test_a_foreign_file_is_not_overwritten(tmp_path: Path) -> None:
     path = tmp_path / "timeline.json"
     path.write_text('[{"ph": "X"}]\n')
-    with pytest.raises(DamagedFileError, match="not a trace of this program.*move it away"):
+    with pytest.raises(DamagedFileError, match=r"not a trace of this program.*move it away"):
         Timeline(path)
     assert path.read_text() == '[{"ph": "X"}]\n'
 

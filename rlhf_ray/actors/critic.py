@@ -1,0 +1,96 @@
+"""The critic: values, advantages, and its own updates."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+
+from rlhf_ray.actors.columns import (
+    ColumnPart,
+    ShardReport,
+    TrainingColumns,
+    assemble,
+    column_offsets,
+    on_device,
+    response_column,
+)
+from rlhf_ray.actors.ppo_update import PPOTrainedWorker, Stats, token_mean
+from rlhf_ray.actors.trained import UpdateReport
+from rlhf_ray.actors.waiting import fetch_data
+from rlhf_ray.algorithms.advantages import gae, shaped_rewards
+from rlhf_ray.algorithms.kl import kl_estimate
+from rlhf_ray.algorithms.moments import Moments
+from rlhf_ray.algorithms.value_loss import ExplainedVariance, clipped_value_loss
+from rlhf_ray.config import training as config
+from rlhf_ray.config.algorithm import PPO
+from rlhf_ray.data.trajectory import Floats, TrajectoryBatch
+from rlhf_ray.engines.training import DTYPES, TrainingEngine
+from rlhf_ray.models.heads import load_scalar
+from rlhf_ray.models.responses import ResponsePack
+
+
+class CriticWorker(PPOTrainedWorker):
+    """One rank of the critic."""
+
+    def load_model(self, critic: config.Critic, model: str, ppo: PPO, total_steps: int, seed: int) -> None:
+        """Load the model and build its training engine; collective."""
+        self.critic, self.ppo = critic, ppo
+        self.model_source = model
+        loaded = load_scalar(
+            model, dtype=DTYPES[critic.engine.dtype], seed=seed, trust_remote_code=critic.trust_remote_code
+        )
+        self.engine = TrainingEngine(loaded, critic.engine, critic.optimizer, total_steps)
+
+    @torch.no_grad()
+    def values(self, batch: TrajectoryBatch) -> ColumnPart:
+        """This rank's share of the values: the return expected before each response token."""
+        with self.recorder.span("values"):
+            return response_column(
+                batch,
+                self.rank,
+                self.world_size,
+                self.critic.engine.micro_batch_tokens,
+                lambda pack: self.engine(pack.packed, pack.positions),
+            )
+
+    def advantages(
+        self,
+        batch: TrajectoryBatch,
+        scores: Floats,
+        kl_coef: float,
+        old_logprobs: Sequence[ray.ObjectRef],
+        reference_logprobs: Sequence[ray.ObjectRef],
+        values: Sequence[ray.ObjectRef],
+    ) -> tuple[TrainingColumns, ShardReport]:
+        """From shaped scores `[samples]` and the ranks' column parts to what is trained on, for one shard."""
+        columns = [fetch_data(parts, "columns of a shard") for parts in (old_logprobs, reference_logprobs, values)]
+        with self.recorder.span("advantages"):
+            old, reference, value = (assemble(parts, batch) for parts in columns)
+            offsets = column_offsets(batch)
+            kl = kl_estimate(old, reference, self.ppo.kl.estimator)
+            rewards = shaped_rewards(torch.from_numpy(scores), kl, offsets, kl_coef)
+            advantages, returns = gae(rewards, value, offsets, self.ppo.gamma, self.ppo.gae_lambda)
+            columns = TrainingColumns(old.numpy(), value.numpy(), advantages.numpy(), returns.numpy())
+            engine = torch.tensor(batch.engine_logprobs)
+            report = ShardReport(
+                advantages=Moments.of(advantages),
+                explained_variance=ExplainedVariance.of(value, returns),
+                kl=np.add.reduceat((old - reference).numpy(), batch.response_offsets[:-1]),
+                mismatch=float((engine - old).abs().double().sum()),
+            )
+            return columns, report
+
+    def update(self, shards: Any, shard_starts: Any, plan: Any) -> UpdateReport:
+        """One PPO update; see `optimize`."""
+        with self.recorder.span("update"):
+            return self.optimize(shards, shard_starts, plan)
+
+    def micro_batch_loss(
+        self, pack: ResponsePack, columns: TrainingColumns, weights: torch.Tensor
+    ) -> tuple[torch.Tensor, Stats]:
+        """Clipped value loss."""
+        values = self.engine(pack.packed, pack.positions)
+        out = clipped_value_loss(values, on_device(columns.values), on_device(columns.returns), self.ppo.value_clip)
+        return (out.loss * weights).sum(), {"clip_fraction": token_mean(out.clipped)}

@@ -1,0 +1,98 @@
+"""The policy: log-probs, PPO updates, and the weights that go to the rollout engines."""
+
+from typing import Any
+
+import torch
+
+from rlhf_ray.actors.columns import ColumnPart, TrainingColumns, on_device, response_column
+from rlhf_ray.actors.ppo_update import PPOTrainedWorker, Stats, token_mean
+from rlhf_ray.actors.trained import UpdateReport, sum_over_ranks
+from rlhf_ray.actors.weight_sync import EngineClient
+from rlhf_ray.algorithms.moments import Moments, whiten
+from rlhf_ray.algorithms.policy_loss import PolicyLossInputs, clipped_policy_loss
+from rlhf_ray.config import training as config
+from rlhf_ray.config.algorithm import PPO
+from rlhf_ray.data.trajectory import TrajectoryBatch
+from rlhf_ray.engines.training import DTYPES, TrainingEngine
+from rlhf_ray.models.heads import load_causal
+from rlhf_ray.models.responses import ResponsePack
+from rlhf_ray.platform import platform
+
+
+class PolicyWorker(PPOTrainedWorker):
+    """One rank of the policy."""
+
+    def load_model(self, policy: config.Policy, ppo: PPO, temperature: float, total_steps: int) -> None:
+        """Load the model and build its training engine; collective."""
+        self.policy, self.ppo, self.temperature = policy, ppo, temperature
+        self.model_source = policy.model
+        self._whitening: Moments | None = None
+        model = load_causal(
+            policy.model,
+            dtype=DTYPES[policy.engine.dtype],
+            vocab_chunk_tokens=policy.engine.vocab_chunk_tokens,
+            trust_remote_code=policy.trust_remote_code,
+        )
+        self.engine = TrainingEngine(model, policy.engine, policy.optimizer, total_steps)
+
+    @torch.no_grad()
+    def logprobs(self, batch: TrajectoryBatch) -> ColumnPart:
+        """This rank's share of the responses' log-probs."""
+        with self.recorder.span("log-probs"):
+            return response_column(
+                batch,
+                self.rank,
+                self.world_size,
+                self.policy.engine.micro_batch_tokens,
+                lambda pack: self.engine(pack.packed, pack.positions, pack.targets, self.temperature)[0],
+            )
+
+    def update(self, shards: Any, shard_starts: Any, plan: Any, whitening: Moments | None) -> UpdateReport:
+        """One PPO update; see `optimize`. Advantages are whitened by `whitening`, the moments of the whole batch."""
+        self._whitening = whitening
+        with self.recorder.span("update"):
+            return self.optimize(shards, shard_starts, plan)
+
+    def micro_batch_loss(
+        self, pack: ResponsePack, columns: TrainingColumns, weights: torch.Tensor
+    ) -> tuple[torch.Tensor, Stats]:
+        """Clipped policy loss."""
+        logprobs, entropy = self.engine(pack.packed, pack.positions, pack.targets, self.temperature)
+        advantages = on_device(columns.advantages)
+        if self._whitening is not None:
+            advantages = whiten(advantages, self._whitening)
+        out = clipped_policy_loss(
+            PolicyLossInputs(logprobs, on_device(columns.old_logprobs), advantages, entropy),
+            clip_low=self.ppo.clip,
+            clip_high=self.ppo.clip if self.ppo.clip_high is None else self.ppo.clip_high,
+            dual_clip=self.ppo.dual_clip,
+            entropy_coef=self.ppo.entropy_coef,
+        )
+        stats = {
+            "clip_fraction": token_mean(out.clipped),
+            "approx_kl": token_mean(out.approx_kl),
+            "entropy": token_mean(entropy),
+        }
+        return (out.loss * weights).sum(), stats
+
+    def after_step(self, stats: Stats) -> bool:
+        """Stop when the policy has moved further from the sampling policy than `kl_early_stop`."""
+        if self.ppo.kl_early_stop is None:
+            return True
+        kl = stats["approx_kl"]
+        total, tokens = (sum_over_ranks(part, platform().device) for part in (kl.total, kl.weight))
+        return total / max(1.0, tokens) <= self.ppo.kl_early_stop
+
+    def connect(self, engines: list[Any], workers_per_engine: int, host: str, port: int, bucket_bytes: int, timeout_s: float) -> None:
+        """Meet the rollout engines for weight transfer; on every rank, rank 0 sends."""
+        from rlhf_ray.engines.weight_transfer.sender import SyncGroup, WeightSender
+
+        self._client = EngineClient(engines, workers_per_engine, timeout_s)
+        group = SyncGroup(self.rank, host, port, len(engines) * workers_per_engine, bucket_bytes, timeout_s)
+        self._sender = WeightSender(self.engine.model, group, self._client)
+
+    def send_weights(self, version: int) -> None:
+        """Give every engine the present weights under the name `version`."""
+        with self.recorder.span("send weights"):
+            self._client.version = version
+            self._sender.send()

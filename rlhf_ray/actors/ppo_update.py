@@ -1,0 +1,85 @@
+"""The optimizer steps of one PPO update, for policy and critic alike."""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+
+import ray
+import torch
+
+from rlhf_ray.actors.columns import RankBatch, TrainingColumns
+from rlhf_ray.actors.trained import Stopwatch, TrainedWorker, UpdateReport
+from rlhf_ray.actors.waiting import fetch_data
+from rlhf_ray.algorithms.aggregation import token_weights
+from rlhf_ray.config.algorithm import PPO
+from rlhf_ray.data.minibatches import OptimizerStep
+from rlhf_ray.models.responses import ResponsePack
+from rlhf_ray.telemetry.metrics import Mean
+
+Stats = dict[str, Mean]
+
+
+class PPOTrainedWorker(TrainedWorker):
+    """A role that takes the optimizer steps of a plan; what its loss is, the subclass says."""
+
+    ppo: PPO
+
+    @abstractmethod
+    def micro_batch_loss(
+        self, pack: ResponsePack, columns: TrainingColumns, weights: torch.Tensor
+    ) -> tuple[torch.Tensor, Stats]:
+        """Weighted sum of the token losses of a micro-batch, and what to log of it."""
+
+    def after_step(self, stats: Stats) -> bool:
+        """Whether to go on with the next optimizer step of this batch; collective."""
+        return True
+
+    def optimize(
+        self, shards: Sequence[list[ray.ObjectRef]], shard_starts: Sequence[int], plan: Sequence[OptimizerStep]
+    ) -> UpdateReport:
+        """Take the optimizer steps of this rank's plan.
+
+        Args:
+            shards: references to trajectories and `TrainingColumns` of each shard.
+            shard_starts: number of each shard's first sample.
+            plan: this rank's micro-batches.
+
+        Raises:
+            NonFiniteLossError: before the optimizer step that the loss belongs to.
+        """
+        watch = Stopwatch()
+        mine = {sample for step in plan for micro in step.micro_batches for sample in micro}
+        data = RankBatch.of([tuple(fetch_data(refs, "a shard to train on")) for refs in shards], shard_starts, sorted(mine))
+        total: Stats = {}
+        lr, steps, samples = 0.0, 0, 0
+        for step in plan:
+            stats = self._accumulate(data, step)
+            done = self.engine.step()
+            self.check_finite(
+                "gradient norm", done.grad_norm, lambda s=step: data.names([n for m in s.micro_batches for n in m])
+            )
+            stats["grad_norm"] = Mean(done.grad_norm, 1.0)
+            total = {name: total.get(name, Mean()) + mean for name, mean in stats.items()}
+            lr, steps = done.lr, steps + 1
+            samples += sum(len(micro) for micro in step.micro_batches)
+            if not self.after_step(stats):
+                break
+        return UpdateReport(total, lr, steps, samples, watch.seconds)
+
+    def _accumulate(self, data: RankBatch, step: OptimizerStep) -> Stats:
+        stats: Stats = {}
+        for number, micro_batch in enumerate(step.micro_batches):
+            pack, columns = data.pack(micro_batch)
+            weights = token_weights(pack.lengths, self.ppo.loss_mean, step.step_tokens, step.step_samples)
+            loss, found = self.micro_batch_loss(pack, columns, weights)
+            value = float(loss.detach())
+            self.check_finite("loss", value, lambda m=micro_batch: data.names(m))
+            self.engine.backward(loss, last=number == len(step.micro_batches) - 1)
+            # The loss is this micro-batch's share of the step's: shares add up, and steps average.
+            found["loss"] = Mean(value, 1.0 / (len(step.micro_batches) * self.world_size))
+            stats = {name: stats.get(name, Mean()) + mean for name, mean in found.items()}
+        return stats
+
+
+def token_mean(values: torch.Tensor) -> Mean:
+    """Mean of a `[tokens]` tensor, each token counting once."""
+    return Mean(float(values.detach().double().sum()), float(values.numel()))

@@ -1,0 +1,101 @@
+"""The parts of the reward: models in ranks, functions and services in workers."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from rlhf_ray.actors.columns import micro_batches
+from rlhf_ray.actors.worker import Worker
+from rlhf_ray.config.rewards import FunctionReward, HttpReward, ModelReward
+from rlhf_ray.data.trajectory import Floats, TrajectoryBatch, offsets_of
+from rlhf_ray.engines.training import DTYPES, ForwardEngine
+from rlhf_ray.models.heads import load_scalar, load_tokenizer
+from rlhf_ray.models.responses import ResponsePack
+from rlhf_ray.platform import platform
+from rlhf_ray.rewards.errors import RewardError
+from rlhf_ray.rewards.function import FunctionScorer
+from rlhf_ray.rewards.http import HttpScorer
+from rlhf_ray.rewards.text import decode_responses
+
+
+@dataclass(frozen=True)
+class ScorePart:
+    """What one rank scored of a shard.
+
+    Attributes:
+        samples: numbers of the samples within the shard.
+        scores: float32 `[samples]`.
+    """
+
+    samples: tuple[int, ...]
+    scores: Floats
+
+
+class RewardModelWorker(Worker):
+    """One rank of a reward model: the score is the scalar head's output at the last token."""
+
+    def load_model(self, part: ModelReward, name: str, policy_model: str, same_tokens: bool) -> None:
+        """Load the model; collective.
+
+        Args:
+            name: of the part, for errors.
+            policy_model: whose tokenizer reads the tokens.
+            same_tokens: the reward model has the policy's vocabulary, so tokens pass through as they are.
+        """
+        self.part, self.name = part, name
+        model = load_scalar(part.model, dtype=DTYPES[part.engine.dtype], trust_remote_code=part.trust_remote_code)
+        self.engine = ForwardEngine(model, part.engine)
+        self._tokenizers = None if same_tokens else (load_tokenizer(policy_model), load_tokenizer(part.model))
+
+    def score(self, batch: TrajectoryBatch) -> ScorePart:
+        """This rank's share of the scores."""
+        with self.recorder.span("score"):
+            if self._tokenizers is not None:
+                batch = self._translate(batch)
+            samples: list[int] = []
+            scores: list[np.ndarray] = []
+            for micro_batch in micro_batches(batch, self.rank, self.world_size, self.part.engine.micro_batch_tokens):
+                pack = ResponsePack.of(batch, micro_batch, platform().device)
+                scores.append(self.engine(pack.packed, pack.last).float().cpu().numpy())
+                samples += micro_batch
+            found = ScorePart(tuple(samples), np.concatenate(scores))
+        bad = [batch.uids[s] for s, score in zip(samples, found.scores, strict=True) if not np.isfinite(score)]
+        if bad:
+            raise RewardError(self.name, f"the reward model {self.part.model!r} gave NaN or infinity", bad)
+        return found
+
+    def _translate(self, batch: TrajectoryBatch) -> TrajectoryBatch:
+        """The same texts in this model's tokens, prompt and response as one text."""
+        assert self._tokenizers is not None
+        theirs, ours = self._tokenizers
+        prompts, responses = decode_responses(batch, theirs)
+        rows = ours([p + r for p, r in zip(prompts, responses, strict=True)], add_special_tokens=True)["input_ids"]
+        tokens = np.concatenate([np.asarray(row, np.int32) for row in rows])
+        return TrajectoryBatch(
+            uids=batch.uids,
+            sample_index=batch.sample_index,
+            seeds=batch.seeds,
+            prompt_tokens=np.empty(0, np.int32),
+            prompt_offsets=np.zeros(len(rows) + 1, np.int64),
+            response_tokens=tokens,
+            response_offsets=offsets_of([len(row) for row in rows]),
+            engine_logprobs=np.zeros(len(tokens), np.float32),
+            weight_versions=np.zeros(len(tokens), np.int32),
+            truncated=batch.truncated,
+        )
+
+
+class TextRewardWorker(Worker):
+    """One worker of a function or a service that scores texts. Workers share the shards, each scoring whole ones."""
+
+    def load_model(self, part: FunctionReward | HttpReward, policy_model: str, trust_remote_code: bool) -> None:
+        """Import the function, or make ready to call the service."""
+        self._scorer = FunctionScorer(part) if isinstance(part, FunctionReward) else HttpScorer(part)
+        self._tokenizer = load_tokenizer(policy_model, trust_remote_code=trust_remote_code)
+
+    def score(self, batch: TrajectoryBatch) -> ScorePart:
+        """Scores of all samples of a shard."""
+        with self.recorder.span("score"):
+            prompts, responses = decode_responses(batch, self._tokenizer)
+            scores = self._scorer.score(prompts, responses, batch.uids)
+            return ScorePart(tuple(range(len(batch))), scores)

@@ -1,0 +1,232 @@
+"""The rollout engines, and which of them gets the next shard of prompts."""
+
+import asyncio
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import ray
+from numpy.typing import NDArray
+
+from rlhf_ray.actors.group import ActorGroup
+from rlhf_ray.actors.waiting import RoleTimeout, fetch, wait_all
+from rlhf_ray.config.rollout import Rollout, Sampling
+from rlhf_ray.data.requests import PromptRequest
+from rlhf_ray.data.trajectory import TrajectoryBatch
+from rlhf_ray.telemetry.trace import Span, SpanRecorder
+
+
+@dataclass(frozen=True)
+class ShardFacts:
+    """What the controller knows of a shard: numbers per sample, no tokens.
+
+    Attributes:
+        uids: `[samples]`.
+        sample_index: `[samples]`.
+        prompt_lengths, response_lengths: tokens, int64 `[samples]`.
+        truncated: bool `[samples]`.
+        version_lag: sum over response tokens of versions that the sampling weights were behind the newest.
+    """
+
+    uids: tuple[str, ...]
+    sample_index: NDArray[np.int32]
+    prompt_lengths: NDArray[np.int64]
+    response_lengths: NDArray[np.int64]
+    truncated: NDArray[np.bool_]
+    version_lag: int
+
+
+class RolloutWorker:
+    """One vLLM engine in an actor. Its methods run side by side in one event loop."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+        self.recorder = SpanRecorder()
+
+    async def load_model(
+        self, model: str, rollout: Rollout, dtype: str, tensor_parallel: int, seed: int, trust_remote_code: bool
+    ) -> None:
+        """Start the engine."""
+        from rlhf_ray.engines.rollout import RolloutEngine
+
+        self.engine = RolloutEngine(
+            model,
+            rollout.engine,
+            dtype=dtype,
+            tensor_parallel=tensor_parallel,
+            seed=seed,
+            trust_remote_code=trust_remote_code,
+        )
+        await self.engine.set_version(0)
+
+    async def generate(
+        self, prompts: Sequence[PromptRequest], sampling: Sampling, version: int
+    ) -> tuple[TrajectoryBatch, ShardFacts]:
+        """Sample one shard. `version` is the newest of the policy."""
+        with self.recorder.span("generate"):
+            batch = TrajectoryBatch.of(await self.engine.generate(prompts, sampling))
+        return batch, ShardFacts(
+            batch.uids,
+            batch.sample_index,
+            batch.prompt_lengths,
+            batch.response_lengths,
+            batch.truncated,
+            int((version - batch.weight_versions).sum()),
+        )
+
+    async def hold(self) -> None:
+        """Queue prompts without generating."""
+        await self.engine.pause()
+
+    async def release(self, prompts: int) -> None:
+        """Generate, once this many prompts have been queued since the last release."""
+        while self.engine.queued < prompts:  # each turn lets the queueing calls run; no time passes
+            await asyncio.sleep(0)
+        self.engine.queued = 0
+        await self.engine.resume()
+
+    async def init_transfer(self, init_info: dict[str, Any]) -> None:
+        """Join the trainer's weight-transfer group."""
+        await self.engine.init_transfer(init_info)
+
+    async def start_update(self) -> None:
+        """Pause and make ready for new weights."""
+        await self.engine.pause()
+        await self.engine.start_update()
+
+    async def update(self, update_info: dict[str, Any]) -> None:
+        """Receive weights."""
+        with self.recorder.span("receive weights"):
+            await self.engine.update(update_info)
+
+    async def finish_update(self, version: int) -> None:
+        """Go on with the new weights."""
+        await self.engine.finish_update(version)
+        await self.engine.resume()
+
+    async def version(self) -> int:
+        """Version of the weights in use."""
+        return await self.engine.version()
+
+    async def drain_spans(self) -> list[Span]:
+        """What this engine did since the last call."""
+        return self.recorder.drain()
+
+    async def shutdown(self) -> None:
+        """End the engine's processes."""
+        self.engine.shutdown()
+
+
+@dataclass(frozen=True)
+class GeneratedShard:
+    """A shard that is complete.
+
+    Attributes:
+        number: of the shard within the step.
+        trajectories: reference to its `TrajectoryBatch`.
+        facts: its numbers per sample.
+    """
+
+    number: int
+    trajectories: ray.ObjectRef
+    facts: ShardFacts
+
+
+class LoadBalancer:
+    """Hands shards to the engine with the least outstanding tokens, and no more than engines can work on.
+
+    Args:
+        engines: how many there are.
+        capacity: samples that one engine may have at a time; a shard always goes to an idle engine.
+    """
+
+    def __init__(self, engines: int, capacity: int) -> None:
+        self._tokens = [0] * engines
+        self._samples = [0] * engines
+        self._capacity = capacity
+
+    def place(self, tokens: int, samples: int) -> int | None:
+        """The engine that takes a shard of so many expected tokens, None when all are full."""
+        free = [e for e, held in enumerate(self._samples) if held == 0 or held + samples <= self._capacity]
+        if not free:
+            return None
+        engine = min(free, key=lambda e: (self._tokens[e], e))
+        self._tokens[engine] += tokens
+        self._samples[engine] += samples
+        return engine
+
+    def done(self, engine: int, tokens: int, samples: int) -> None:
+        """A shard came back from `engine`."""
+        self._tokens[engine] -= tokens
+        self._samples[engine] -= samples
+
+
+class RolloutGroup(ActorGroup):
+    """All rollout engines."""
+
+    def __init__(self, actors: Sequence[Any], rollout: Rollout, *, deterministic: bool, timeout_s: float) -> None:
+        super().__init__("rollout", actors)
+        self._rollout = rollout
+        self._deterministic = deterministic
+        self._timeout_s = timeout_s
+
+    def generate(
+        self, shards: Sequence[Sequence[PromptRequest]], version: int, sampling: Sampling | None = None
+    ) -> Iterator[GeneratedShard]:
+        """Sample all shards and yield each when it is complete.
+
+        Deterministic runs give shards to engines by number and start generation once all are queued, so that
+        engines see the same batches each time.
+
+        Raises:
+            RoleTimeout, RoleFailure: as `wait_all`.
+        """
+        sampling = sampling or self._rollout.sampling
+        if self._deterministic:
+            yield from self._generate_all_at_once(shards, version, sampling)
+        else:
+            yield from self._generate_balanced(shards, version, sampling)
+
+    def _generate_balanced(
+        self, shards: Sequence[Sequence[PromptRequest]], version: int, sampling: Sampling
+    ) -> Iterator[GeneratedShard]:
+        # Twice what an engine decodes at a time, so that it never runs dry between shards.
+        balancer = LoadBalancer(len(self), 2 * self._rollout.engine.max_num_seqs)
+        loads = [sum(len(p.tokens) + sampling.max_new_tokens for p in shard) for shard in shards]
+        running: dict[ray.ObjectRef, tuple[int, int, ray.ObjectRef]] = {}
+        waiting = list(range(len(shards)))[::-1]
+        while waiting or running:
+            while waiting and (engine := balancer.place(loads[waiting[-1]], len(shards[waiting[-1]]))) is not None:
+                number = waiting.pop()
+                trajectories, facts = self.call_one(engine, "generate", shards[number], sampling, version, num_returns=2)
+                running[facts] = (number, engine, trajectories)
+            facts, (number, engine, trajectories) = self._next(running)
+            balancer.done(engine, loads[number], len(shards[number]))
+            yield GeneratedShard(number, trajectories, facts)
+
+    def _generate_all_at_once(
+        self, shards: Sequence[Sequence[PromptRequest]], version: int, sampling: Sampling
+    ) -> Iterator[GeneratedShard]:
+        self.run("hold", timeout_s=self._timeout_s, setting="run.timeouts.rollout_s")
+        running: dict[ray.ObjectRef, tuple[int, int, ray.ObjectRef]] = {}
+        queued = [0] * len(self)
+        for number, shard in enumerate(shards):
+            engine = number % len(self)
+            queued[engine] += len(shard)
+            trajectories, facts = self.call_one(engine, "generate", shard, sampling, version, num_returns=2)
+            running[facts] = (number, engine, trajectories)
+        released = self.call_each("release", [(count,) for count in queued])
+        wait_all(released, self._timeout_s, "rollout: release", "run.timeouts.rollout_s")
+        while running:
+            facts, (number, _, trajectories) = self._next(running)
+            yield GeneratedShard(number, trajectories, facts)
+
+    def _next(
+        self, running: dict[ray.ObjectRef, tuple[int, int, ray.ObjectRef]]
+    ) -> tuple[ShardFacts, tuple[int, int, ray.ObjectRef]]:
+        done, _ = ray.wait(list(running), num_returns=1, timeout=self._timeout_s)
+        if not done:
+            raise RoleTimeout("rollout: generate", self._timeout_s, "run.timeouts.rollout_s")
+        entry = running.pop(done[0])
+        return fetch(done[0], f"rollout/{entry[1]}: generate"), entry

@@ -1,0 +1,156 @@
+"""A rank of a model that is trained: policy, critic, reward model."""
+
+import shutil
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from rlhf_ray.actors.worker import Worker, load_rng, save_rng
+from rlhf_ray.engines.training import TrainingEngine, full_weights
+from rlhf_ray.models.heads import load_tokenizer
+from rlhf_ray.telemetry.metrics import Mean
+
+
+class NonFiniteLossError(Exception):
+    """A loss or gradient is NaN or infinite.
+
+    Attributes:
+        role: policy, critic or reward model.
+        quantity: `loss` or `gradient norm`.
+        value: what it was.
+        samples: uids (with sample index) of the micro-batch or optimizer step that caused it.
+    """
+
+    def __init__(self, role: str, quantity: str, value: float, samples: Sequence[str]) -> None:
+        self.role, self.quantity, self.value, self.samples = role, quantity, value, list(samples)
+        super().__init__(
+            f"{role}: {quantity} is {value}, caused by samples {', '.join(self.samples[:8])}"
+            + (f" and {len(self.samples) - 8} more" if len(self.samples) > 8 else "")
+            + ". No weights were changed by it after the last checkpoint was written; look at these samples' rewards and "
+            "log-probs, lower the learning rate, or use float32"
+        )
+
+    def __reduce__(self) -> tuple[type["NonFiniteLossError"], tuple[str, str, float, list[str]]]:
+        return type(self), (self.role, self.quantity, self.value, self.samples)
+
+
+@dataclass(frozen=True)
+class UpdateReport:
+    """What one rank's update was like.
+
+    Attributes:
+        means: to be added up over ranks.
+        lr: of the last optimizer step.
+        optimizer_steps: made.
+        samples: trained on by this rank, each counted once an epoch.
+        seconds: it took.
+    """
+
+    means: dict[str, Mean]
+    lr: float
+    optimizer_steps: int
+    samples: int
+    seconds: float
+
+
+class TrainedWorker(Worker):
+    """Holds a training engine; the roles add what they train on."""
+
+    engine: TrainingEngine
+    model_source: str
+
+    def save(self, folder: str) -> None:
+        """Write this rank's part of a checkpoint."""
+        with self.recorder.span("checkpoint"):
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            self.engine.save(Path(folder))
+            save_rng(Path(folder) / f"rng_rank{self.rank}.pt")
+
+    def load(self, folder: str) -> None:
+        """Read this rank's part of a checkpoint."""
+        with self.recorder.span("load checkpoint"):
+            self.engine.load(Path(folder))
+            load_rng(Path(folder) / f"rng_rank{self.rank}.pt")
+
+    def start_export(self, folder: str) -> None:
+        """Copy the weights to host memory and write them in Hugging Face format from a thread, on rank 0."""
+        self.finish_export()
+        with self.recorder.span("export"):
+            weights = _host_copy(self.engine.model, keep=self.rank == 0)
+        if self.rank == 0:
+            self._export = threading.Thread(target=self._write_export, args=(weights, Path(folder)), daemon=True)
+            self._export_error: Exception | None = None
+            self._export.start()
+
+    def finish_export(self) -> None:
+        """Wait for an export that is being written.
+
+        Raises:
+            Exception: what writing it raised.
+        """
+        thread: threading.Thread | None = getattr(self, "_export", None)
+        if thread is None:
+            return
+        thread.join()
+        del self._export
+        if self._export_error is not None:
+            raise self._export_error
+
+    def _write_export(self, weights: dict[str, torch.Tensor], folder: Path) -> None:
+        try:
+            partial = folder.with_name(folder.name + ".partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            model: Any = self.engine.model.model
+            model.save_pretrained(partial, state_dict=weights, safe_serialization=True)
+            load_tokenizer(self.model_source).save_pretrained(partial)
+            self.finish_export_folder(partial)
+            previous = folder.with_name(folder.name + ".previous")
+            shutil.rmtree(previous, ignore_errors=True)
+            if folder.exists():
+                folder.rename(previous)
+            partial.rename(folder)
+            shutil.rmtree(previous, ignore_errors=True)
+        except Exception as error:  # raised again by finish_export, in the caller's thread
+            self._export_error = error
+
+    def finish_export_folder(self, folder: Path) -> None:
+        """Add what a role's export has beside model and tokenizer."""
+
+    def check_finite(self, quantity: str, value: float, samples: Callable[[], Sequence[str]]) -> None:
+        """Raise `NonFiniteLossError` for NaN and infinity."""
+        if value != value or value in (float("inf"), float("-inf")):
+            raise NonFiniteLossError(self.role, quantity, value, samples())
+
+
+def sum_over_ranks(value: float, device: torch.device) -> float:
+    """Sum of a number over the ranks of the role."""
+    total = torch.tensor(value, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return float(total)
+
+
+class Stopwatch:
+    """Seconds since it was made."""
+
+    def __init__(self) -> None:
+        self._began = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds so far."""
+        return time.perf_counter() - self._began
+
+
+def _host_copy(model: nn.Module, *, keep: bool) -> dict[str, torch.Tensor]:
+    copies = {}
+    for name, tensor in full_weights(model, bucket_bytes=256 * 2**20):
+        if keep:
+            copies[name] = tensor.detach().to("cpu", copy=True)
+    return copies

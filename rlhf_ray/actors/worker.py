@@ -1,0 +1,73 @@
+"""What every rank of every role has: a place in its group, seeded randomness, and a record of what it did when."""
+
+import os
+import random
+import socket
+from pathlib import Path
+
+import numpy as np
+import ray
+import torch
+
+from rlhf_ray.data.seeds import derive_seed
+from rlhf_ray.engines.collectives import Rendezvous, join_collectives
+from rlhf_ray.telemetry.trace import Span, SpanRecorder
+
+
+class Worker:
+    """One rank of a role."""
+
+    def __init__(self, role: str, rank: int, world_size: int, seed: int, deterministic: bool) -> None:
+        self.role, self.rank, self.world_size = role, rank, world_size
+        self.recorder = SpanRecorder()
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+        seed_everything(derive_seed(seed, role, rank), deterministic)
+
+    def address(self) -> tuple[str, int]:
+        """Address of this node and a free port on it."""
+        host = ray.util.get_node_ip_address()
+        with socket.socket() as probe:
+            probe.bind((host, 0))
+            return host, int(probe.getsockname()[1])
+
+    def join(self, host: str, port: int, timeout_s: float) -> None:
+        """Join the group's collectives."""
+        join_collectives(Rendezvous(self.rank, self.world_size, host, port, timeout_s))
+
+    def drain_spans(self) -> list[Span]:
+        """What this rank did since the last call."""
+        return self.recorder.drain()
+
+
+def seed_everything(seed: int, deterministic: bool) -> None:
+    """Seed Python, numpy and torch; when `deterministic`, refuse kernels that give other bits each time."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+
+
+def save_rng(path: Path) -> None:
+    """Write the state of every random generator of this process."""
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    state = {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
+        "python": random.getstate(),
+    }
+    torch.save(state, path)
+
+
+def load_rng(path: Path) -> None:
+    """Set every random generator of this process to what `save_rng` wrote."""
+    state = torch.load(path, weights_only=True)
+    torch.set_rng_state(state["torch"])
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])
+    name, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))

@@ -1,0 +1,1 @@
+"""The Ray cluster: sessions and placement groups."""

@@ -1,0 +1,75 @@
+"""Joining a Ray cluster, or starting one on this machine."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+
+from rlhf_ray.config.placement import Cluster
+
+logger = logging.getLogger("rlhf_ray")
+
+
+class ClusterError(Exception):
+    """The cluster can't be joined or started."""
+
+
+@contextmanager
+def ray_session(cluster: Cluster, name: str) -> Iterator[None]:
+    """Be connected to Ray: to `cluster.address`, else to the cluster that this job or machine belongs to, else to a
+    local one that ends with the session.
+
+    Raises:
+        ClusterError: naming the address.
+    """
+    if ray.is_initialized():  # the caller's own session, as in tests and notebooks
+        yield
+        return
+    try:
+        _connect(cluster, name)
+    except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
+        where = cluster.address or "a local cluster"
+        raise ClusterError(
+            f"cluster.address: can't connect to {where} ({error}); check that `ray status` works there"
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _connect(cluster: Cluster, name: str) -> None:
+    options: dict[str, Any] = {"namespace": name, "log_to_driver": False, "logging_level": logging.WARNING}
+    if cluster.address is not None:
+        ray.init(address=cluster.address, **options)
+        return
+    try:
+        ray.init(address="auto", **options)
+        logger.info("joined the Ray cluster at %s", ray.get_runtime_context().gcs_address)
+    except ConnectionError:
+        ray.init(num_cpus=cluster.cpus, include_dashboard=False, **options)
+        logger.info("started a local Ray cluster with %s", describe_resources(ray.cluster_resources()))
+
+
+def cluster_facts() -> dict[str, Any]:
+    """Nodes and resources, for the manifest."""
+    return {
+        "gcs_address": ray.get_runtime_context().gcs_address,
+        "nodes": [
+            {"address": node["NodeManagerAddress"], "alive": node["Alive"], "resources": node["Resources"]}
+            for node in ray.nodes()
+        ],
+    }
+
+
+def logs_folder() -> str:
+    """Where the actors' logs are on each node."""
+    return str(ray._private.worker.global_worker.node.get_logs_dir_path())
+
+
+def describe_resources(resources: dict[str, float]) -> str:
+    """`2 CPU, 1 GPU` from Ray's resource table."""
+    shown = [f"{resources[key]:g} {key}" for key in ("CPU", "GPU") if resources.get(key)]
+    return ", ".join(shown) or "no CPU or GPU"

@@ -1,0 +1,1 @@
+"""One file per job: the training loop on a page."""

@@ -1,0 +1,279 @@
+"""Proximal policy optimisation from human feedback (Ziegler et al. 2019, Ouyang et al. 2022), one step on one page."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+
+from rlhf_ray.actors.columns import ShardReport
+from rlhf_ray.actors.rollout import GeneratedShard
+from rlhf_ray.actors.trained import NonFiniteLossError, UpdateReport
+from rlhf_ray.actors.waiting import wait_all
+from rlhf_ray.algorithms.kl import KLController
+from rlhf_ray.algorithms.moments import Moments
+from rlhf_ray.algorithms.scores import ScoreShaper
+from rlhf_ray.config.jobs import PPOJob
+from rlhf_ray.controllers.preflight import PPOInputs
+from rlhf_ray.controllers.ppo_report import PPOReport, StepRecord
+from rlhf_ray.controllers.roles import PPORoles
+from rlhf_ray.controllers.run_folder import Checkpointing, RunFolder
+from rlhf_ray.data.cursor import PromptCursor
+from rlhf_ray.data.minibatches import plan_update
+from rlhf_ray.data.requests import PromptRequest, cut_into_shards, requests_for
+from rlhf_ray.data.seeds import derive_seed
+from rlhf_ray.data.trajectory import Floats, TrajectoryBatch
+from rlhf_ray.rewards.combine import combine
+from rlhf_ray.telemetry.samples import SampleRow
+
+
+@dataclass(frozen=True)
+class RewardedShard:
+    """A generated shard and the references to its scores, by part of the reward."""
+
+    generated: GeneratedShard
+    rewards: dict[str, list[ray.ObjectRef]]
+
+
+@dataclass(frozen=True)
+class ScoredShard(RewardedShard):
+    """A shard with the references to all that roles make of it."""
+
+    old_logprobs: list[ray.ObjectRef]
+    reference_logprobs: list[ray.ObjectRef]
+    values: list[ray.ObjectRef]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step's samples, ready to train on; numbers per sample are in shard order.
+
+    Attributes:
+        shards: references to trajectories and training columns.
+        parts: unweighted scores by each part of the reward, `[samples]`.
+        scores: their weighted sum, before shaping, `[samples]`.
+    """
+
+    scored: list[ScoredShard]
+    shards: list[list[ray.ObjectRef]]
+    reports: list[ShardReport]
+    parts: dict[str, Floats]
+    scores: Floats
+
+
+class PPOController:
+    """Runs the algorithm over roles that live elsewhere; holds references and numbers per sample, never tokens."""
+
+    def __init__(
+        self, config: PPOJob, inputs: PPOInputs, roles: PPORoles, folder: RunFolder, checkpointing: Checkpointing
+    ) -> None:
+        algorithm = config.algorithm
+        self.config, self.inputs, self.roles, self.folder = config, inputs, roles, folder
+        self.checkpointing = checkpointing
+        self.report = PPOReport(config, inputs.tokenizer, folder.path)
+        self.step = 0
+        self.version = 0
+        self.cursor = PromptCursor(len(inputs.prompts), derive_seed(config.seed, "prompts"), config.data.shuffle)
+        self.kl = KLController(algorithm.kl.coef, algorithm.kl.target, algorithm.kl.horizon if algorithm.kl.target else None)
+        self.scores = ScoreShaper(
+            normalize=algorithm.normalise_scores,
+            score_clip=algorithm.score_clip,
+            truncation_penalty=algorithm.truncation_penalty,
+        )
+
+    def train(self) -> None:
+        """All steps from where the run stands."""
+        self._resume()
+        if self.step == 0:
+            self.report.before = self._showcase()
+        while self.step < self.config.run.steps:
+            self.train_step(self.step + 1)
+        self.report.write_showcase(after=self._showcase())
+
+    def train_step(self, step: int) -> None:
+        """One PPO step."""
+        record = StepRecord(step, kl_coef=self.kl.coef)
+        tickets = self.cursor.take(self.config.data.prompts_per_step)
+        requests = requests_for(self.inputs.prompts, tickets, self.config.data.samples_per_prompt, self.config.seed)
+
+        batch = self._score(self._generate(requests, record), record)
+        policy, critic = self._update(batch, step)
+        if policy:
+            self.version += 1
+            with record.timing("weight_sync"):
+                self._run("policy", "send_weights", self.version, limit="sync_s")
+        self.kl.update(float(np.mean([kl for report in batch.reports for kl in report.kl])), len(batch.scores))
+
+        self.step = step
+        self._finish(step, record, batch, policy, critic)
+
+    def _generate(self, requests: list[PromptRequest], record: StepRecord) -> Iterator[GeneratedShard]:
+        shards = cut_into_shards(requests, self.config.rollout.shard_samples)
+        with record.timing("generate"):
+            yield from self.roles.rollout.generate(shards, self.version)
+
+    def _score(self, generated: Iterator[GeneratedShard], record: StepRecord) -> Batch:
+        """Scoring of a shard starts when it is complete, while others still generate."""
+        scored = [self._start_scoring(shard, record) for shard in generated]
+        scored.sort(key=lambda shard: shard.generated.number)
+        parts = {part.name: self._collect(scored, part.name) for part in self.roles.rewards}
+        scores = combine(parts, {part.name: part.weight for part in self.roles.rewards})
+        truncated = np.concatenate([shard.generated.facts.truncated for shard in scored])
+        shaped = self.scores.shape(torch.from_numpy(scores), torch.from_numpy(truncated)).numpy()
+        columns, reports = self._advantages(scored, shaped)
+        record.scored()
+        shards = [[shard.generated.trajectories, ref] for shard, ref in zip(scored, columns, strict=True)]
+        return Batch(scored, shards, reports, parts, scores)
+
+    def _start_scoring(self, shard: GeneratedShard, record: StepRecord) -> ScoredShard:
+        record.scoring_started()
+        roles, trajectories = self.roles, shard.trajectories
+        return ScoredShard(
+            shard,
+            rewards=self._start_rewards(shard),
+            old_logprobs=roles.policy.call("logprobs", trajectories),
+            reference_logprobs=roles.reference.call("logprobs", trajectories),
+            values=roles.critic.call("values", trajectories),
+        )
+
+    def _start_rewards(self, shard: GeneratedShard) -> dict[str, list[ray.ObjectRef]]:
+        return {part.name: part.score(shard.number, shard.trajectories) for part in self.roles.rewards}
+
+    def _advantages(self, scored: list[ScoredShard], shaped: Floats) -> tuple[list[ray.ObjectRef], list[ShardReport]]:
+        columns, reports, start = [], [], 0
+        for shard in scored:
+            samples = len(shard.generated.facts.uids)
+            column, report = self.roles.critic.call_one(
+                shard.generated.number,
+                "advantages",
+                shard.generated.trajectories,
+                shaped[start : start + samples],
+                self.kl.coef,
+                shard.old_logprobs,
+                shard.reference_logprobs,
+                shard.values,
+                num_returns=2,
+            )
+            columns.append(column)
+            reports.append(report)
+            start += samples
+        return columns, self._wait(reports, "critic: advantages", "score_s")
+
+    def _update(self, batch: Batch, step: int) -> tuple[list[UpdateReport], list[UpdateReport]]:
+        """Critic and policy train at the same time; the policy waits out the critic's warm-up."""
+        facts = [shard.generated.facts for shard in batch.scored]
+        prompt_lengths = np.concatenate([f.prompt_lengths for f in facts])
+        response_lengths = np.concatenate([f.response_lengths for f in facts])
+        starts = np.cumsum([0] + [len(f.uids) for f in facts[:-1]]).tolist()
+        algorithm, config = self.config.algorithm, self.config
+        warming_up = step <= algorithm.critic_warmup_steps
+        moments = Moments()
+        for report in batch.reports:
+            moments = moments.merge(report.advantages)
+        arguments: dict[str, tuple[Any, ...]] = {"critic": ()}
+        if not warming_up:
+            arguments["policy"] = (moments if algorithm.whiten_advantages else None,)
+        running: dict[str, list[ray.ObjectRef]] = {}
+        for role, more in arguments.items():
+            group = getattr(self.roles, role)
+            plan = plan_update(
+                prompt_lengths,
+                response_lengths,
+                epochs=algorithm.epochs,
+                optimizer_steps=algorithm.optimizer_steps,
+                ranks=len(group),
+                max_tokens=getattr(config, role).engine.micro_batch_tokens,
+                seed=derive_seed(config.seed, "minibatches", step),
+            )
+            running[role] = group.call_each("update", [(batch.shards, starts, mine, *more) for mine in plan])
+        try:
+            self._wait([ref for refs in running.values() for ref in refs], "update of policy and critic", "update_s")
+        except NonFiniteLossError as error:
+            shards = [self._fetch(shard.generated) for shard in batch.scored]
+            raise self.report.save_failure(step, shards, batch.parts, error) from error
+        reports = {role: ray.get(refs, timeout=60) for role, refs in running.items()}
+        return reports.get("policy", []), reports["critic"]
+
+    def _finish(
+        self, step: int, record: StepRecord, batch: Batch, policy: list[UpdateReport], critic: list[UpdateReport]
+    ) -> None:
+        due = self.folder.checkpoint_due(step, last=step == self.config.run.steps)
+        if due:
+            with record.timing("checkpoint"):
+                self.checkpointing.save(step)
+        facts = [shard.generated.facts for shard in batch.scored]
+        metrics = self.report.metrics(record, facts, batch.reports, batch.parts, batch.scores, policy, critic)
+        spans = self.folder.collect_spans(self.roles.groups, self.config.run.timeouts.setup_s)
+        metrics |= record.timings(spans)
+        if step % self.config.run.samples_every == 0 or step in (1, self.config.run.steps):
+            self.folder.samples.append(step, self._first_samples(batch))
+        self.folder.log_step(step, metrics)
+        if due:
+            self.checkpointing.commit(step, self._state(), metrics)
+            if self.config.run.export:
+                self.checkpointing.export("policy", wait=step == self.config.run.steps)
+
+    def _collect(self, scored: Sequence[RewardedShard], part: str) -> Floats:
+        """Scores of one part for all samples, in shard order."""
+        columns = []
+        for shard in scored:
+            scores = np.full(len(shard.generated.facts.uids), np.nan, np.float32)
+            for found in self._wait(shard.rewards[part], f"reward {part}: score", "score_s"):
+                scores[list(found.samples)] = found.scores
+            columns.append(scores)
+        return np.concatenate(columns)
+
+    def _showcase(self) -> list[SampleRow]:
+        """Responses to the same few prompts with the same seeds, to set those before and after training side by side."""
+        cursor = PromptCursor(len(self.inputs.prompts), seed=0, shuffle=False)
+        tickets = cursor.take(min(self.config.run.samples_kept, len(self.inputs.prompts)))
+        requests = requests_for(self.inputs.prompts, tickets, 1, derive_seed(self.config.seed, "showcase"))
+        [shard] = self.roles.rollout.generate([requests], self.version)
+        rewarded = RewardedShard(shard, self._start_rewards(shard))
+        parts = {part.name: self._collect([rewarded], part.name) for part in self.roles.rewards}
+        return self.report.sample_rows(self._fetch(shard), parts, np.zeros(len(requests), np.float32))
+
+    def _first_samples(self, batch: Batch) -> list[SampleRow]:
+        kept = self.config.run.samples_kept
+        kl = np.concatenate([report.kl for report in batch.reports])
+        rows: list[SampleRow] = []
+        for shard in batch.scored:
+            if len(rows) >= kept:
+                break
+            here = slice(len(rows), len(rows) + len(shard.generated.facts.uids))
+            parts = {name: scores[here] for name, scores in batch.parts.items()}
+            rows += self.report.sample_rows(self._fetch(shard.generated), parts, kl[here])
+        return rows[:kept]
+
+    def _fetch(self, shard: GeneratedShard) -> TrajectoryBatch:
+        [trajectories] = self._wait([shard.trajectories], "trajectories of a shard", "score_s")
+        return trajectories  # type: ignore[no-any-return]
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "version": self.version,
+            "cursor": self.cursor.state_dict(),
+            "kl": self.kl.state_dict(),
+            "scores": self.scores.state_dict(),
+            "before": [asdict(row) for row in self.report.before],
+        }
+
+    def _resume(self) -> None:
+        checkpoint = self.folder.resumed
+        if checkpoint is None:
+            return
+        self.checkpointing.load(checkpoint)
+        self.step, self.version = checkpoint.step, checkpoint.state["version"]
+        self.cursor.load_state_dict(checkpoint.state["cursor"])
+        self.kl.load_state_dict(checkpoint.state["kl"])
+        self.scores.load_state_dict(checkpoint.state["scores"])
+        self.report.before = [SampleRow(**row) for row in checkpoint.state["before"]]
+        self._run("policy", "send_weights", self.version, limit="sync_s")
+
+    def _run(self, role: str, method: str, *args: Any, limit: str) -> list[Any]:
+        return self._wait(getattr(self.roles, role).call(method, *args), f"{role}: {method}", limit)
+
+    def _wait(self, refs: list[ray.ObjectRef], what: str, limit: str) -> list[Any]:
+        return wait_all(refs, getattr(self.config.run.timeouts, limit), what, f"run.timeouts.{limit}")

@@ -1,0 +1,95 @@
+"""Bradley–Terry training of a reward model (Ouyang et al. 2022, equation 1)."""
+
+from typing import Any
+
+import numpy as np
+import ray
+
+from rlhf_ray.actors.group import ActorGroup
+from rlhf_ray.actors.waiting import wait_all
+from rlhf_ray.config.jobs import RewardModelJob
+from rlhf_ray.controllers.preflight import PairInputs
+from rlhf_ray.controllers.ppo_report import StepRecord
+from rlhf_ray.controllers.run_folder import Checkpointing, RunFolder
+from rlhf_ray.data.cursor import PromptCursor
+from rlhf_ray.data.packing import plan_micro_batches
+from rlhf_ray.data.pairs import PairSet
+from rlhf_ray.data.seeds import derive_seed
+from rlhf_ray.telemetry.metrics import Metrics, reduce_means
+
+
+def steps_of(config: RewardModelJob, inputs: PairInputs) -> int:
+    """Optimizer steps of the run; the last of an epoch may be smaller."""
+    return config.run.epochs * -(-len(inputs.train) // config.data.pairs_per_step)
+
+
+class RewardModelController:
+    """Runs the epochs over ranks that live elsewhere."""
+
+    def __init__(
+        self, config: RewardModelJob, inputs: PairInputs, group: ActorGroup, folder: RunFolder, checkpointing: Checkpointing
+    ) -> None:
+        self.config, self.inputs, self.group, self.folder = config, inputs, group, folder
+        self.checkpointing = checkpointing
+        self.step = 0
+        self.total = steps_of(config, inputs)
+        self.cursor = PromptCursor(len(inputs.train), derive_seed(config.seed, "pairs"), shuffle=True)
+        self._train = [ray.put(inputs.train)]
+        self._held_out = [ray.put(inputs.held_out)]
+
+    def train(self) -> None:
+        """All steps from where the run stands."""
+        if self.folder.resumed is not None:
+            self.checkpointing.load(self.folder.resumed)
+            self.step = self.folder.resumed.step
+            self.cursor.load_state_dict(self.folder.resumed.state["cursor"])
+        while self.step < self.total:
+            self.train_step(self.step + 1)
+
+    def train_step(self, step: int) -> None:
+        """One optimizer step, with evaluation and checkpoint when due."""
+        record = StepRecord(step)
+        pairs = np.array([ticket.index for ticket in self.cursor.take(self._pairs_of(step))])
+        lengths = _lengths(self.inputs.train)[pairs]
+        plan = plan_micro_batches(lengths, len(self.group), self.config.reward.engine.micro_batch_tokens)
+        per_rank = [([self._train[0]], [pairs[micro].tolist() for micro in mine], len(pairs)) for mine in plan]
+        reports = self._wait(self.group.call_each("step", per_rank), "reward: step", "update_s")
+        self.step = step
+
+        metrics: Metrics = {f"train/{name}": v for name, v in reduce_means([r.means for r in reports]).items()}
+        metrics["train/lr"] = reports[0].lr
+        metrics["epoch"] = (step - 1) // (self.total // self.config.run.epochs) + 1.0
+        metrics["throughput/train_tokens_per_s"] = float(lengths.sum()) / max(report.seconds for report in reports)
+        last, every = step == self.total, self.config.run.eval_every
+        if self.inputs.held_out is not None and (last or step == 1 or (every and step % every == 0)):
+            metrics |= self._evaluate(self.inputs.held_out)
+        due = self.folder.checkpoint_due(step, last)
+        if due:
+            with record.timing("checkpoint"):
+                self.checkpointing.save(step)
+        metrics |= record.timings(self.folder.collect_spans([self.group], self.config.run.timeouts.setup_s))
+        self.folder.log_step(step, metrics)
+        if due:
+            self.checkpointing.commit(step, {"cursor": self.cursor.state_dict()}, metrics)
+            if self.config.run.export:
+                self.checkpointing.export("reward", wait=last)
+
+    def _pairs_of(self, step: int) -> int:
+        """Pairs of a step: epochs do not run into each other, so the last step of one takes what is left."""
+        per_epoch = self.total // self.config.run.epochs
+        place = (step - 1) % per_epoch
+        return min(self.config.data.pairs_per_step, len(self.inputs.train) - place * self.config.data.pairs_per_step)
+
+    def _evaluate(self, held_out: PairSet) -> Metrics:
+        plan = plan_micro_batches(_lengths(held_out), len(self.group), self.config.reward.engine.micro_batch_tokens)
+        refs = self.group.call_each("evaluate", [([self._held_out[0]], mine) for mine in plan])
+        found = reduce_means(self._wait(refs, "reward: evaluate", "score_s"))
+        return {f"eval/{name}": value for name, value in found.items()}
+
+    def _wait(self, refs: list[ray.ObjectRef], what: str, limit: str) -> list[Any]:
+        return wait_all(refs, getattr(self.config.run.timeouts, limit), what, f"run.timeouts.{limit}")
+
+
+def _lengths(pairs: PairSet) -> Any:
+    """Tokens of both texts of each pair, int64 `[pairs]`."""
+    return np.diff(pairs.chosen_offsets) + np.diff(pairs.rejected_offsets)

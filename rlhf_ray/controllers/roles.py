@@ -1,0 +1,226 @@
+"""The actors of a job, from its config."""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from rlhf_ray.actors.critic import CriticWorker
+from rlhf_ray.actors.group import ActorGroup, Seat, Seating, create_group
+from rlhf_ray.actors.policy import PolicyWorker
+from rlhf_ray.actors.reference import ReferenceWorker
+from rlhf_ray.actors.reward import RewardModelWorker, ScorePart, TextRewardWorker
+from rlhf_ray.actors.reward_training import RewardTrainingWorker
+from rlhf_ray.actors.rollout import RolloutGroup, RolloutWorker
+from rlhf_ray.actors.waiting import wait_all
+from rlhf_ray.config.jobs import PPOJob, RewardModelJob
+from rlhf_ray.config.rewards import FunctionReward, ModelReward, part_name
+from rlhf_ray.config.run import Timeouts
+from rlhf_ray.controllers.preflight import PPOInputs
+from rlhf_ray.data.trajectory import Floats
+
+logger = logging.getLogger("rlhf_ray")
+
+_COLLECTIVE = "placement.policy"
+
+
+@dataclass(frozen=True)
+class RewardPart:
+    """One part of the reward and who computes it.
+
+    Attributes:
+        name: in metrics.
+        weight: in the sum.
+        group: its actors.
+        collective: all ranks score a shard together; else each worker scores whole shards.
+    """
+
+    name: str
+    weight: float
+    group: ActorGroup
+    collective: bool
+
+    def score(self, shard: int, trajectories: ray.ObjectRef) -> list[ray.ObjectRef]:
+        """Start scoring a shard."""
+        if self.collective:
+            return self.group.call("score", trajectories)
+        return [self.group.call_one(shard, "score", trajectories)]
+
+
+@dataclass(frozen=True)
+class PPORoles:
+    """The five roles."""
+
+    policy: ActorGroup
+    critic: ActorGroup
+    reference: ActorGroup
+    rewards: tuple[RewardPart, ...]
+    rollout: RolloutGroup
+
+    @property
+    def groups(self) -> list[ActorGroup]:
+        """All of them."""
+        return [self.policy, self.critic, self.reference, self.rollout, *(part.group for part in self.rewards)]
+
+
+@contextmanager
+def ppo_roles(config: PPOJob, inputs: PPOInputs) -> Iterator[PPORoles]:
+    """Start all actors of a PPO job with their models, connected for weight transfer; end them on the way out."""
+    placement = config.placement
+    seating = Seating(placement.placement_timeout_s)
+    started: list[ActorGroup] = []
+    try:
+        seats = _ppo_seats(config, seating)
+
+        def group(role: str, worker: type, name: str | None = None, ranks: int | None = None) -> ActorGroup:
+            count = ranks or placement.ranks_of(role)  # type: ignore[arg-type]
+            created = create_group(name or role, worker, seats[role], count, _identity(name or role, count, config))
+            started.append(created)
+            return created
+
+        policy, critic, reference = (
+            group("policy", PolicyWorker),
+            group("critic", CriticWorker),
+            group("reference", ReferenceWorker),
+        )
+        rewards = tuple(_reward_part(part, group) for part in config.reward)
+        engines = create_group(
+            "rollout", RolloutWorker, seats["rollout"], placement.rollout.engines, lambda rank: {"rank": rank}
+        )
+        rollout = RolloutGroup(
+            engines.actors,
+            config.rollout,
+            deterministic=config.run.deterministic,
+            timeout_s=config.run.timeouts.rollout_s,
+        )
+        started.append(rollout)
+        roles = PPORoles(policy, critic, reference, rewards, rollout)
+        _load_ppo_models(config, inputs, roles)
+        yield roles
+        rollout.run("shutdown", timeout_s=60, setting="run.timeouts.setup_s")
+    finally:
+        for created in started:
+            created.kill()
+        seating.release()
+
+
+@contextmanager
+def reward_model_role(config: RewardModelJob, total_steps: int) -> Iterator[ActorGroup]:
+    """Start the ranks that train a reward model; end them on the way out."""
+    seating = Seating(config.placement.placement_timeout_s)
+    placement = config.placement.reward
+    ranks = placement.ranks or 1
+    group = None
+    try:
+        seat = seating.seat_trained("reward", placement, guests=0)
+        group = create_group("reward", RewardTrainingWorker, seat, ranks, _identity("reward", ranks, config))
+        join_collectives([group], config.run.timeouts)
+        loaded = group.call("load_model", config.reward, total_steps, config.seed)
+        wait_all(loaded, config.run.timeouts.setup_s, "reward: load_model", "run.timeouts.setup_s")
+        yield group
+    finally:
+        if group is not None:
+            group.kill()
+        seating.release()
+
+
+def join_collectives(groups: Sequence[ActorGroup], timeouts: Timeouts) -> None:
+    """Have the ranks of each group meet at its rank 0."""
+    first = [group.call_one(0, "address") for group in groups]
+    addresses = wait_all(first, timeouts.setup_s, "start of the actors", "run.timeouts.setup_s")
+    # A collective must outlast the slowest rank's longest phase; the controller's own limits end a run sooner.
+    longest = max(timeouts.setup_s, timeouts.update_s, timeouts.score_s, timeouts.checkpoint_s)
+    joined = [
+        ref for group, (host, port) in zip(groups, addresses, strict=True) for ref in group.call("join", host, port, longest)
+    ]
+    wait_all(joined, timeouts.setup_s, "ranks joining their groups", "run.timeouts.setup_s")
+
+
+def _ppo_seats(config: PPOJob, seating: Seating) -> dict[str, Seat]:
+    placement = config.placement
+    models = len(config.reward_models)
+    weight = {"policy": 1, "critic": 1, "reference": 1, "reward": models}
+    seats: dict[str, Seat] = {}
+    for role in ("policy", "critic", "reference", "reward"):
+        own = getattr(placement, role)
+        if own.colocate is None and weight[role]:
+            guests = sum(count for guest, count in weight.items() if getattr(placement, guest).colocate == role)
+            # Several reward models share their bundles among themselves too.
+            seats[role] = seating.seat_trained(role, own, guests + weight[role] - 1)
+    for role in ("policy", "critic", "reference", "reward"):
+        own = getattr(placement, role)
+        if own.colocate is not None and weight[role]:
+            seats[role] = seating.seat_guest(role, own)
+    seats["rollout"] = seating.seat_engines(placement.rollout)
+    return seats
+
+
+def _reward_part(part: Any, group: Any) -> RewardPart:
+    name = part_name(part)
+    if isinstance(part, ModelReward):
+        return RewardPart(name, part.weight, group("reward", RewardModelWorker, f"reward-{name}"), collective=True)
+    workers = part.workers if isinstance(part, FunctionReward) else 1
+    actors = [
+        ray.remote(TextRewardWorker).options(num_cpus=0).remote(**_arguments(f"reward-{name}", rank, workers, 0, False))
+        for rank in range(workers)
+    ]
+    return RewardPart(name, part.weight, ActorGroup(f"reward-{name}", actors), collective=False)
+
+
+def _identity(role: str, ranks: int, config: PPOJob | RewardModelJob) -> Any:
+    return lambda rank: _arguments(role, rank, ranks, config.seed, config.run.deterministic)
+
+
+def _arguments(role: str, rank: int, ranks: int, seed: int, deterministic: bool) -> Mapping[str, Any]:
+    return {"role": role, "rank": rank, "world_size": ranks, "seed": seed, "deterministic": deterministic}
+
+
+def _load_ppo_models(config: PPOJob, inputs: PPOInputs, roles: PPORoles) -> None:
+    timeouts = config.run.timeouts
+    trust = config.policy.trust_remote_code
+    rollout_dtype = config.rollout.engine.dtype or config.policy.engine.dtype
+    temperature = config.rollout.sampling.temperature
+    updates = config.algorithm.epochs * config.algorithm.optimizer_steps
+    engines = roles.rollout.call(
+        "load_model",
+        config.policy.model,
+        config.rollout,
+        rollout_dtype,
+        config.placement.rollout.tensor_parallel,
+        config.seed,
+        trust,
+    )
+    collective = [roles.policy, roles.critic, roles.reference, *(p.group for p in roles.rewards if p.collective)]
+    join_collectives(collective, timeouts)
+    policy_steps = (config.run.steps - config.algorithm.critic_warmup_steps) * updates
+    loading = [
+        *engines,
+        *roles.policy.call("load_model", config.policy, config.algorithm, temperature, policy_steps),
+        *roles.critic.call(
+            "load_model", config.critic, inputs.critic_model, config.algorithm, config.run.steps * updates, config.seed
+        ),
+        *roles.reference.call(
+            "load_model", inputs.reference_model, config.reference.engine, temperature, trust
+        ),
+    ]
+    same_tokens = iter(inputs.same_tokens)
+    for part, reward in zip(roles.rewards, config.reward, strict=True):
+        if isinstance(reward, ModelReward):
+            loading += part.group.call("load_model", reward, part.name, config.policy.model, next(same_tokens))
+        else:
+            loading += part.group.call("load_model", reward, config.policy.model, trust)
+    wait_all(loading, timeouts.setup_s, "loading of the models", "run.timeouts.setup_s")
+    [(host, port)] = wait_all([roles.policy.call_one(0, "address")], timeouts.setup_s, "policy: address", "run.timeouts.setup_s")
+    connected = roles.policy.call(
+        "connect",
+        roles.rollout.actors,
+        config.placement.rollout.tensor_parallel,
+        host,
+        port,
+        config.rollout.sync_bucket_mib * 2**20,
+        timeouts.sync_s,
+    )
+    wait_all(connected, timeouts.setup_s, "policy and engines connecting", "run.timeouts.setup_s")

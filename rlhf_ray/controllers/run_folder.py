@@ -1,0 +1,131 @@
+"""The run folder and everything that is written into it while a job runs."""
+
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from rlhf_ray.actors.group import ActorGroup
+from rlhf_ray.actors.waiting import wait_all
+from rlhf_ray.cluster.session import cluster_facts
+from rlhf_ray.config.jobs import JobConfig
+from rlhf_ray.config.loading import dump_config
+from rlhf_ray.recovery.checkpoints import Checkpoint, CheckpointStore
+from rlhf_ray.telemetry.manifest import write_manifest
+from rlhf_ray.telemetry.metrics import MetricsLog
+from rlhf_ray.telemetry.progress import Progress
+from rlhf_ray.telemetry.rows import replace_file
+from rlhf_ray.telemetry.samples import SamplesLog
+from rlhf_ray.telemetry.trace import Span, SpanRecorder, Timeline
+
+logger = logging.getLogger("rlhf_ray")
+
+
+class ResumeError(Exception):
+    """The run folder holds a run that this one can't go on with."""
+
+
+class RunFolder:
+    """Config, manifest, metrics, samples, trace and checkpoints of one run."""
+
+    def __init__(self, config: JobConfig, steps: int) -> None:
+        self.path = Path(config.run.dir)
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._config = config
+        self.checkpoints = CheckpointStore(self.path, config.run.keep_last, config.run.keep_best)
+        self.resumed = self._find_checkpoint()
+        done = self.resumed.step if self.resumed else 0
+        replace_file(self.path / "config.yaml", dump_config(config).encode())
+        write_manifest(self.path, config, cluster_facts(), sys.argv)
+        resume_step = done if self.resumed else None
+        self.metrics = MetricsLog(self.path, config.run, config.name, config.model_dump(mode="json"), resume_step)
+        self.samples = SamplesLog(self.path, resume_step)
+        self.recorder = SpanRecorder()
+        self._timeline = Timeline(self.path / "timeline.json") if config.run.trace else None
+        self._progress = Progress(config.name, steps, done)
+
+    def _find_checkpoint(self) -> Checkpoint | None:
+        found = self.checkpoints.latest()
+        if found is None:
+            return None
+        if self._config.run.resume == "never":
+            raise ResumeError(
+                f"run.resume is 'never', but {self.path} holds a checkpoint of step {found.step}: choose another run.dir, "
+                "remove the folder, or set run.resume to 'auto'"
+            )
+        logger.info("resuming from %s", found.folder)
+        return found
+
+    def __enter__(self) -> Self:
+        self._progress.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.__exit__(kind, error, trace)
+        self.samples.close()
+        self.metrics.close(failed=kind is not None)
+
+    def collect_spans(self, groups: Sequence[ActorGroup], timeout_s: float) -> list[Span]:
+        """Bring in what all actors did since the last call, write the trace, and return the actors' spans."""
+        refs = {group: group.call("drain_spans") for group in groups}
+        collected: list[Span] = []
+        for group, pending in refs.items():
+            drained = wait_all(pending, timeout_s, f"{group.role}: drain_spans", "run.timeouts.setup_s")
+            for rank, spans in enumerate(drained):
+                collected += spans
+                if self._timeline is not None and spans:
+                    self._timeline.add(f"{group.role}/{rank}", spans)
+        own = self.recorder.drain()
+        if self._timeline is not None and own:
+            self._timeline.add("controller", own)
+        return collected
+
+    def log_step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Write a step's metrics and show them."""
+        self.metrics.write(step, metrics)
+        self._progress.update(step, metrics)
+
+    def checkpoint_due(self, step: int, last: bool) -> bool:
+        """Whether a checkpoint belongs after this step."""
+        every = self._config.run.checkpoint_every
+        return last or (every > 0 and step % every == 0)
+
+
+class Checkpointing:
+    """Writes and reads the parts of a checkpoint that groups of trained roles hold."""
+
+    def __init__(self, folder: RunFolder, trained: Mapping[str, ActorGroup], timeout_s: float) -> None:
+        self._folder = folder
+        self._trained = trained
+        self._timeout_s = timeout_s
+
+    def save(self, step: int) -> None:
+        """Have every role write its part. It becomes a checkpoint with `commit`."""
+        place = self._folder.checkpoints.begin(step)
+        refs = [ref for role, group in self._trained.items() for ref in group.call("save", str((place / role).absolute()))]
+        wait_all(refs, self._timeout_s, f"checkpoint of step {step}", "run.timeouts.checkpoint_s")
+
+    def commit(self, step: int, state: dict[str, Any], metrics: Mapping[str, float]) -> None:
+        """Complete the checkpoint of this step."""
+        self._folder.checkpoints.commit(step, state, dict(metrics))
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Have every role read its part."""
+        refs = [
+            ref
+            for role, group in self._trained.items()
+            for ref in group.call("load", str((checkpoint.folder / role).absolute()))
+        ]
+        wait_all(refs, self._timeout_s, f"loading {checkpoint.folder}", "run.timeouts.checkpoint_s")
+
+    def export(self, role: str, *, wait: bool) -> None:
+        """Have a role write its model in Hugging Face format to `export/`, in the background unless `wait`."""
+        group = self._trained[role]
+        setting = "run.timeouts.checkpoint_s"
+        group.run("start_export", str((self._folder.path / "export").absolute()), timeout_s=self._timeout_s, setting=setting)
+        if wait:
+            group.run("finish_export", timeout_s=self._timeout_s, setting=setting)

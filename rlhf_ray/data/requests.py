@@ -1,0 +1,49 @@
+"""What a rollout engine is asked for."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rlhf_ray.data.cursor import PromptTicket, visit_uid
+from rlhf_ray.data.prompts import PromptSet
+from rlhf_ray.data.seeds import sample_seed
+
+
+@dataclass(frozen=True)
+class PromptRequest:
+    """One sample to draw.
+
+    Attributes:
+        uid, sample_index, seed: see `Trajectory`.
+        tokens: of the prompt.
+    """
+
+    uid: str
+    sample_index: int
+    seed: int
+    tokens: Sequence[int]
+
+
+def requests_for(
+    prompts: PromptSet, tickets: Sequence[PromptTicket], samples_per_prompt: int, run_seed: int
+) -> list[PromptRequest]:
+    """`samples_per_prompt` requests for each ticket, in order of ticket and sample index."""
+    requests = []
+    for ticket in tickets:
+        uid = visit_uid(prompts.uids[ticket.index], ticket.epoch)
+        tokens = prompts.tokens(ticket.index).tolist()
+        requests += [
+            PromptRequest(uid, index, sample_seed(run_seed, uid, index), tokens) for index in range(samples_per_prompt)
+        ]
+    return requests
+
+
+def cut_into_shards(requests: Sequence[PromptRequest], shard_samples: int) -> list[list[PromptRequest]]:
+    """Shards of at most `shard_samples`, their sizes differing by one at most."""
+    count = shard_count(len(requests), shard_samples)
+    bounds = [round(number * len(requests) / count) for number in range(count + 1)]
+    return [list(requests[start:end]) for start, end in zip(bounds, bounds[1:], strict=False)]
+
+
+def shard_count(samples: int, shard_samples: int) -> int:
+    """Shards that `samples` are cut into."""
+    return -(-samples // shard_samples)

@@ -1,0 +1,145 @@
+"""One vLLM engine: prompts in, trajectories out, new weights in between."""
+
+import asyncio
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from vllm import AsyncEngineArgs, SamplingParams
+from vllm.config import WeightTransferConfig
+from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
+from vllm.inputs import TokensPrompt
+from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from rlhf_ray.config.rollout import RolloutEngine as EngineConfig
+from rlhf_ray.config.rollout import Sampling
+from rlhf_ray.data.requests import PromptRequest
+from rlhf_ray.data.trajectory import FinishReason, Trajectory
+from rlhf_ray.platform import platform
+
+
+class RolloutEngine:
+    """vLLM's asynchronous engine with continuous batching. Start it inside an asyncio event loop.
+
+    Attributes:
+        queued: requests that have reached the engine; its owner may set it back.
+    """
+
+    def __init__(
+        self, model: str, engine: EngineConfig, *, dtype: str, tensor_parallel: int, seed: int, trust_remote_code: bool
+    ) -> None:
+        on_cpu = platform().device.type == "cpu"
+        if on_cpu:
+            os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(engine.cpu_kv_cache_gib)
+            os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # engines and trainers share the cores
+            os.environ["TORCHDYNAMO_DISABLE"] = "1"
+        extension = {"worker_extension_cls": "rlhf_ray.engines.weight_transfer.gloo.WorkerExtension"} if on_cpu else {}
+        self._engine = AsyncLLM.from_engine_args(
+            AsyncEngineArgs(
+                model=model,
+                dtype=dtype,
+                tensor_parallel_size=tensor_parallel,
+                max_model_len=engine.max_model_len,
+                max_num_seqs=engine.max_num_seqs,
+                max_num_batched_tokens=max(engine.max_num_batched_tokens, engine.max_model_len),
+                gpu_memory_utilization=engine.gpu_memory_utilization,
+                enforce_eager=engine.enforce_eager or on_cpu,
+                enable_prefix_caching=engine.prefix_caching,
+                logprobs_mode="processed_logprobs",
+                seed=seed,
+                trust_remote_code=trust_remote_code,
+                disable_log_stats=True,
+                weight_transfer_config=WeightTransferConfig(backend=platform().weight_transfer),
+                generation_config="vllm",  # sampling comes from the job's config alone
+                **extension,
+            )
+        )
+        self._requests = 0
+        self.queued = 0
+
+    async def generate(self, prompts: Sequence[PromptRequest], sampling: Sampling) -> list[Trajectory]:
+        """One response to each prompt, in order."""
+        return list(await asyncio.gather(*(self._sample(prompt, sampling) for prompt in prompts)))
+
+    async def _sample(self, prompt: PromptRequest, sampling: Sampling) -> Trajectory:
+        self._requests += 1
+        request_id = f"{self._requests}:{prompt.uid}:{prompt.sample_index}"
+        prompt_tokens = TokensPrompt(prompt_token_ids=list(prompt.tokens))
+        answers = await self._engine.add_request(request_id, prompt_tokens, _sampling_params(sampling, prompt.seed))
+        self.queued += 1
+        output = await answers.get()
+        while not output.finished:
+            output = await answers.get()
+        assert isinstance(output, RequestOutput)
+        return _trajectory(prompt, output.outputs[0])
+
+    async def pause(self) -> None:
+        """Hold all requests where they are and forget cached keys and values."""
+        await self._engine.pause_generation(mode="keep")
+
+    async def resume(self) -> None:
+        """Go on with held requests."""
+        await self._engine.resume_generation()
+
+    async def init_transfer(self, init_info: dict[str, Any]) -> None:
+        """Join the trainer's weight-transfer group."""
+        await self._engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info=init_info))
+
+    async def start_update(self) -> None:
+        """Make ready for new weights."""
+        await self._engine.start_weight_update()
+
+    async def update(self, update_info: dict[str, Any]) -> None:
+        """Receive weights. After a failure the engine is half loaded and must not be used."""
+        await self._engine.update_weights(WeightTransferUpdateRequest(update_info=update_info))
+
+    async def finish_update(self, version: int) -> None:
+        """Make the new weights the engine's."""
+        await self._engine.finish_weight_update(str(version))
+
+    async def set_version(self, version: int) -> None:
+        """Name the weights that the engine was started with."""
+        await self._engine.update_weight_version(str(version))
+
+    async def version(self) -> int:
+        """Version of the weights in use."""
+        return int(await self._engine.get_weight_version())
+
+    def shutdown(self) -> None:
+        """End the engine's processes."""
+        self._engine.shutdown()
+
+
+def _sampling_params(sampling: Sampling, seed: int) -> SamplingParams:
+    return SamplingParams(
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k or -1,
+        min_p=sampling.min_p,
+        repetition_penalty=sampling.repetition_penalty,
+        max_tokens=sampling.max_new_tokens,
+        min_tokens=sampling.min_new_tokens,
+        stop=list(sampling.stop) or None,
+        stop_token_ids=list(sampling.stop_token_ids) or None,
+        ignore_eos=sampling.ignore_eos,
+        include_stop_str_in_output=True,  # what was sampled is trained on, the stop string too
+        seed=seed,
+        logprobs=0,  # of the sampled token alone
+        detokenize=bool(sampling.stop),
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def _trajectory(prompt: PromptRequest, output: CompletionOutput) -> Trajectory:
+    tokens = list(output.token_ids)
+    assert output.logprobs is not None
+    logprobs = [places[token].logprob for places, token in zip(output.logprobs, tokens, strict=True)]
+    versions = [0] * len(tokens)
+    for span in output.weight_versions or []:
+        versions[span.start : span.end] = [int(span.version)] * (span.end - span.start)
+    reason: FinishReason = "length" if output.finish_reason == "length" else "stop"
+    return Trajectory(
+        prompt.uid, prompt.sample_index, prompt.seed, prompt.tokens, tokens, logprobs, versions, reason
+    )

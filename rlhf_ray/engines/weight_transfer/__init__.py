@@ -1,0 +1,1 @@
+"""New weights from the policy to the rollout engines, through vLLM's weight-transfer API."""

@@ -1,0 +1,1 @@
+"""Checkpoints on disk: each is complete or absent, and a resumed run goes on from the newest intact one."""

@@ -1,0 +1,223 @@
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+from pydantic import BaseModel
+
+from rlhf_ray.config.jobs import JOB_TYPES, PPOJob, RewardModelJob
+from rlhf_ray.config.loading import ConfigError, parse_config
+from rlhf_ray.config.reference import render
+from rlhf_ray.config.rewards import FunctionReward, HttpReward, ModelReward, part_name
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def ppo(**sections: Any) -> dict[str, Any]:
+    return {
+        "job": "ppo",
+        "name": "x",
+        "policy": {"model": "m"},
+        "reward": [{"model": "r"}],
+        "data": {"prompts": "p.jsonl"},
+        "run": {"dir": "runs/x", "steps": 3},
+        **sections,
+    }
+
+
+def reward_model(**sections: Any) -> dict[str, Any]:
+    return {
+        "job": "reward_model",
+        "name": "x",
+        "reward": {"model": "m"},
+        "data": {"train": "t.jsonl"},
+        "run": {"dir": "runs/x"},
+        **sections,
+    }
+
+
+def problems_of(raw: dict[str, Any]) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(raw)
+    return caught.value.problems
+
+
+def sections() -> Iterator[type[BaseModel]]:
+    def inside(annotation: Any) -> Iterator[type[BaseModel]]:
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            yield annotation
+            for field in annotation.model_fields.values():
+                yield from inside(field.annotation)
+        else:
+            for argument in get_args(annotation):
+                yield from inside(argument)
+
+    for job in JOB_TYPES.values():
+        yield from inside(job)
+
+
+def test_the_config_package_imports_none_of_the_heavy_libraries() -> None:
+    code = (
+        "import importlib, pkgutil, sys, rlhf_ray.config as c\n"
+        "for m in pkgutil.iter_modules(c.__path__): importlib.import_module(f'rlhf_ray.config.{m.name}')\n"
+        "assert 'rlhf_ray.config.loading' in sys.modules\n"
+        "sys.stdout.write(' '.join({'torch', 'ray', 'vllm', 'deepspeed', 'transformers'} & set(sys.modules)))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True, cwd=REPOSITORY)
+    assert found.stdout == ""
+
+
+def test_every_field_of_every_section_is_documented() -> None:
+    found = list(sections())
+    assert len(found) > 30
+    assert [f"{s.__name__}.{n}" for s in found for n, f in s.model_fields.items() if not f.description] == []
+    assert [s.__name__ for s in found if not s.__doc__] == []
+
+
+def test_the_reference_page_is_current() -> None:
+    page = (REPOSITORY / "docs/config.md").read_text()
+    assert page == render(), "run: python -m rlhf_ray.config.reference > docs/config.md"
+
+
+def test_the_reference_page_shows_the_defaults_that_hold() -> None:
+    page = render()
+    for section, row in [
+        ("policy.optimizer", "| `lr` | float | `1e-06` |"),
+        ("critic.optimizer", "| `lr` | float | `5e-06` |"),
+        ("policy.optimizer", "| `betas` | list of float | `[0.9, 0.95]` |"),
+        ("rollout.engine", "| `dtype` | `bfloat16`, `float32` | none |"),
+        ("rollout.sampling", "| `stop_token_ids` | list of int | `[]` |"),
+        ("placement", "| `reference` | section | `colocate: policy` |"),
+        ("reference", "| `from` | str | `policy` |"),
+    ]:
+        assert row in page.split(f"### `{section}`\n")[1].split("###")[0], (section, row)
+
+
+def test_a_section_given_in_part_keeps_its_other_defaults() -> None:
+    config = parse_config(ppo(critic={"optimizer": {"weight_decay": 0.1}}))
+    assert isinstance(config, PPOJob)
+    assert (config.critic.optimizer.lr, PPOJob(**ppo()).critic.optimizer.lr) == (5e-6, 5e-6)
+    config = parse_config(reward_model(reward={"model": "m", "optimizer": {"weight_decay": 0.1}}))
+    assert isinstance(config, RewardModelJob)
+    assert config.reward.optimizer.lr == 1e-5
+
+
+STAGE_0 = {"model": "m", "engine": {"zero_stage": 0, "offload_optimizer": True}}
+
+# What is said about each conflict, whole: both dotted paths, both values.
+CONFLICTS: list[tuple[dict[str, Any], str]] = [
+    (
+        ppo(data={"prompts": "p", "max_prompt_tokens": 2000}),
+        "data.max_prompt_tokens (2000) + rollout.sampling.max_new_tokens (256) is more than "
+        "rollout.engine.max_model_len (2048)",
+    ),
+    (
+        ppo(rollout={"sampling": {"max_new_tokens": 64}, "engine": {"max_model_len": 64}}),
+        "rollout.sampling.max_new_tokens (64) leaves no room for a prompt in rollout.engine.max_model_len (64)",
+    ),
+    (
+        ppo(rollout={"sampling": {"max_new_tokens": 8, "min_new_tokens": 9}}),
+        "rollout.sampling.min_new_tokens (9) is above rollout.sampling.max_new_tokens (8)",
+    ),
+    (
+        ppo(rollout={"sampling": {"temperature": 0}}),
+        "rollout.sampling.temperature is 0 (greedy), which gives no probabilities for job: ppo to learn from",
+    ),
+    (ppo(reward=[]), "reward: needs at least one part"),
+    (
+        ppo(reward=[{"model": "a/r/export"}, {"model": "b"}, {"function": "my.r:score"}]),
+        "reward.2 and reward.0 are both named 'r': set name",
+    ),
+    (
+        ppo(reward=[{"model": "r", "name": "mean"}]),
+        "reward.0.name: 'mean' is the name of a metric of the sum; choose another",
+    ),
+    (ppo(reward=[{"model": "r", "weight": 0}]), "every reward.N.weight is 0: there is nothing to learn"),
+    (
+        ppo(reward=[{"function": "a.b:c"}]),
+        "critic.init_from is 'reward', but reward has no part with a model: name a model folder in critic.init_from",
+    ),
+    (
+        ppo(
+            data={"prompts": "p", "prompts_per_step": 4},
+            algorithm={"optimizer_steps": 4},
+            placement={"critic": {"ranks": 2}},
+        ),
+        "data.prompts_per_step × data.samples_per_prompt (4) split into algorithm.optimizer_steps (4) gives fewer "
+        "samples than placement.critic.ranks (2)",
+    ),
+    (
+        ppo(algorithm={"critic_warmup_steps": 3}),
+        "algorithm.critic_warmup_steps (3) leaves no step of run.steps (3) in which the policy learns",
+    ),
+    (
+        ppo(policy={"model": "m", "engine": {"offload_parameters": True}}),
+        "policy.engine.offload_parameters: true needs policy.engine.zero_stage: 3, but it is 2",
+    ),
+    (
+        ppo(policy=STAGE_0),
+        "policy.engine.offload_optimizer: true needs policy.engine.zero_stage: 1, 2 or 3, but it is 0",
+    ),
+    (
+        ppo(reward=[{"model": "r", "engine": {"offload_parameters": True}}]),
+        "reward.0.engine.offload_parameters: true needs reward.0.engine.zero_stage: 3, but it is 0",
+    ),
+    (
+        ppo(placement={"reference": {"colocate": "critic", "ranks": 2}}),
+        "placement.reference.ranks (2) differs from placement.critic.ranks (1), but placement.reference.colocate "
+        "puts it on the same bundles",
+    ),
+    (
+        ppo(placement={"policy": {"colocate": "policy"}}),
+        "placement.policy.colocate: 'policy' must name a role that has its own place",
+    ),
+    (
+        ppo(placement={"policy": {"gpus": 2}}),
+        "placement.policy.gpus is 2, but a rank drives one device: raise placement.policy.ranks instead",
+    ),
+    (
+        reward_model(placement={"reward": {"colocate": "policy"}}),
+        "placement.reward.colocate is 'policy', but this job has no other role",
+    ),
+    (
+        reward_model(data={"train": "t", "pairs_per_step": 2}, placement={"reward": {"ranks": 3}}),
+        "data.pairs_per_step (2) is less than placement.reward.ranks (3)",
+    ),
+    (
+        reward_model(run={"dir": "d", "keep_best": {"metric": "eval/accuracy"}}),
+        "run.keep_best.metric is 'eval/accuracy', but data.eval is not set",
+    ),
+]
+
+
+@pytest.mark.parametrize(("raw", "message"), CONFLICTS)
+def test_a_conflict_names_both_paths(raw: dict[str, Any], message: str) -> None:
+    assert problems_of(raw) == [message]
+
+
+def test_the_prompt_budget_is_what_the_engine_leaves_unless_set() -> None:
+    rollout = {"sampling": {"max_new_tokens": 24}, "engine": {"max_model_len": 128}}
+    assert PPOJob(**ppo(rollout=rollout)).max_prompt_tokens == 104
+    assert PPOJob(**ppo(rollout=rollout, data={"prompts": "p", "max_prompt_tokens": 9})).max_prompt_tokens == 9
+
+
+def test_a_colocated_role_has_as_many_ranks_as_its_host() -> None:
+    placement = PPOJob(**ppo(placement={"policy": {"ranks": 2}, "critic": {"ranks": 3}})).placement
+    roles = ("policy", "critic", "reference", "reward")
+    assert [placement.ranks_of(role) for role in roles] == [2, 3, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("part", "name"),
+    [
+        (ModelReward(model="runs/sentiment/export"), "sentiment"),
+        (ModelReward(model="org/model/"), "model"),
+        (ModelReward(model="x", name="mine"), "mine"),
+        (FunctionReward(function="pkg.vader:score"), "vader"),
+        (HttpReward(url="https://host/score"), "http"),
+    ],
+)
+def test_a_reward_part_is_named_after_its_source(part: ModelReward | FunctionReward | HttpReward, name: str) -> None:
+    assert part_name(part) == name

@@ -1,0 +1,256 @@
+"""What `prepare` promises, without network: the tiny items, the pairs' split, and complete-or-absent items."""
+
+import json
+import random
+import subprocess
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rlhf_ray.data import prepare as module
+from rlhf_ray.data.prepare import Item, PrepareError, Snippet, first_tokens, make_pairs, movie_pairs, prepare
+from rlhf_ray.models.tiny import build_tiny_model
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("prepared")
+    prepare(target, only={"tiny"})
+    return target
+
+
+def rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def replace_item(monkeypatch: pytest.MonkeyPatch):
+    """Puts an item with outputs models/x and data/x.jsonl, built by the given function, in place of all others."""
+
+    def replace(build) -> None:
+        monkeypatch.setattr(module, "ITEMS", {"x": Item("x", ("models/x", "data/x.jsonl"), build)})
+
+    return replace
+
+
+def build_x(stage: Path, target: Path) -> None:
+    (stage / "models/x").mkdir()
+    (stage / "models/x/weights").write_text("w")
+    (stage / "work/scratch").write_text("s")
+    (stage / "data/x.jsonl").write_text("{}\n")
+
+
+# --- the tiny model
+
+
+def test_tiny_model_is_the_same_bytes_for_the_same_seed(tiny: Path, tmp_path: Path) -> None:
+    again = build_tiny_model(tmp_path / "again")
+    other = build_tiny_model(tmp_path / "other", seed=1)
+    assert files(again) == files(tiny / "models/tiny")
+    assert (other / "model.safetensors").read_bytes() != (again / "model.safetensors").read_bytes()
+    assert (other / "tokenizer.json").read_bytes() == (again / "tokenizer.json").read_bytes()
+
+
+def test_tiny_model_loads_and_generates(tiny: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny / "models/tiny")
+    tokenizer = AutoTokenizer.from_pretrained(tiny / "models/tiny")
+    config = model.config
+    assert (config.vocab_size, config.head_dim, config.tie_word_embeddings) == (512, 32, True)
+    assert config.num_key_value_heads < config.num_attention_heads
+    assert len(tokenizer) == config.vocab_size
+    assert (config.eos_token_id, config.pad_token_id) == (tokenizer.eos_token_id, tokenizer.pad_token_id)
+    batch = tokenizer("The acting in", return_tensors="pt")
+    out = model.generate(**batch, min_new_tokens=4, max_new_tokens=4, do_sample=False)
+    assert out.shape[1] == batch["input_ids"].shape[1] + 4
+
+
+def test_tiny_models_greedy_choice_does_not_hang_on_rounding(tiny: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny / "models/tiny")
+    tokenizer = AutoTokenizer.from_pretrained(tiny / "models/tiny")
+    prompts = [row["prompt"] for row in rows(tiny / "data/tiny_prompts.jsonl")]
+    gaps = []
+    for prompt in prompts:
+        best = model(**tokenizer(prompt, return_tensors="pt")).logits[0, -1].topk(2).values.tolist()
+        gaps.append(best[0] - best[1])
+    assert min(gaps) > 1e-4
+
+
+@pytest.mark.parametrize("text", ["A warm film.", "  two  spaces , it 's 10!", "Grüße, 映画 🎬", "line\nbreak\t"])
+def test_tiny_tokenizer_gives_back_what_it_was_given(tiny: Path, text: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny / "models/tiny")
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_tiny_tokenizer_has_chatml_and_a_pad_that_is_not_eos(tiny: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny / "models/tiny")
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True
+    )
+    assert chat == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    assert (tokenizer.pad_token, tokenizer.eos_token, tokenizer.bos_token) == ("<|endoftext|>", "<|im_end|>", None)
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (0, 2)
+
+
+@pytest.mark.parametrize(("arguments", "said"), [({"hidden": 48}, "hidden=48"), ({"corpus": ["a b"]}, "vocab=512")])
+def test_tiny_model_names_the_argument_it_cannot_use(tmp_path: Path, arguments: dict, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        build_tiny_model(tmp_path / "m", **arguments)
+    assert not (tmp_path / "m").exists()
+
+
+def test_tiny_data_has_distinct_rows_and_no_sentence_in_both_splits(tiny: Path) -> None:
+    prompts = rows(tiny / "data/tiny_prompts.jsonl")
+    train, held_out = rows(tiny / "data/tiny_pairs_train.jsonl"), rows(tiny / "data/tiny_pairs_eval.jsonl")
+    assert (len(prompts), len(train), len(held_out)) == (64, 64, 32)
+    for part in (prompts, train, held_out):
+        assert len({row["uid"] for row in part}) == len(part)
+    assert texts(train).isdisjoint(texts(held_out))
+
+
+# --- items are complete or absent
+
+
+def test_prepare_builds_once_and_skips_after(replace_item, tmp_path: Path) -> None:
+    calls = []
+    replace_item(lambda stage, target: (calls.append(1), build_x(stage, target)))
+    first, second = prepare(tmp_path)[0], prepare(tmp_path)[0]
+    assert (first.built, second.built, len(calls)) == (True, False, 1)
+    assert first.paths == (tmp_path / "models/x", tmp_path / "data/x.jsonl")
+    assert files(tmp_path) == {"models/x/weights": b"w", "data/x.jsonl": b"{}\n"}
+
+
+def test_prepare_builds_again_when_forced_or_when_a_part_is_gone(replace_item, tmp_path: Path) -> None:
+    replace_item(build_x)
+    prepare(tmp_path)
+    (tmp_path / "models/x/weights").write_text("damaged")
+    assert prepare(tmp_path, force=True)[0].built
+    (tmp_path / "data/x.jsonl").unlink()
+    assert prepare(tmp_path)[0].built
+    assert files(tmp_path) == {"models/x/weights": b"w", "data/x.jsonl": b"{}\n"}
+
+
+def test_a_failed_build_leaves_nothing_behind(replace_item, tmp_path: Path) -> None:
+    def fail(stage: Path, target: Path) -> None:
+        build_x(stage, target)
+        raise OSError("disk full")
+
+    replace_item(fail)
+    with pytest.raises(PrepareError, match="disk full") as caught:
+        prepare(tmp_path)
+    assert caught.value.item == "x"
+    assert "prepare --only x" in caught.value.cure
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_rebuild_leaves_the_old_item(replace_item, tmp_path: Path) -> None:
+    replace_item(build_x)
+    prepare(tmp_path)
+    before = files(tmp_path)
+    replace_item(lambda stage, target: 1 / 0)
+    with pytest.raises(PrepareError, match="ZeroDivisionError"):
+        prepare(tmp_path, force=True)
+    assert files(tmp_path) == before
+
+
+def test_unknown_items_are_answered_with_the_nearest_name(tmp_path: Path) -> None:
+    with pytest.raises(PrepareError, match="Did you mean 'movie-pairs'"):
+        prepare(tmp_path, only={"movie-pair"})
+
+
+@pytest.mark.parametrize(
+    ("outcome", "said"),
+    [
+        (subprocess.CompletedProcess([], 1, "", "ERROR: no such host\n"), "no such host"),
+        (subprocess.TimeoutExpired([], 900.0), "within 900 s"),
+    ],
+)
+def test_a_failed_download_names_the_package_and_the_cure(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, outcome, said: str
+) -> None:
+    def run(command, **kwargs):
+        assert "--require-hashes" in command
+        assert kwargs["timeout"] > 0
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    monkeypatch.setattr(subprocess, "run", run)
+    with pytest.raises(PrepareError, match=said) as caught:
+        prepare(tmp_path, only={"movie-pairs"})
+    assert "vaderSentiment==3.3.2" in caught.value.problem
+    assert "pip reaches" in caught.value.cure
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- prompts and pairs
+
+
+def test_prompts_are_the_first_tokens_that_survive_a_round_trip() -> None:
+    words = ["the", "cat", "sat", "on", "a", "mat", "and", "slept"]
+
+    def encode(text: str) -> list[int]:
+        return [words.index(word) for word in text.split()]
+
+    def decode(ids: list[int]) -> str:
+        return " ".join(words[i] for i in ids).replace("slept", "sat")
+
+    texts = [
+        ("long", "the cat<br /><br />sat on a  mat"),
+        ("again", "the cat sat on the mat"),
+        ("short", "a mat"),
+        ("lossy", "slept on the mat"),
+        ("last", "a mat and slept"),
+    ]
+    found = first_tokens(texts, encode=encode, decode=decode, tokens=3)
+    assert [(row.uid, row.prompt) for row in found] == [("long", "the cat sat"), ("last", "a mat and")]
+
+
+def ratings_file(count: int) -> list[str]:
+    rng = random.Random(0)
+    return [f"{i}\t{rng.uniform(-4, 4)}\tsentence number {i}" for i in range(count)]
+
+
+def texts(pairs: list[dict]) -> set[str]:
+    return {row[side] for row in pairs for side in ("chosen", "rejected")}
+
+
+def test_movie_pairs_share_no_snippet_between_train_and_eval() -> None:
+    snippets = module.read_snippets(ratings_file(200))
+    train, held_out = movie_pairs(snippets, train_pairs=50, eval_pairs=60, eval_snippets=60)
+    used = [text for row in train for text in (row.chosen, row.rejected)]
+    assert len(used) == len(set(used)) == 100
+    held = [text for row in held_out for text in (row.chosen, row.rejected)]
+    assert len(held_out) == 60
+    assert set(held).isdisjoint(used)
+    assert max(held.count(text) for text in held) <= 3
+    assert (train, held_out) == movie_pairs(snippets, train_pairs=50, eval_pairs=60, eval_snippets=60)
+
+
+def test_movie_pairs_prefer_the_higher_rating_by_at_least_one() -> None:
+    ratings = {snippet.text: snippet.rating for snippet in module.read_snippets(ratings_file(200))}
+    for part in movie_pairs(module.read_snippets(ratings_file(200)), train_pairs=50, eval_pairs=60, eval_snippets=60):
+        for row in part:
+            assert ratings[row.chosen] - ratings[row.rejected] >= 1
+            assert row.chosen_rating == pytest.approx(ratings[row.chosen], abs=1e-4)
+            assert row.rejected_rating == pytest.approx(ratings[row.rejected], abs=1e-4)
+
+
+def test_too_few_snippets_are_an_error_not_a_shorter_file() -> None:
+    with pytest.raises(ValueError, match="training pairs where 500 are wanted"):
+        movie_pairs(module.read_snippets(ratings_file(200)), train_pairs=500, eval_pairs=20, eval_snippets=60)
+
+
+def test_pairs_of_equal_ratings_are_not_made() -> None:
+    alike = [Snippet(str(i), str(i), 0.5 + i / 100) for i in range(20)]
+    assert make_pairs(alike, 5, uses=2, rng=random.Random(0)) == []
+
+
+def test_a_repeated_snippet_counts_once_and_a_malformed_row_is_named() -> None:
+    assert len(module.read_snippets(["1\t2.0\tGood.", "2\t1.0\tgood. "])) == 1
+    with pytest.raises(ValueError, match="line 2"):
+        module.read_snippets(["1\t2.0\tGood.", "2\tgood\tGood."])
