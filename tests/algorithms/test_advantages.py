@@ -136,7 +136,7 @@ def test_offsets_and_lengths_that_do_not_fit_are_refused() -> None:
         gae(torch.zeros(3), torch.zeros(3), torch.tensor([0, 2]), 1.0, 1.0)
     with pytest.raises(TensorInputError, match=r"first value 1"):
         gae(torch.zeros(3), torch.zeros(3), torch.tensor([1, 3]), 1.0, 1.0)
-    with pytest.raises(TensorInputError, match="int64"):
+    with pytest.raises(TensorInputError, match=r"tensor offsets has .*int32"):
         gae(torch.zeros(3), torch.zeros(3), torch.tensor([0, 3], dtype=torch.int32), 1.0, 1.0)
     with pytest.raises(TensorInputError, match="values"):
         gae(torch.zeros(3), torch.zeros(1), torch.tensor([0, 3]), 1.0, 1.0)

@@ -104,7 +104,8 @@ def test_options_out_of_range_are_refused() -> None:
         ScoreShaper(truncation_penalty=-1.0)
 
 
-def test_inputs_are_left_alone() -> None:
+@pytest.mark.parametrize("normalize", [True, False])
+def test_inputs_are_left_alone(normalize: bool) -> None:
     scores = torch.tensor([1.0, 9.0])
-    ScoreShaper(normalize=True, score_clip=0.5, truncation_penalty=1.0).shape(scores, torch.tensor([True, False]))
+    ScoreShaper(normalize=normalize, score_clip=0.5, truncation_penalty=1.0).shape(scores, torch.tensor([True, False]))
     assert scores.tolist() == [1.0, 9.0]

@@ -80,9 +80,8 @@ def test_clipped_marks_exactly_the_tokens_without_gradient(rows: list[tuple[floa
 
 def test_values_inside_the_clip_are_never_marked_by_rounding() -> None:
     torch.manual_seed(0)
-    old = 1000 * torch.randn(1000)
-    values = old + 0.1 * torch.rand(1000)
-    assert clipped_value_loss(values, old, torch.randn(1000), 0.2).clipped.sum() == 0
+    old, values, returns = 1 + torch.rand(1000), 0.001 * torch.randn(1000), 0.001 * torch.randn(1000)
+    assert clipped_value_loss(values, old, returns, 3.0).clipped.sum() == 0
 
 
 def test_gradients_reach_values_only() -> None:

@@ -22,10 +22,10 @@ def test_the_score_is_the_weighted_sum(rows: list[tuple[float, float]], a: float
 
 
 def test_the_order_of_the_answers_does_not_matter() -> None:
-    a, b, c = (np.array([v], np.float32) for v in (1e8, 1.0, -1e8))
-    weights = {"a": 1.0, "b": 0.3, "c": 1.0}
-    one, other = combine({"a": a, "b": b, "c": c}, weights), combine({"c": c, "b": b, "a": a}, weights)
-    assert one.tolist() == other.tolist()
+    parts = {name: np.array([v], np.float32) for name, v in [("a", 2.0**60), ("b", 1.0), ("c", -(2.0**60))]}
+    weights = {"a": 1.0, "b": 1.0, "c": 1.0}
+    orders = ["abc", "acb", "cba"]
+    assert [combine({name: parts[name] for name in order}, weights).tolist() for order in orders] == [[0.0]] * 3
 
 
 ONE = np.zeros(2, np.float32)

@@ -224,5 +224,5 @@ def test_a_character_split_between_prompt_and_response_does_not_break_decoding(t
     ids = tokenizer("🙂")["input_ids"]
     assert len(ids) == 4
     batch = TrajectoryBatch.of([Trajectory("a", 0, 0, ids[:2], ids[2:], [0.0] * 2, [0] * 2, "stop")])
-    prompts, responses = decode_responses(batch, tokenizer)
-    assert set(prompts[0] + responses[0]) == {"\ufffd"}
+    assert decode_responses(batch, tokenizer) == ([tokenizer.decode(ids[:2])], [tokenizer.decode(ids[2:])])
+    assert set(tokenizer.decode(ids[2:])) == {"\ufffd"}

@@ -122,9 +122,15 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
 
     def finish_weight_update(self) -> None:
         """Repack what arrived."""
+        from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
         finalize_layerwise_reload(self.model, self.model_config)
+        # A head that is tied to the embedding receives nothing itself, so vLLM 0.32 would go on using the packed copy
+        # that it made of the old embedding.
+        for layer in self.model.modules():
+            if isinstance(layer, ParallelLMHead):
+                layer.quant_method.process_weights_after_loading(layer)
 
     def update_weights(self, update_info: dict[str, object]) -> None:
         """Receive and load. Without the base class's `torch.accelerator.synchronize`, which needs a GPU."""
