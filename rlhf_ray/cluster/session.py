@@ -1,6 +1,7 @@
 """Joining a Ray cluster, or starting one on this machine."""
 
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,8 +19,8 @@ class ClusterError(Exception):
 
 @contextmanager
 def ray_session(cluster: Cluster, name: str) -> Iterator[None]:
-    """Be connected to Ray: to `cluster.address`, else to the cluster that this job or machine belongs to, else to a
-    local one that ends with the session.
+    """Be connected to Ray: to `cluster.address`, else to `RAY_ADDRESS`, which Ray jobs have, else to a local cluster
+    that ends with the session.
 
     Raises:
         ClusterError: naming the address.
@@ -42,14 +43,12 @@ def ray_session(cluster: Cluster, name: str) -> Iterator[None]:
 
 def _connect(cluster: Cluster, name: str) -> None:
     options: dict[str, Any] = {"namespace": name, "log_to_driver": False, "logging_level": logging.WARNING}
-    if cluster.address is not None:
-        ray.init(address=cluster.address, **options)
-        return
-    try:
-        ray.init(address="auto", **options)
+    address = cluster.address or os.environ.get("RAY_ADDRESS")
+    if address is not None:
+        ray.init(address=address, **options)
         logger.info("joined the Ray cluster at %s", ray.get_runtime_context().gcs_address)
-    except ConnectionError:
-        ray.init(num_cpus=cluster.cpus, include_dashboard=False, **options)
+    else:  # "local" because Ray would otherwise join any cluster that it finds on this machine
+        ray.init(address="local", num_cpus=cluster.cpus, include_dashboard=False, **options)
         logger.info("started a local Ray cluster with %s", describe_resources(ray.cluster_resources()))
 
 

@@ -14,6 +14,15 @@ from rlhf_ray.config.run import EpochRun, PPORun
 from rlhf_ray.config.training import Critic, Policy, Reference, RewardModelOptimizer, TrainingEngine
 
 
+TRAINED: tuple[Literal["policy", "critic"], ...] = ("policy", "critic")
+SCORING: tuple[Literal["policy", "critic", "reference", "reward"], ...] = ("policy", "critic", "reference", "reward")
+
+
+def shard_count(samples: int, shard_samples: int) -> int:
+    """Shards that `samples` are cut into."""
+    return -(-samples // shard_samples)
+
+
 class _Job(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
     """Name of the run, in telemetry and Ray."""
@@ -90,8 +99,7 @@ class PPOJob(_Job):
                 "critic.init_from is 'reward', but reward has no part with a model: name a model folder in "
                 "critic.init_from"
             )
-        trained: tuple[Literal["policy", "critic"], ...] = ("policy", "critic")
-        for role in trained:
+        for role in TRAINED:
             ranks = self.placement.ranks_of(role)
             if self.samples_per_step // self.algorithm.optimizer_steps < ranks:
                 raise ValueError(
@@ -99,6 +107,24 @@ class PPOJob(_Job):
                     f"algorithm.optimizer_steps ({self.algorithm.optimizer_steps}) gives fewer samples than "
                     f"placement.{role}.ranks ({ranks})"
                 )
+        if self.algorithm.kl.target is not None and self.algorithm.kl.horizon <= 0.2 * self.samples_per_step:
+            raise ValueError(
+                f"algorithm.kl.horizon ({self.algorithm.kl.horizon}) must be more than a fifth of data.prompts_per_step × "
+                f"data.samples_per_prompt ({self.samples_per_step}), or one step could turn β negative"
+            )
+        shards = shard_count(self.samples_per_step, self.rollout.shard_samples)
+        for scoring in SCORING:
+            ranks = self.placement.ranks_of(scoring)
+            if self.samples_per_step // shards < ranks:
+                raise ValueError(
+                    f"rollout.shard_samples ({self.rollout.shard_samples}) cuts {self.samples_per_step} samples into "
+                    f"shards of {self.samples_per_step // shards}, fewer than the {ranks} ranks of placement.{scoring}"
+                )
+        if (self.placement.rollout.gpus > 0) != (self.placement.policy.gpus > 0):
+            raise ValueError(
+                f"placement.policy.gpus ({self.placement.policy.gpus:g}) and placement.rollout.gpus "
+                f"({self.placement.rollout.gpus}) must both be 0 or both not: weights travel over one kind of device"
+            )
         if self.algorithm.critic_warmup_steps >= self.run.steps:
             raise ValueError(
                 f"algorithm.critic_warmup_steps ({self.algorithm.critic_warmup_steps}) leaves no step of "

@@ -110,6 +110,7 @@ class Cluster(Section):
     """The Ray cluster the job runs on."""
 
     address: str | None = None
-    """Address of a running cluster. None takes the one this machine belongs to, else starts a local one."""
+    """Cluster to join; `auto` is the one that runs on this machine. None takes `RAY_ADDRESS`, which Ray jobs have, else
+    starts a local cluster that ends with the run."""
     cpus: NonNegativeInt | None = None
     """CPUs that a local cluster offers; by default this machine's."""

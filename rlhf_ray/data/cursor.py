@@ -44,7 +44,7 @@ class CursorError(Exception):
         self.expected = expected
         super().__init__(
             f"the checkpoint's data cursor has {field} {saved!r}, but here it must be {expected!r}: resume with the "
-            "data and the config (data.prompts, data.shuffle, seed) that the run began with, or start a new run.dir"
+            "same data file, data.shuffle and seed that the run began with, or start a new run.dir"
         )
 
     def __reduce__(self) -> tuple[type["CursorError"], tuple[str, object, object]]:

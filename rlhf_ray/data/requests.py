@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from rlhf_ray.config.jobs import shard_count
 from rlhf_ray.data.cursor import PromptTicket, visit_uid
 from rlhf_ray.data.prompts import PromptSet
 from rlhf_ray.data.seeds import sample_seed
@@ -42,8 +43,3 @@ def cut_into_shards(requests: Sequence[PromptRequest], shard_samples: int) -> li
     count = shard_count(len(requests), shard_samples)
     bounds = [round(number * len(requests) / count) for number in range(count + 1)]
     return [list(requests[start:end]) for start, end in zip(bounds, bounds[1:], strict=False)]
-
-
-def shard_count(samples: int, shard_samples: int) -> int:
-    """Shards that `samples` are cut into."""
-    return -(-samples // shard_samples)

@@ -41,6 +41,7 @@ class RolloutEngine:
                 model=model,
                 dtype=dtype,
                 tensor_parallel_size=tensor_parallel,
+                distributed_executor_backend="mp" if tensor_parallel > 1 else "uni",  # one worker needs no process more
                 max_model_len=engine.max_model_len,
                 max_num_seqs=engine.max_num_seqs,
                 max_num_batched_tokens=max(engine.max_num_batched_tokens, engine.max_model_len),

@@ -19,11 +19,16 @@ class ModelError(Exception):
 
     Attributes:
         model: the folder or hub name.
+        reason: what is wrong with it.
     """
 
     def __init__(self, model: str, reason: str) -> None:
-        self.model = model
+        self.model, self.reason = model, reason
         super().__init__(f"model {model!r}: {reason}")
+
+    def __reduce__(self) -> tuple[type["ModelError"], tuple[str, str]]:
+        # Exceptions leave their actor pickled; the default would call __init__ with the message alone.
+        return type(self), (self.model, self.reason)
 
 
 class CausalModel(nn.Module):

@@ -142,7 +142,7 @@ class CheckpointStore:
         committed = self.steps()
         # One known to be damaged must not take the place of a good one.
         sound = [step for step in committed if step not in self._damaged]
-        kept = {written, *sound[-self._keep_last :], *self._ranked(sound)[:1]}
+        kept = {*sound[-self._keep_last :], *self._ranked(sound)[:1]}
         for step in self._all_steps():
             if step in kept or (step > written and step not in committed):
                 continue

@@ -70,6 +70,7 @@ def test_the_example_of_the_design_is_valid(tmp_path: Path) -> None:
 def test_a_dumped_config_loads_to_the_same_config(tmp_path: Path, text: str) -> None:
     config = load(tmp_path, text)
     assert load(tmp_path, dump_config(config)) == config
+    assert "from_model" not in dump_config(config)
 
 
 @settings(deadline=None, max_examples=60)

@@ -149,6 +149,20 @@ CONFLICTS: list[tuple[dict[str, Any], str]] = [
         "samples than placement.critic.ranks (2)",
     ),
     (
+        ppo(algorithm={"kl": {"target": 6.0, "horizon": 10}}),
+        "algorithm.kl.horizon (10) must be more than a fifth of data.prompts_per_step × data.samples_per_prompt (128), "
+        "or one step could turn β negative",
+    ),
+    (
+        ppo(rollout={"shard_samples": 1}, placement={"critic": {"ranks": 2}}),
+        "rollout.shard_samples (1) cuts 128 samples into shards of 1, fewer than the 2 ranks of placement.critic",
+    ),
+    (
+        ppo(placement={"policy": {"gpus": 1}}),
+        "placement.policy.gpus (1) and placement.rollout.gpus (0) must both be 0 or both not: weights travel over one "
+        "kind of device",
+    ),
+    (
         ppo(algorithm={"critic_warmup_steps": 3}),
         "algorithm.critic_warmup_steps (3) leaves no step of run.steps (3) in which the policy learns",
     ),

@@ -61,6 +61,25 @@ def test_columns_have_the_documented_types(samples: list[Trajectory]) -> None:
     }
 
 
+def assert_same(found: TrajectoryBatch, expected: TrajectoryBatch) -> None:
+    for f in fields(TrajectoryBatch):
+        np.testing.assert_array_equal(getattr(found, f.name), getattr(expected, f.name), strict=f.name != "uids")
+
+
+@settings(deadline=None)
+@given(st.lists(trajectories(), min_size=1, max_size=6), st.data())
+def test_selected_samples_come_whole_and_in_the_order_asked_for(samples: list[Trajectory], data: st.DataObject) -> None:
+    chosen = data.draw(st.lists(st.integers(0, len(samples) - 1), max_size=8))
+    assert_same(TrajectoryBatch.of(samples).select(chosen), TrajectoryBatch.of([samples[i] for i in chosen]))
+
+
+@settings(deadline=None)
+@given(st.lists(st.lists(trajectories(), max_size=3), min_size=1, max_size=4))
+def test_concatenated_batches_are_the_batch_of_all_samples(groups: list[list[Trajectory]]) -> None:
+    whole = TrajectoryBatch.of([sample for group in groups for sample in group])
+    assert_same(TrajectoryBatch.concat([TrajectoryBatch.of(group) for group in groups]), whole)
+
+
 def test_the_size_of_a_batch_is_that_of_its_arrays() -> None:
     batch = TrajectoryBatch.of([Trajectory("a", 0, 1, [1, 2], [3], [-0.5], [0], "stop")])
     assert batch.nbytes() == 4 + 8 + 2 * 4 + 2 * 8 + 4 + 2 * 8 + 4 + 4 + 1

@@ -5,6 +5,7 @@ import logging
 import os
 import pickle
 import random
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,7 @@ def test_state_and_metrics_come_back_as_they_were(tmp_path: Path, warnings: Call
         ({"seen": {7: 1}}, {}),
         ({"path": Path("x")}, {}),
         ({"beta": float("nan")}, {}),
+        ({"beta": float("inf")}, {}),
         ({}, {REWARD: float("inf")}),
         ({}, {REWARD: "high"}),
         ({}, {REWARD: None}),
@@ -234,6 +236,16 @@ def test_no_flipped_bit_goes_unnoticed(tmp_path: Path, mask: int) -> None:
     assert step_of_latest(tmp_path) == 20
 
 
+def test_the_checksum_of_a_file_of_many_blocks_is_its_crc32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlhf_ray.recovery.seal._BLOCK_BYTES", 64)
+    folder = store_in(tmp_path).begin(10)
+    content = random.Random(7).randbytes(1000)
+    (folder / "policy.pt").write_bytes(content)
+    store_in(tmp_path).commit(10, {}, {})
+    listed = json.loads((folder / COMMITTED).read_bytes())["files"]["policy.pt"]
+    assert listed == {"size": 1000, "crc32": zlib.crc32(content)}
+
+
 def test_every_skipped_checkpoint_is_named_and_none_may_be_left(
     tmp_path: Path, warnings: Callable[[], list[str]]
 ) -> None:
@@ -278,7 +290,9 @@ def test_a_damaged_best_is_named_and_the_next_best_is_taken(tmp_path: Path, warn
     assert "missing file" in warnings()[0]
 
 
-def test_leftovers_are_never_listed_and_go_when_a_newer_step_is_committed(tmp_path: Path) -> None:
+def test_leftovers_are_never_listed_and_go_when_a_newer_step_is_committed(
+    tmp_path: Path, warnings: Callable[[], list[str]]
+) -> None:
     store = store_in(tmp_path)
     save(store, 10)
     for step in (15, 30):
@@ -286,14 +300,15 @@ def test_leftovers_are_never_listed_and_go_when_a_newer_step_is_committed(tmp_pa
     for name in ("step_20", "step_000020.bak", "notes"):
         (tmp_path / "checkpoints" / name).mkdir()
         (tmp_path / "checkpoints" / name / COMMITTED).touch()
-    (tmp_path / "checkpoints" / "step_000021").write_text("a file")
+    (tmp_path / "checkpoints" / "step_000011").write_text("a file")
     assert store.steps() == [10]
     assert step_of_latest(tmp_path) == 10
     save(store, 20)
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
-    assert names == sorted(
-        ["notes", "step_000010", "step_000020", "step_000020.bak", "step_000021", "step_000030", "step_20"]
-    )
+    kept = ["step_000010", "step_000011", "step_000020", "step_000020.bak", "step_000030"]
+    assert names == ["notes", *kept, "step_20"]
+    assert store.steps() == [10, 20]
+    assert not any("step_000011" in warning for warning in warnings())
 
 
 def test_begin_empties_what_an_unfinished_attempt_left(tmp_path: Path) -> None:

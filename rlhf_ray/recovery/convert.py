@@ -1,0 +1,183 @@
+"""A Hugging Face folder from a checkpoint, without a cluster."""
+
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GenerationConfig,
+    PreTrainedModel,
+)
+
+from rlhf_ray.config.jobs import JobConfig, PPOJob
+from rlhf_ray.config.loading import load_config
+from rlhf_ray.config.training import Dtype
+from rlhf_ray.engines.saved_weights import saved_weights
+from rlhf_ray.models import heads
+from rlhf_ray.models.heads import ModelError
+from rlhf_ray.recovery.checkpoints import CheckpointStore
+from rlhf_ray.recovery.seal import CheckpointError, verify
+
+_DTYPES: dict[Dtype, torch.dtype] = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+class ExportError(Exception):
+    """An export that can't be made of what was asked for: the source, the output folder or the role."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written.
+
+    Attributes:
+        folder: in Hugging Face format.
+        checkpoint: that it was made from.
+        role: whose model it is.
+        scalar: it is an `AutoModelForSequenceClassification` with one label, not an `AutoModelForCausalLM`.
+    """
+
+    folder: Path
+    checkpoint: Path
+    role: str
+    scalar: bool
+
+
+@dataclass(frozen=True)
+class _TrainedModel:
+    """A role's entry in the config: where its model came from and how it was held."""
+
+    source: str
+    dtype: Dtype
+    scalar: bool
+    trust_remote_code: bool
+
+
+def export_checkpoint(source: Path, out: Path, role: str | None = None) -> Exported:
+    """Write the model of a checkpoint to `out`: complete, or not at all.
+
+    Model source and number format are those in the run's config.yaml. A relative model path there is looked up from
+    the current folder, as `train` did.
+
+    Args:
+        source: the folder of a run, which stands for its newest complete checkpoint, or of one checkpoint.
+        out: a folder that is empty or does not exist.
+        role: `policy`, `critic` or `reward`; by default what the job is about.
+
+    Raises:
+        ExportError: `source`, `out` or `role` can't be used.
+        CheckpointError: the checkpoint is incomplete or damaged, or is not of the model that the config names.
+        ConfigError: the run's config.yaml is missing or not of this version.
+        ModelError: the folder that the model came from has gone.
+    """
+    out = out.resolve()
+    _check_free(out)
+    run_dir, checkpoint = _find(source.resolve())
+    trained = _trained_models(load_config(run_dir / "config.yaml"))
+    role = next(iter(trained)) if role is None else role
+    if role not in trained:
+        raise ExportError(f"the run in {run_dir} trained no {role}, only {' and '.join(trained)}: see --role")
+    if not (checkpoint / role).is_dir():
+        raise CheckpointError(checkpoint, f"holds no {role}, although the run's config.yaml trains one")
+    model = _rebuild(trained[role], checkpoint, role)
+    _write(model, trained[role], out)
+    return Exported(out, checkpoint, role, trained[role].scalar)
+
+
+def _check_free(out: Path) -> None:
+    if out.is_dir() and not any(out.iterdir()):
+        return
+    if out.exists():
+        what = "is not empty" if out.is_dir() else "is a file"
+        raise ExportError(f"{out} {what}: choose another output folder, or remove it")
+
+
+def _find(source: Path) -> tuple[Path, Path]:
+    """The folders of the run and of the checkpoint that `source` stands for."""
+    if name := re.fullmatch(r"step_(\d{6,})", source.name):
+        verify(source, int(name[1]))
+        return source.parent.parent, source
+    if not (source / "checkpoints").is_dir():
+        raise ExportError(
+            f"{source} is neither the folder of a run with checkpoints nor a checkpoint (runs/NAME/checkpoints/step_000010)"
+        )
+    newest = CheckpointStore(source, keep_last=1, keep_best=None).latest()
+    if newest is None:
+        raise ExportError(f"{source / 'checkpoints'} has no complete checkpoint yet")
+    return source, newest.folder
+
+
+def _trained_models(config: JobConfig) -> dict[str, _TrainedModel]:
+    """By role; the one that the job is about comes first."""
+    if not isinstance(config, PPOJob):
+        reward = config.reward
+        return {"reward": _TrainedModel(reward.model, reward.engine.dtype, True, reward.trust_remote_code)}
+    policy, critic = config.policy, config.critic
+    critic_source = config.reward_models[0].model if critic.init_from == "reward" else critic.init_from
+    return {
+        "policy": _TrainedModel(policy.model, policy.engine.dtype, False, policy.trust_remote_code),
+        "critic": _TrainedModel(critic_source, critic.engine.dtype, True, critic.trust_remote_code),
+    }
+
+
+def _rebuild(trained: _TrainedModel, checkpoint: Path, role: str) -> PreTrainedModel:
+    dtype = _DTYPES[trained.dtype]
+    model = _without_weights(trained, dtype)
+    try:
+        weights = saved_weights(checkpoint / role, dtype)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise CheckpointError(checkpoint, f"its {role} can't be read: {error}") from error
+    _fill(model, weights, checkpoint, f"{role} from {trained.source!r}")
+    return model
+
+
+def _without_weights(trained: _TrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    try:
+        config = heads.load_config(trained.source, trust_remote_code=trained.trust_remote_code)
+    except ModelError as error:
+        note = "config, tokenizer and code of an export come from there; a relative path counts from the current folder"
+        raise ModelError(trained.source, f"{error.reason} ({note})") from error
+    if trained.scalar:
+        config.num_labels = 1
+    auto: Any = AutoModelForSequenceClassification if trained.scalar else AutoModelForCausalLM
+    with torch.device("meta"):  # shapes only
+        model: PreTrainedModel = auto.from_config(config, dtype=dtype, trust_remote_code=trained.trust_remote_code)
+    if not trained.scalar:
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(trained.source)
+        except OSError:  # the model came without one
+            pass
+    return model
+
+
+def _fill(model: PreTrainedModel, weights: Mapping[str, torch.Tensor], checkpoint: Path, what: str) -> None:
+    """Give the model its weights, all of them and no others."""
+    try:
+        missing, unexpected = model.load_state_dict(weights, strict=False, assign=True)
+    except RuntimeError as error:  # other shapes
+        raise CheckpointError(checkpoint, f"does not fit the {what}: {error}") from None
+    model.tie_weights()
+    filled = model.state_dict()
+    missing = [name for name in missing if filled[name].is_meta]  # without the tied ones
+    if missing or unexpected:
+        lacks = [f"lacks {', '.join(missing[:3])}"] if missing else []
+        has = [f"has {', '.join(unexpected[:3])}, which the model has not"] if unexpected else []
+        raise CheckpointError(checkpoint, f"does not fit the {what}: it {' and '.join(lacks + has)}")
+
+
+def _write(model: PreTrainedModel, trained: _TrainedModel, out: Path) -> None:
+    partial = out.with_name(f"{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        model.save_pretrained(partial)
+        tokenizer = heads.load_tokenizer(trained.source, trust_remote_code=trained.trust_remote_code)
+        tokenizer.save_pretrained(partial)
+        os.rename(partial, out)  # an empty folder is replaced
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

@@ -1,0 +1,119 @@
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rlhf_ray.models.attention import packed_attention
+
+SIZE = 8
+
+
+def states(lengths: list[int], heads: int, kv_heads: int, seed: int) -> tuple[torch.Tensor, ...]:
+    """Query, key and value as transformers gives them, `[1, heads, tokens, size]`."""
+    random = torch.Generator().manual_seed(seed)
+    tokens = sum(lengths)
+    shapes = ((1, heads, tokens, SIZE), (1, kv_heads, tokens, SIZE), (1, kv_heads, tokens, SIZE))
+    return tuple(torch.randn(shape, generator=random).requires_grad_() for shape in shapes)
+
+
+def packed(parts: tuple[torch.Tensor, ...], lengths: list[int], scaling: float | None = None) -> torch.Tensor:
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
+    out, _ = packed_attention(
+        torch.nn.Identity(), *parts, None, scaling, cu_seq_lens_q=cu_seqlens, max_length_q=max(lengths)
+    )
+    return out
+
+
+def padded(parts: tuple[torch.Tensor, ...], lengths: list[int], scaling: float | None = None) -> torch.Tensor:
+    """Softmax attention in float64 over sequences padded to the longest, written out with its mask."""
+    longest, starts = max(lengths), [sum(lengths[:i]) for i in range(len(lengths))]
+    heads = parts[0].shape[1]
+    query, key, value = (
+        torch.stack(
+            [
+                torch.nn.functional.pad(part[0, :, start : start + length].double(), (0, 0, 0, longest - length))
+                for start, length in zip(starts, lengths, strict=True)
+            ]
+        ).repeat_interleave(heads // part.shape[1], dim=1)
+        for part in parts
+    )
+    place = torch.arange(longest)
+    real = place < torch.tensor(lengths)[:, None]
+    allowed = (place[:, None] >= place[None])[None, None] & real[:, None, None]
+    scores = query @ key.transpose(2, 3) * (SIZE**-0.5 if scaling is None else scaling)
+    out = scores.masked_fill(~allowed, float("-inf")).softmax(-1) @ value
+    return out.transpose(1, 2)[real][None]
+
+
+def gradients(out: torch.Tensor, parts: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(9))
+    return torch.autograd.grad((out * weight).sum(), parts)
+
+
+def assert_equal(lengths: list[int], heads: int, kv_heads: int, scaling: float | None = None, seed: int = 0) -> None:
+    parts = states(lengths, heads, kv_heads, seed)
+    mine, wanted = packed(parts, lengths, scaling), padded(parts, lengths, scaling)
+    torch.testing.assert_close(mine, wanted.float(), rtol=1e-5, atol=1e-5)
+    for got, want in zip(gradients(mine, parts), gradients(wanted, parts), strict=True):
+        torch.testing.assert_close(got, want.float(), rtol=1e-5, atol=1e-5)
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=9),
+    heads=st.sampled_from([(2, 2), (4, 2), (3, 1)]),
+    seed=st.integers(0, 99),
+)
+def test_packed_attention_equals_padded_attention(lengths: list[int], heads: tuple[int, int], seed: int) -> None:
+    assert_equal(lengths, *heads, seed=seed)
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize(
+    "lengths",
+    [[16, 16, 16], [7], [1, 1], [30, 31, 32], [1, 2, 4, 9, 20, 64]],
+    ids=["one length", "one sequence", "single tokens", "one bucket", "many buckets"],
+)
+def test_every_way_of_batching_equals_padded_attention(lengths: list[int], kv_heads: int) -> None:
+    assert_equal(lengths, heads=4, kv_heads=kv_heads)
+
+
+def test_the_models_own_scaling_is_used() -> None:
+    assert_equal([5, 9], heads=2, kv_heads=1, scaling=0.3)
+
+
+def test_a_sequence_does_not_see_its_neighbours() -> None:
+    parts = states([6, 6, 6], heads=2, kv_heads=2, seed=1)
+    before = packed(parts, [6, 6, 6]).detach()
+    with torch.no_grad():
+        for part in parts:
+            part[:, :, 6:12] = 100.0
+    after = packed(parts, [6, 6, 6])
+    assert torch.equal(before[:, :6], after[:, :6])
+    assert torch.equal(before[:, 12:], after[:, 12:])
+    assert not torch.equal(before[:, 6:12], after[:, 6:12])
+
+
+@pytest.mark.parametrize("lengths", [[2048], [512] * 4, [1000, 900, 100, 40, 8]], ids=str)
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_no_square_of_the_length_exists(lengths: list[int], kv_heads: int, recorder: Any) -> None:
+    parts = states(lengths, heads=4, kv_heads=kv_heads, seed=0)
+    with recorder:
+        packed(parts, lengths).sum().backward()
+    assert 0 < recorder.largest <= 2 * parts[0].numel() < max(lengths) ** 2
+
+
+def test_a_sliding_window_that_would_bind_is_refused() -> None:
+    parts = states([6], heads=1, kv_heads=1, seed=0)
+    cu_seqlens = torch.tensor([0, 6], dtype=torch.int32)
+
+    def attend(window: int) -> None:
+        packed_attention(
+            torch.nn.Identity(), *parts, None, cu_seq_lens_q=cu_seqlens, max_length_q=6, sliding_window=window
+        )
+
+    attend(window=6)
+    with pytest.raises(NotImplementedError, match="window of 5 tokens.* sequence of 6"):
+        attend(window=5)

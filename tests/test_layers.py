@@ -1,0 +1,106 @@
+"""What imports what: the layers of shared/design.md, read from the source alone."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import rlhf_ray
+
+PACKAGE = Path(rlhf_ray.__file__).parent
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+# From the bottom up. Folders in one set are side by side and may import each other.
+LAYERS = (
+    {"config"},
+    {"algorithms"},
+    {"data"},
+    {"rewards"},
+    {"models"},
+    {"engines"},
+    {"cluster"},
+    {"recovery", "telemetry", "evaluation"},
+    {"actors"},
+    {"controllers"},
+    {"cli"},
+)
+HEIGHT = {name: height for height, names in enumerate(LAYERS) for name in names}
+# A leaf that every layer above config may use.
+PLATFORM = "platform"
+
+
+def trees() -> Iterator[tuple[Path, ast.Module]]:
+    for path in FILES:
+        yield path.relative_to(PACKAGE), ast.parse(path.read_text(encoding="utf-8"))
+
+
+def imports(tree: ast.Module) -> Iterator[str]:
+    """Modules that are imported, also inside functions."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            yield str(node.module)
+
+
+def layer_of(path: Path) -> str:
+    return path.parts[0].removesuffix(".py")
+
+
+def test_every_folder_is_a_layer() -> None:
+    folders = {path.name for path in PACKAGE.iterdir() if path.is_dir() and any(path.glob("*.py"))}
+    assert folders <= HEIGHT.keys()
+    assert {path.name for path in PACKAGE.glob("*.py")} == {"__init__.py", f"{PLATFORM}.py"}
+
+
+def test_imports_point_downwards() -> None:
+    wrong = []
+    for path, tree in trees():
+        own = layer_of(path)
+        for module in imports(tree):
+            target, _, rest = module.partition(".")[2].partition(".")
+            if not module.startswith("rlhf_ray.") or own == "__init__":
+                continue
+            if own == PLATFORM:
+                wrong.append(f"{path} imports {module}, but it is a leaf")
+            elif target == PLATFORM:
+                if own == "config":
+                    wrong.append(f"{path} imports {module}")
+            elif HEIGHT[target] > HEIGHT[own]:
+                wrong.append(f"{path} imports {module}, which is above it")
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("library", ["deepspeed", "vllm"])
+def test_only_engines_import(library: str) -> None:
+    users = {layer_of(path) for path, tree in trees() for module in imports(tree) if module.split(".")[0] == library}
+    assert users == {"engines"}
+
+
+@pytest.mark.parametrize("library", ["torch", "ray", "transformers", "numpy"])
+def test_config_imports_nothing_heavy(library: str) -> None:
+    users = {str(path) for path, tree in trees() for module in imports(tree) if module.split(".")[0] == library}
+    assert not {path for path in users if path.startswith("config")}
+
+
+def test_nothing_prints() -> None:
+    calls = [
+        f"{path}:{node.lineno}"
+        for path, tree in trees()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+    ]
+    assert not calls, f"use logging: {', '.join(calls)}"
+
+
+def test_only_the_platform_asks_whether_there_is_a_gpu() -> None:
+    """Its one exception: which generators there are to save (actors/worker.py)."""
+    askers = {
+        str(path)
+        for path, tree in trees()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and node.attr == "is_available"
+    }
+    assert askers <= {"platform.py", "actors/worker.py"}
