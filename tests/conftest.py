@@ -29,7 +29,9 @@ def tokenizer(tiny_model_dir: Path) -> PreTrainedTokenizerFast:
 def make_batch() -> MakeBatch:
     """Makes a batch of random trajectories from the lengths of their prompts and responses."""
 
-    def make(prompt_lengths: list[int], response_lengths: list[int], vocab: int = 512, seed: int = 0) -> TrajectoryBatch:
+    def make(
+        prompt_lengths: list[int], response_lengths: list[int], vocab: int = 512, seed: int = 0
+    ) -> TrajectoryBatch:
         random = np.random.default_rng(seed)
         return TrajectoryBatch.of(
             [

@@ -46,9 +46,7 @@ class TrainingColumns:
     @classmethod
     def concat(cls, parts: Sequence["TrainingColumns"]) -> "TrainingColumns":
         """Columns of several shards, in order."""
-        return cls(
-            *(np.concatenate([getattr(part, name) for part in parts]) for name in cls.__dataclass_fields__)
-        )
+        return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in cls.__dataclass_fields__))
 
     def take(self, places: np.ndarray) -> "TrainingColumns":
         """Some of the places."""
@@ -120,7 +118,7 @@ class RankBatch:
         shard_starts: Sequence[int],
         samples: Sequence[int],
     ) -> "RankBatch":
-        """Take `samples` (numbers in the PPO batch) from shards, whose first samples have the numbers `shard_starts`."""
+        """Take `samples`, by number in the PPO batch; `shard_starts` are the numbers of the shards' first samples."""
         wanted = np.asarray(sorted(samples), np.int64)
         batches, columns = [], []
         for (batch, shard_columns), start in zip(shards, shard_starts, strict=True):

@@ -65,9 +65,9 @@ class CriticWorker(PPOTrainedWorker):
         values: Sequence[ray.ObjectRef],
     ) -> tuple[TrainingColumns, ShardReport]:
         """From shaped scores `[samples]` and the ranks' column parts to what is trained on, for one shard."""
-        columns = [fetch_data(parts, "columns of a shard") for parts in (old_logprobs, reference_logprobs, values)]
+        parts = [fetch_data(refs, "columns of a shard") for refs in (old_logprobs, reference_logprobs, values)]
         with self.recorder.span("advantages"):
-            old, reference, value = (assemble(parts, batch) for parts in columns)
+            old, reference, value = (assemble(part, batch) for part in parts)
             offsets = column_offsets(batch)
             kl = kl_estimate(old, reference, self.ppo.kl.estimator)
             rewards = shaped_rewards(torch.from_numpy(scores), kl, offsets, kl_coef)

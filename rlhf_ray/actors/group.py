@@ -64,7 +64,9 @@ class ActorGroup:
             ray.kill(actor)
 
 
-def create_group(role: str, worker: type, seat: Seat, ranks: int, arguments: Callable[[int], dict[str, Any]]) -> ActorGroup:
+def create_group(
+    role: str, worker: type, seat: Seat, ranks: int, arguments: Callable[[int], dict[str, Any]]
+) -> ActorGroup:
     """Start one process for each rank on its bundle. `arguments` gives a rank's constructor arguments.
 
     It may be called again for a role whose processes died: nothing of the old ones is reused.

@@ -83,7 +83,9 @@ class PolicyWorker(PPOTrainedWorker):
         total, tokens = (sum_over_ranks(part, platform().device) for part in (kl.total, kl.weight))
         return total / max(1.0, tokens) <= self.ppo.kl_early_stop
 
-    def connect(self, engines: list[Any], workers_per_engine: int, host: str, port: int, bucket_bytes: int, timeout_s: float) -> None:
+    def connect(
+        self, engines: list[Any], workers_per_engine: int, host: str, port: int, bucket_bytes: int, timeout_s: float
+    ) -> None:
         """Meet the rollout engines for weight transfer; on every rank, rank 0 sends."""
         from rlhf_ray.engines.weight_transfer.sender import SyncGroup, WeightSender
 

@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from functools import partial
 
 import ray
 import torch
@@ -48,14 +49,18 @@ class PPOTrainedWorker(TrainedWorker):
         """
         watch = Stopwatch()
         mine = {sample for step in plan for micro in step.micro_batches for sample in micro}
-        data = RankBatch.of([tuple(fetch_data(refs, "a shard to train on")) for refs in shards], shard_starts, sorted(mine))
+        data = RankBatch.of(
+            [tuple(fetch_data(refs, "a shard to train on")) for refs in shards], shard_starts, sorted(mine)
+        )
         total: Stats = {}
         lr, steps, samples = 0.0, 0, 0
         for step in plan:
             stats = self._accumulate(data, step)
             done = self.engine.step()
             self.check_finite(
-                "gradient norm", done.grad_norm, lambda s=step: data.names([n for m in s.micro_batches for n in m])
+                "gradient norm",
+                done.grad_norm,
+                partial(data.names, [sample for micro in step.micro_batches for sample in micro]),
             )
             stats["grad_norm"] = Mean(done.grad_norm, 1.0)
             total = {name: total.get(name, Mean()) + mean for name, mean in stats.items()}
@@ -72,7 +77,7 @@ class PPOTrainedWorker(TrainedWorker):
             weights = token_weights(pack.lengths, self.ppo.loss_mean, step.step_tokens, step.step_samples)
             loss, found = self.micro_batch_loss(pack, columns, weights)
             value = float(loss.detach())
-            self.check_finite("loss", value, lambda m=micro_batch: data.names(m))
+            self.check_finite("loss", value, partial(data.names, micro_batch))
             self.engine.backward(loss, last=number == len(step.micro_batches) - 1)
             # The loss is this micro-batch's share of the step's: shares add up, and steps average.
             found["loss"] = Mean(value, 1.0 / (len(step.micro_batches) * self.world_size))

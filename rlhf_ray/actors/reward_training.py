@@ -1,6 +1,7 @@
 """A rank of a reward model in training."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import ray
 import torch
@@ -47,12 +48,14 @@ class RewardTrainingWorker(TrainedWorker):
             for number, micro_batch in enumerate(micro_batches):
                 loss, found = self._loss(data, micro_batch)
                 value = float(loss.detach())
-                self.check_finite("loss", value, lambda m=micro_batch: [data.uids[pair] for pair in m])
+                self.check_finite("loss", value, partial(_uids, data, micro_batch))
                 self.engine.backward(loss / step_pairs, last=number == len(micro_batches) - 1)
                 means = {name: means.get(name, Mean()) + mean for name, mean in found.items()}
             done = self.engine.step()
             self.check_finite(
-                "gradient norm", done.grad_norm, lambda: [data.uids[pair] for micro in micro_batches for pair in micro]
+                "gradient norm",
+                done.grad_norm,
+                partial(_uids, data, [pair for micro in micro_batches for pair in micro]),
             )
         means["grad_norm"] = Mean(done.grad_norm, 1.0)
         return UpdateReport(means, done.lr, 1, sum(len(micro) for micro in micro_batches), watch.seconds)
@@ -85,3 +88,7 @@ class RewardTrainingWorker(TrainedWorker):
             "margin": Mean(float(margins.sum()), len(pairs)),
         }
         return losses.sum(), found
+
+
+def _uids(data: PairSet, pairs: Sequence[int]) -> list[str]:
+    return [data.uids[pair] for pair in pairs]

@@ -43,6 +43,7 @@ class RolloutWorker:
     def __init__(self, rank: int) -> None:
         self.rank = rank
         self.recorder = SpanRecorder()
+        self.engine: Any = None  # vLLM is imported when the engine starts
 
     async def load_model(
         self, model: str, rollout: Rollout, dtype: str, tensor_parallel: int, seed: int, trust_remote_code: bool
@@ -79,10 +80,11 @@ class RolloutWorker:
         """Queue prompts without generating."""
         await self.engine.pause()
 
-    async def release(self, prompts: int) -> None:
+    async def release(self, prompts: int, timeout_s: float) -> None:
         """Generate, once this many prompts have been queued since the last release."""
-        while self.engine.queued < prompts:  # each turn lets the queueing calls run; no time passes
-            await asyncio.sleep(0)
+        async with asyncio.timeout(timeout_s):
+            while self.engine.queued < prompts:  # each turn lets the calls run that queue prompts
+                await asyncio.sleep(0)
         self.engine.queued = 0
         await self.engine.resume()
 
@@ -115,7 +117,8 @@ class RolloutWorker:
 
     async def shutdown(self) -> None:
         """End the engine's processes."""
-        self.engine.shutdown()
+        if self.engine is not None:
+            self.engine.shutdown()
 
 
 @dataclass(frozen=True)
@@ -199,7 +202,9 @@ class RolloutGroup(ActorGroup):
         while waiting or running:
             while waiting and (engine := balancer.place(loads[waiting[-1]], len(shards[waiting[-1]]))) is not None:
                 number = waiting.pop()
-                trajectories, facts = self.call_one(engine, "generate", shards[number], sampling, version, num_returns=2)
+                trajectories, facts = self.call_one(
+                    engine, "generate", shards[number], sampling, version, num_returns=2
+                )
                 running[facts] = (number, engine, trajectories)
             facts, (number, engine, trajectories) = self._next(running)
             balancer.done(engine, loads[number], len(shards[number]))
@@ -216,7 +221,7 @@ class RolloutGroup(ActorGroup):
             queued[engine] += len(shard)
             trajectories, facts = self.call_one(engine, "generate", shard, sampling, version, num_returns=2)
             running[facts] = (number, engine, trajectories)
-        released = self.call_each("release", [(count,) for count in queued])
+        released = self.call_each("release", [(count, self._timeout_s) for count in queued])
         wait_all(released, self._timeout_s, "rollout: release", "run.timeouts.rollout_s")
         while running:
             facts, (number, _, trajectories) = self._next(running)

@@ -33,8 +33,8 @@ class NonFiniteLossError(Exception):
         super().__init__(
             f"{role}: {quantity} is {value}, caused by samples {', '.join(self.samples[:8])}"
             + (f" and {len(self.samples) - 8} more" if len(self.samples) > 8 else "")
-            + ". No weights were changed by it after the last checkpoint was written; look at these samples' rewards and "
-            "log-probs, lower the learning rate, or use float32"
+            + ". Look at these samples' rewards and log-probs, lower the learning rate, or use float32; the last "
+            "checkpoint is from before"
         )
 
     def __reduce__(self) -> tuple[type["NonFiniteLossError"], tuple[str, str, float, list[str]]]:

@@ -77,7 +77,7 @@ def fetch(ref: ray.ObjectRef, what: str) -> Any:
         cause = error.cause
         if isinstance(cause, Exception) and type(cause).__module__.startswith("rlhf_ray."):
             raise cause from None
-        raise RoleFailure(what, f"{type(cause).__name__}: {cause}\n{error.traceback_str}") from None
+        raise RoleFailure(what, f"{type(cause).__name__}: {cause}\n{error}") from None  # Ray's text is the traceback
     except RayActorError as error:
         raise RoleFailure(what, f"its process died. {error}") from None
     except GetTimeoutError as error:

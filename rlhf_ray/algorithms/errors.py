@@ -1,4 +1,7 @@
-"""What these functions raise: every error names the argument, what was found and what is expected."""
+"""What these functions raise: every error names the argument, what was found and what is expected.
+
+Exceptions leave their actor pickled, for which the default calls `__init__` with the message alone: hence `__reduce__`.
+"""
 
 
 class AlgorithmInputError(ValueError):
@@ -14,6 +17,9 @@ class OptionError(AlgorithmInputError):
         self.expected = expected
         super().__init__(f"{name} is {value!r}, but must be {expected}")
 
+    def __reduce__(self) -> tuple[type["OptionError"], tuple[str, object, str]]:
+        return type(self), (self.name, self.value, self.expected)
+
 
 class TensorInputError(AlgorithmInputError):
     """A tensor of the wrong shape or dtype; checked because broadcasting would hide it."""
@@ -23,6 +29,9 @@ class TensorInputError(AlgorithmInputError):
         self.found = found
         self.expected = expected
         super().__init__(f"tensor {name} has {found}, but needs {expected}")
+
+    def __reduce__(self) -> tuple[type["TensorInputError"], tuple[str, str, str]]:
+        return type(self), (self.name, self.found, self.expected)
 
 
 class SampleError(AlgorithmInputError):
@@ -34,3 +43,6 @@ class SampleError(AlgorithmInputError):
         self.cure = cure
         named = ", ".join(map(str, samples[:8])) + (f" and {len(samples) - 8} more" if len(samples) > 8 else "")
         super().__init__(f"samples at batch positions {named} {problem}; {cure}")
+
+    def __reduce__(self) -> tuple[type["SampleError"], tuple[list[int], str, str]]:
+        return type(self), (self.samples, self.problem, self.cure)

@@ -55,7 +55,7 @@ def _error(role: str, bundles: list[dict[str, float]], strategy: str, timeout_s:
     total = {key: sum(bundle.get(key, 0) for bundle in bundles) for key in ("CPU", "GPU")}
     return PlacementError(
         role,
-        f"placement.{role}: {len(bundles)} bundles with {describe_resources(total)} in all ({strategy}) were not placed "
-        f"within {timeout_s:g} s: {table}. Other roles or jobs hold the rest: ask for less in placement, wait, or add "
-        "nodes (on one machine, cluster.cpus sets how many CPUs Ray counts)",
+        f"placement.{role}: {len(bundles)} bundles with {describe_resources(total)} in all ({strategy}) were not "
+        f"placed within {timeout_s:g} s: {table}. Other roles or jobs hold the rest: ask for less in placement, wait, or "
+        "add nodes (on one machine, cluster.cpus sets how many CPUs Ray counts)",
     )

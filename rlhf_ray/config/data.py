@@ -29,8 +29,12 @@ class PairData(Section):
 
     train: str
     """JSONL file; a row has `chosen` and `rejected` (text) and optionally `prompt` and `uid`."""
+    train_pairs: PositiveInt | None = None
+    """Pairs of `train` that are used, from its beginning; by default all."""
     eval: str | None = None
     """JSONL file of held-out pairs."""
+    eval_pairs: PositiveInt | None = None
+    """Pairs of `eval` that are used, from its beginning; by default all."""
     pairs_per_step: PositiveInt = 32
     """Pairs in one optimizer step."""
     max_tokens: PositiveInt = 1024

@@ -13,7 +13,6 @@ from rlhf_ray.config.rollout import Rollout
 from rlhf_ray.config.run import EpochRun, PPORun
 from rlhf_ray.config.training import Critic, Policy, Reference, RewardModelOptimizer, TrainingEngine
 
-
 TRAINED: tuple[Literal["policy", "critic"], ...] = ("policy", "critic")
 SCORING: tuple[Literal["policy", "critic", "reference", "reward"], ...] = ("policy", "critic", "reference", "reward")
 
@@ -109,8 +108,8 @@ class PPOJob(_Job):
                 )
         if self.algorithm.kl.target is not None and self.algorithm.kl.horizon <= 0.2 * self.samples_per_step:
             raise ValueError(
-                f"algorithm.kl.horizon ({self.algorithm.kl.horizon}) must be more than a fifth of data.prompts_per_step × "
-                f"data.samples_per_prompt ({self.samples_per_step}), or one step could turn β negative"
+                f"algorithm.kl.horizon ({self.algorithm.kl.horizon}) must be more than a fifth of "
+                f"data.prompts_per_step × data.samples_per_prompt ({self.samples_per_step}), or one step could turn β negative"
             )
         shards = shard_count(self.samples_per_step, self.rollout.shard_samples)
         for scoring in SCORING:

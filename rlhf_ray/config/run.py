@@ -95,4 +95,4 @@ class EpochRun(Run):
     epochs: PositiveInt = 1
     """Passes over the training data."""
     eval_every: NonNegativeInt = 0
-    """Optimizer steps between evaluations; 0 evaluates before and after training."""
+    """Optimizer steps between evaluations; 0 evaluates after the last step only."""

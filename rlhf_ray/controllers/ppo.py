@@ -16,8 +16,8 @@ from rlhf_ray.algorithms.kl import KLController
 from rlhf_ray.algorithms.moments import Moments
 from rlhf_ray.algorithms.scores import ScoreShaper
 from rlhf_ray.config.jobs import PPOJob
-from rlhf_ray.controllers.preflight import PPOInputs
 from rlhf_ray.controllers.ppo_report import PPOReport, StepRecord
+from rlhf_ray.controllers.preflight import PPOInputs
 from rlhf_ray.controllers.roles import PPORoles
 from rlhf_ray.controllers.run_folder import Checkpointing, RunFolder
 from rlhf_ray.data.cursor import PromptCursor
@@ -76,7 +76,9 @@ class PPOController:
         self.step = 0
         self.version = 0
         self.cursor = PromptCursor(len(inputs.prompts), derive_seed(config.seed, "prompts"), config.data.shuffle)
-        self.kl = KLController(algorithm.kl.coef, algorithm.kl.target, algorithm.kl.horizon if algorithm.kl.target else None)
+        self.kl = KLController(
+            algorithm.kl.coef, algorithm.kl.target, algorithm.kl.horizon if algorithm.kl.target else None
+        )
         self.scores = ScoreShaper(
             normalize=algorithm.normalise_scores,
             score_clip=algorithm.score_clip,
@@ -193,8 +195,16 @@ class PPOController:
         except NonFiniteLossError as error:
             shards = [self._fetch(shard.generated) for shard in batch.scored]
             raise self.report.save_failure(step, shards, batch.parts, error) from error
-        reports = {role: ray.get(refs, timeout=60) for role, refs in running.items()}
+        reports = {role: self._wait(refs, f"{role}: update", "update_s") for role, refs in running.items()}
+        for role, found in reports.items():
+            self._check_all_trained(role, found, algorithm.epochs * len(batch.scores))
         return reports.get("policy", []), reports["critic"]
+
+    def _check_all_trained(self, role: str, reports: list[UpdateReport], expected: int) -> None:
+        trained = sum(report.samples for report in reports)
+        stopped_early = role == "policy" and self.config.algorithm.kl_early_stop is not None
+        if trained != expected and not stopped_early:
+            raise RuntimeError(f"{role} trained on {trained} samples where {expected} were due; this is a bug")
 
     def _finish(
         self, step: int, record: StepRecord, batch: Batch, policy: list[UpdateReport], critic: list[UpdateReport]
@@ -226,7 +236,7 @@ class PPOController:
         return np.concatenate(columns)
 
     def _showcase(self) -> list[SampleRow]:
-        """Responses to the same few prompts with the same seeds, to set those before and after training side by side."""
+        """Responses to the same few prompts with the same seeds, to compare those before and after training."""
         cursor = PromptCursor(len(self.inputs.prompts), seed=0, shuffle=False)
         tickets = cursor.take(min(self.config.run.samples_kept, len(self.inputs.prompts)))
         requests = requests_for(self.inputs.prompts, tickets, 1, derive_seed(self.config.seed, "showcase"))
@@ -249,7 +259,7 @@ class PPOController:
 
     def _fetch(self, shard: GeneratedShard) -> TrajectoryBatch:
         [trajectories] = self._wait([shard.trajectories], "trajectories of a shard", "score_s")
-        return trajectories  # type: ignore[no-any-return]
+        return trajectories
 
     def _state(self) -> dict[str, Any]:
         return {

@@ -115,10 +115,10 @@ def _check_pairs(config: RewardModelJob, problems: list[str]) -> PairInputs:
     train, held_out = None, None
     if tokenizer is not None:
         with _collect(problems, "data.train"):
-            train = load_pairs(config.data, config.data.train, tokenizer)
+            train = load_pairs(config.data, config.data.train, tokenizer).first(config.data.train_pairs)
         if config.data.eval is not None:
             with _collect(problems, "data.eval"):
-                held_out = load_pairs(config.data, config.data.eval, tokenizer)
+                held_out = load_pairs(config.data, config.data.eval, tokenizer).first(config.data.eval_pairs)
     if problems or train is None:
         raise ConfigError("preflight", problems)
     return PairInputs(train, held_out)

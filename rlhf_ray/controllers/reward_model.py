@@ -8,8 +8,8 @@ import ray
 from rlhf_ray.actors.group import ActorGroup
 from rlhf_ray.actors.waiting import wait_all
 from rlhf_ray.config.jobs import RewardModelJob
-from rlhf_ray.controllers.preflight import PairInputs
 from rlhf_ray.controllers.ppo_report import StepRecord
+from rlhf_ray.controllers.preflight import PairInputs
 from rlhf_ray.controllers.run_folder import Checkpointing, RunFolder
 from rlhf_ray.data.cursor import PromptCursor
 from rlhf_ray.data.packing import plan_micro_batches
@@ -27,7 +27,12 @@ class RewardModelController:
     """Runs the epochs over ranks that live elsewhere."""
 
     def __init__(
-        self, config: RewardModelJob, inputs: PairInputs, group: ActorGroup, folder: RunFolder, checkpointing: Checkpointing
+        self,
+        config: RewardModelJob,
+        inputs: PairInputs,
+        group: ActorGroup,
+        folder: RunFolder,
+        checkpointing: Checkpointing,
     ) -> None:
         self.config, self.inputs, self.group, self.folder = config, inputs, group, folder
         self.checkpointing = checkpointing
@@ -61,7 +66,7 @@ class RewardModelController:
         metrics["epoch"] = (step - 1) // (self.total // self.config.run.epochs) + 1.0
         metrics["throughput/train_tokens_per_s"] = float(lengths.sum()) / max(report.seconds for report in reports)
         last, every = step == self.total, self.config.run.eval_every
-        if self.inputs.held_out is not None and (last or step == 1 or (every and step % every == 0)):
+        if self.inputs.held_out is not None and (last or (every and step % every == 0)):
             metrics |= self._evaluate(self.inputs.held_out)
         due = self.folder.checkpoint_due(step, last)
         if due:

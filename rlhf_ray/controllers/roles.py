@@ -12,19 +12,16 @@ from rlhf_ray.actors.critic import CriticWorker
 from rlhf_ray.actors.group import ActorGroup, Seat, Seating, create_group
 from rlhf_ray.actors.policy import PolicyWorker
 from rlhf_ray.actors.reference import ReferenceWorker
-from rlhf_ray.actors.reward import RewardModelWorker, ScorePart, TextRewardWorker
+from rlhf_ray.actors.reward import RewardModelWorker, TextRewardWorker
 from rlhf_ray.actors.reward_training import RewardTrainingWorker
 from rlhf_ray.actors.rollout import RolloutGroup, RolloutWorker
-from rlhf_ray.actors.waiting import wait_all
+from rlhf_ray.actors.waiting import RoleFailure, RoleTimeout, wait_all
 from rlhf_ray.config.jobs import PPOJob, RewardModelJob
 from rlhf_ray.config.rewards import FunctionReward, ModelReward, part_name
 from rlhf_ray.config.run import Timeouts
 from rlhf_ray.controllers.preflight import PPOInputs
-from rlhf_ray.data.trajectory import Floats
 
 logger = logging.getLogger("rlhf_ray")
-
-_COLLECTIVE = "placement.policy"
 
 
 @dataclass(frozen=True)
@@ -100,11 +97,20 @@ def ppo_roles(config: PPOJob, inputs: PPOInputs) -> Iterator[PPORoles]:
         roles = PPORoles(policy, critic, reference, rewards, rollout)
         _load_ppo_models(config, inputs, roles)
         yield roles
-        rollout.run("shutdown", timeout_s=60, setting="run.timeouts.setup_s")
     finally:
         for created in started:
+            if isinstance(created, RolloutGroup):
+                _end_engines(created)
             created.kill()
         seating.release()
+
+
+def _end_engines(rollout: RolloutGroup) -> None:
+    """Let the engines end their own processes, which outlive an actor that is killed."""
+    try:
+        rollout.run("shutdown", timeout_s=30, setting="run.timeouts.setup_s")
+    except (RoleFailure, RoleTimeout) as error:
+        logger.warning("a rollout engine did not end in order: %s", error)
 
 
 @contextmanager
@@ -134,7 +140,9 @@ def join_collectives(groups: Sequence[ActorGroup], timeouts: Timeouts) -> None:
     # A collective must outlast the slowest rank's longest phase; the controller's own limits end a run sooner.
     longest = max(timeouts.setup_s, timeouts.update_s, timeouts.score_s, timeouts.checkpoint_s)
     joined = [
-        ref for group, (host, port) in zip(groups, addresses, strict=True) for ref in group.call("join", host, port, longest)
+        ref
+        for group, (host, port) in zip(groups, addresses, strict=True)
+        for ref in group.call("join", host, port, longest)
     ]
     wait_all(joined, timeouts.setup_s, "ranks joining their groups", "run.timeouts.setup_s")
 
@@ -202,9 +210,7 @@ def _load_ppo_models(config: PPOJob, inputs: PPOInputs, roles: PPORoles) -> None
         *roles.critic.call(
             "load_model", config.critic, inputs.critic_model, config.algorithm, config.run.steps * updates, config.seed
         ),
-        *roles.reference.call(
-            "load_model", inputs.reference_model, config.reference.engine, temperature, trust
-        ),
+        *roles.reference.call("load_model", inputs.reference_model, config.reference.engine, temperature, trust),
     ]
     same_tokens = iter(inputs.same_tokens)
     for part, reward in zip(roles.rewards, config.reward, strict=True):
@@ -213,7 +219,9 @@ def _load_ppo_models(config: PPOJob, inputs: PPOInputs, roles: PPORoles) -> None
         else:
             loading += part.group.call("load_model", reward, config.policy.model, trust)
     wait_all(loading, timeouts.setup_s, "loading of the models", "run.timeouts.setup_s")
-    [(host, port)] = wait_all([roles.policy.call_one(0, "address")], timeouts.setup_s, "policy: address", "run.timeouts.setup_s")
+    [(host, port)] = wait_all(
+        [roles.policy.call_one(0, "address")], timeouts.setup_s, "policy: address", "run.timeouts.setup_s"
+    )
     connected = roles.policy.call(
         "connect",
         roles.rollout.actors,

@@ -52,8 +52,8 @@ class RunFolder:
             return None
         if self._config.run.resume == "never":
             raise ResumeError(
-                f"run.resume is 'never', but {self.path} holds a checkpoint of step {found.step}: choose another run.dir, "
-                "remove the folder, or set run.resume to 'auto'"
+                f"run.resume is 'never', but {self.path} holds a checkpoint of step {found.step}: choose another "
+                "run.dir, remove the folder, or set run.resume to 'auto'"
             )
         logger.info("resuming from %s", found.folder)
         return found
@@ -106,7 +106,9 @@ class Checkpointing:
     def save(self, step: int) -> None:
         """Have every role write its part. It becomes a checkpoint with `commit`."""
         place = self._folder.checkpoints.begin(step)
-        refs = [ref for role, group in self._trained.items() for ref in group.call("save", str((place / role).absolute()))]
+        refs = [
+            ref for role, group in self._trained.items() for ref in group.call("save", str((place / role).absolute()))
+        ]
         wait_all(refs, self._timeout_s, f"checkpoint of step {step}", "run.timeouts.checkpoint_s")
 
     def commit(self, step: int, state: dict[str, Any], metrics: Mapping[str, float]) -> None:
@@ -126,6 +128,8 @@ class Checkpointing:
         """Have a role write its model in Hugging Face format to `export/`, in the background unless `wait`."""
         group = self._trained[role]
         setting = "run.timeouts.checkpoint_s"
-        group.run("start_export", str((self._folder.path / "export").absolute()), timeout_s=self._timeout_s, setting=setting)
+        group.run(
+            "start_export", str((self._folder.path / "export").absolute()), timeout_s=self._timeout_s, setting=setting
+        )
         if wait:
             group.run("finish_export", timeout_s=self._timeout_s, setting=setting)

@@ -1,6 +1,6 @@
 """Pairs of texts of which a human liked one better, from a JSONL file, as tokens."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import compress
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,19 @@ class PairSet:
 
     def __len__(self) -> int:
         return len(self.uids)
+
+    def first(self, pairs: int | None) -> "PairSet":
+        """The first `pairs` pairs; None takes all."""
+        if pairs is None or pairs >= len(self):
+            return self
+        return replace(
+            self,
+            uids=self.uids[:pairs],
+            chosen_tokens=self.chosen_tokens[: self.chosen_offsets[pairs]],
+            chosen_offsets=self.chosen_offsets[: pairs + 1],
+            rejected_tokens=self.rejected_tokens[: self.rejected_offsets[pairs]],
+            rejected_offsets=self.rejected_offsets[: pairs + 1],
+        )
 
     def chosen(self, index: int) -> Tokens:
         """Tokens of one pair's prompt and chosen text."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from rlhf_ray.config.jobs import shard_count
 from rlhf_ray.data.cursor import PromptTicket, visit_uid
@@ -42,4 +43,4 @@ def cut_into_shards(requests: Sequence[PromptRequest], shard_samples: int) -> li
     """Shards of at most `shard_samples`, their sizes differing by one at most."""
     count = shard_count(len(requests), shard_samples)
     bounds = [round(number * len(requests) / count) for number in range(count + 1)]
-    return [list(requests[start:end]) for start, end in zip(bounds, bounds[1:], strict=False)]
+    return [list(requests[start:end]) for start, end in pairwise(bounds)]

@@ -12,6 +12,7 @@ from vllm.inputs import TokensPrompt
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 from rlhf_ray.config.rollout import RolloutEngine as EngineConfig
 from rlhf_ray.config.rollout import Sampling
@@ -41,7 +42,9 @@ class RolloutEngine:
                 model=model,
                 dtype=dtype,
                 tensor_parallel_size=tensor_parallel,
-                distributed_executor_backend="mp" if tensor_parallel > 1 else "uni",  # one worker needs no process more
+                # The engine's own process does for one worker. Named by class because vLLM turns "uni" into a process
+                # more on CPU, to set thread counts that Ray has set already.
+                distributed_executor_backend=UniProcExecutor if tensor_parallel == 1 else "mp",
                 max_model_len=engine.max_model_len,
                 max_num_seqs=engine.max_num_seqs,
                 max_num_batched_tokens=max(engine.max_num_batched_tokens, engine.max_model_len),
@@ -141,6 +144,4 @@ def _trajectory(prompt: PromptRequest, output: CompletionOutput) -> Trajectory:
     for span in output.weight_versions or []:
         versions[span.start : span.end] = [int(span.version)] * (span.end - span.start)
     reason: FinishReason = "length" if output.finish_reason == "length" else "stop"
-    return Trajectory(
-        prompt.uid, prompt.sample_index, prompt.seed, prompt.tokens, tokens, logprobs, versions, reason
-    )
+    return Trajectory(prompt.uid, prompt.sample_index, prompt.seed, prompt.tokens, tokens, logprobs, versions, reason)

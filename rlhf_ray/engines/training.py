@@ -72,9 +72,15 @@ class TrainingEngine:
         """Clip, update the weights and move the schedule."""
         lr = self._schedule.get_last_lr()[0]
         plain = self._engine.optimizer is self._engine.basic_optimizer  # stage 0 in float32: DeepSpeed keeps no norm
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None]) if plain else None
+        norm = (
+            torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+            if plain
+            else None
+        )
         self._engine.step()
-        return StepStats(grad_norm=float(norm if norm is not None else self._engine.get_global_grad_norm()), lr=float(lr))
+        return StepStats(
+            grad_norm=float(norm if norm is not None else self._engine.get_global_grad_norm()), lr=float(lr)
+        )
 
     def save(self, folder: Path) -> None:
         """Write weights, optimizer and schedule; each rank writes its own shards into `folder`."""
@@ -168,7 +174,7 @@ def _adam(model: nn.Module, engine: config.TrainingEngine, optimizer: config.Opt
     if engine.offload_optimizer:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-        return DeepSpeedCPUAdam(parameters, adamw_mode=True, **settings)  # type: ignore[no-any-return]
+        return DeepSpeedCPUAdam(parameters, adamw_mode=True, **settings)
     return torch.optim.AdamW(parameters, fused=True, **settings)
 
 

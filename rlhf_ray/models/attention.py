@@ -8,6 +8,7 @@ all and PyTorch's fused kernel runs without an L×L matrix.
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -77,7 +78,7 @@ def packed_attention(
             window_size=(-1, 0),
             enable_gqa=query.shape[1] != key.shape[1],
         )
-        return out[None], None
+        return out.unsqueeze(0), None  # type: ignore[union-attr]
     return _bucketed(query, key, value, cu_seq_lens_q, scaling)[None], None
 
 
@@ -88,13 +89,13 @@ def _bucketed(
     gqa = query.shape[1] != key.shape[1]
     if len(buckets) == 1 and bool(buckets[0].real.all()):  # one length: the batch is a view
         shape = buckets[0].rows.shape
-        batch = (states.unflatten(0, shape).transpose(1, 2) for states in (query, key, value))
-        out = F.scaled_dot_product_attention(*batch, is_causal=True, scale=scaling, enable_gqa=gqa)
+        q, k, v = (states.unflatten(0, shape).transpose(1, 2) for states in (query, key, value))
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=gqa)
         return out.transpose(1, 2).flatten(0, 1)
     parts = []
     for bucket in buckets:
-        batch = (states[bucket.rows].transpose(1, 2) for states in (query, key, value))
-        out = F.scaled_dot_product_attention(*batch, is_causal=True, scale=scaling, enable_gqa=gqa)
+        q, k, v = (states[bucket.rows].transpose(1, 2) for states in (query, key, value))
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=gqa)
         parts.append(out.transpose(1, 2)[bucket.real])
     back = torch.empty(query.shape[0], dtype=torch.int64)
     back[torch.cat([bucket.tokens for bucket in buckets])] = torch.arange(query.shape[0])
@@ -105,7 +106,7 @@ def _bucketed(
 def _buckets(cu_seqlens: tuple[int, ...]) -> list[_Bucket]:
     """Group sequences whose lengths differ by at most a quarter, so that little of a batch is padding."""
     by_size: dict[int, list[tuple[int, int]]] = {}
-    for start, end in zip(cu_seqlens, cu_seqlens[1:], strict=False):
+    for start, end in pairwise(cu_seqlens):
         by_size.setdefault(math.ceil(math.log(end - start, 1.25)), []).append((start, end))
     buckets = []
     for spans in by_size.values():

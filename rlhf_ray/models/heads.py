@@ -6,8 +6,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from rlhf_ray.models.attention import PACKED_ATTENTION
 from rlhf_ray.models.packed import PackedSequences
@@ -45,7 +51,7 @@ class CausalModel(nn.Module):
         """Log-probs of `targets` `[positions]` as predicted at `positions` of the pack, and entropies there."""
         hidden = _hidden_states(self.model, packed)
         out = self.token_logprobs(hidden[positions], targets, temperature)
-        return out  # type: ignore[no-any-return]
+        return out
 
 
 class ScalarModel(nn.Module):

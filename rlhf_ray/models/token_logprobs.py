@@ -37,7 +37,7 @@ class TokenLogProbs(nn.Module):
             temperature: divides the logits.
         """
         out = _ChunkedLogProbs.apply(hidden, self.weight, targets, temperature, self.chunk_tokens)
-        return out  # type: ignore[no-any-return]
+        return out
 
 
 class _ChunkedLogProbs(torch.autograd.Function):

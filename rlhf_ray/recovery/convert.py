@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,12 +101,15 @@ def _check_free(out: Path) -> None:
 
 def _find(source: Path) -> tuple[Path, Path]:
     """The folders of the run and of the checkpoint that `source` stands for."""
+    if not source.is_dir():
+        raise ExportError(f"{source} is no folder")
     if name := re.fullmatch(r"step_(\d{6,})", source.name):
         verify(source, int(name[1]))
         return source.parent.parent, source
     if not (source / "checkpoints").is_dir():
         raise ExportError(
-            f"{source} is neither the folder of a run with checkpoints nor a checkpoint (runs/NAME/checkpoints/step_000010)"
+            f"{source} is neither the folder of a run with checkpoints nor one checkpoint, such as "
+            "runs/NAME/checkpoints/step_000010"
         )
     newest = CheckpointStore(source, keep_last=1, keep_best=None).latest()
     if newest is None:
@@ -149,10 +153,8 @@ def _without_weights(trained: _TrainedModel, dtype: torch.dtype) -> PreTrainedMo
     with torch.device("meta"):  # shapes only
         model: PreTrainedModel = auto.from_config(config, dtype=dtype, trust_remote_code=trained.trust_remote_code)
     if not trained.scalar:
-        try:
+        with suppress(OSError):  # the model came without one
             model.generation_config = GenerationConfig.from_pretrained(trained.source)
-        except OSError:  # the model came without one
-            pass
     return model
 
 

@@ -90,9 +90,7 @@ def ways_to_cut(batch: TrajectoryBatch) -> dict[str, list[list[int]]]:
     return ways
 
 
-def assert_same_for_every_cut(
-    gradient: Callable[[list[list[int]]], Gradient], batch: TrajectoryBatch
-) -> None:
+def assert_same_for_every_cut(gradient: Callable[[list[list[int]]], Gradient], batch: TrajectoryBatch) -> None:
     wanted = gradient([list(range(SAMPLES))])
     assert any(bool(part.abs().max() > 1e-2) for part in wanted.values())
     for way, micro_batches in ways_to_cut(batch).items():

@@ -39,7 +39,10 @@ def test_log_probs_equal_those_of_transformers_own_padded_forward(tiny_model_dir
     predicts[packed.cu_seqlens[1:].long() - 1] = False  # a sequence's last token predicts nothing
     positions = predicts.nonzero()[:, 0]
     mine, my_entropy = model(packed, positions, packed.input_ids[0][positions + 1], temperature)
-    want = [log_p[row, : len(tokens) - 1].gather(-1, ids[row, 1 : len(tokens), None])[:, 0] for row, tokens in enumerate(rows)]
+    want = [
+        log_p[row, : len(tokens) - 1].gather(-1, ids[row, 1 : len(tokens), None])[:, 0]
+        for row, tokens in enumerate(rows)
+    ]
     torch.testing.assert_close(mine, torch.cat(want).float(), rtol=1e-5, atol=1e-5)
     want_entropy = torch.cat([entropy[row, : len(tokens) - 1] for row, tokens in enumerate(rows)])
     torch.testing.assert_close(my_entropy, want_entropy.float(), rtol=1e-5, atol=1e-5)

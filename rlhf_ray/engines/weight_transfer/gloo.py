@@ -14,6 +14,7 @@ from typing import ClassVar, Self
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, TCPStore
 from vllm.distributed.weight_transfer.base import (
     ParamMeta,
     TrainerInitInfo,
@@ -94,12 +95,12 @@ def buckets_of(metadata: list[ParamMeta], bucket_bytes: int) -> list[tuple[int, 
 
 def _join(host: str, port: int, rank: int, world_size: int, timeout_s: float) -> dist.ProcessGroupGloo:
     timeout = timedelta(seconds=timeout_s)
-    store = dist.TCPStore(host, port, world_size, is_master=rank == 0, timeout=timeout)
-    return dist.ProcessGroupGloo(dist.PrefixStore("weights", store), rank, world_size, timeout)
+    store = TCPStore(host, port, world_size, is_master=rank == 0, timeout=timeout)
+    return dist.ProcessGroupGloo(PrefixStore("weights", store), rank, world_size, timeout)
 
 
 def _broadcast(group: dist.ProcessGroupGloo, buffer: torch.Tensor) -> dist.Work:
-    return group.broadcast([buffer], dist.BroadcastOptions())
+    return group.broadcast([buffer], dist.BroadcastOptions())  # type: ignore[attr-defined]
 
 
 class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo]):
@@ -107,6 +108,8 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
 
     init_info_cls = GlooInitInfo
     update_info_cls = GlooUpdateInfo
+    _group: dist.ProcessGroupGloo | None = None
+    _bucket_bytes: int
 
     def init_transfer_engine(self, init_info: GlooInitInfo) -> None:
         """Join the trainer's group."""
@@ -138,28 +141,32 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
 
     def receive_weights(self, update_info: GlooUpdateInfo) -> None:
         """Load tensors as their buckets arrive."""
+        if self._group is None:
+            raise RuntimeError(
+                "weights were sent before this engine joined the transfer group: call init_transfer first"
+            )
         fields = zip(update_info.names, update_info.dtypes, update_info.shapes, strict=True)
         metadata = [ParamMeta(name, getattr(torch, dtype), tuple(shape)) for name, dtype, shape in fields]
-        self.model.load_weights(self._arriving(metadata))
+        self.model.load_weights(self._arriving(self._group, metadata))
 
-    def _arriving(self, metadata: list[ParamMeta]) -> Iterator[tuple[str, torch.Tensor]]:
+    def _arriving(self, group: dist.ProcessGroupGloo, metadata: list[ParamMeta]) -> Iterator[tuple[str, torch.Tensor]]:
         # Each bucket has a buffer of its own: the loader keeps tensors until their layer is complete.
         buckets = buckets_of(metadata, self._bucket_bytes)
         buffer = torch.empty(buckets[0][0], dtype=torch.uint8)
-        work = _broadcast(self._group, buffer)
+        work = _broadcast(group, buffer)
         for number, (_, slots) in enumerate(buckets):
             work.wait()
             arrived = buffer
             if number + 1 < len(buckets):
                 buffer = torch.empty(buckets[number + 1][0], dtype=torch.uint8)
-                work = _broadcast(self._group, buffer)
+                work = _broadcast(group, buffer)
             for slot in slots:
                 flat = arrived[slot.start : slot.start + slot.size].view(slot.meta.dtype)
                 yield slot.meta.name, flat.view(slot.meta.shape)
 
     def shutdown(self) -> None:
         """Leave the group."""
-        del self._group
+        self._group = None
 
 
 class GlooTrainerWeightTransferEngine(TrainerWeightTransferEngine[GlooTrainerInitInfo]):

@@ -1,0 +1,264 @@
+"""The commands. What is heavy is imported when a command runs, so that `--help` answers at once."""
+
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from rlhf_ray.cli.failures import INTERRUPTED, Commands, record_failure, say
+
+if TYPE_CHECKING:
+    from rlhf_ray.config.jobs import JobConfig
+
+logger = logging.getLogger("rlhf_ray")
+
+main = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="Exit codes: 0 success, 1 the run failed, 2 bad config or arguments, 130 interrupted.",
+)
+
+Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the job.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="KEY=VALUE",
+        help="Set keys of the config, by dotted path: policy.optimizer.lr=1e-5, reward.0.weight=0.5 (entries of a list "
+        "count from 0), data.eval=null. A value is read as YAML: quote what the shell would take apart.",
+        show_default=False,
+    ),
+]
+
+
+@main.callback()
+def rlhf_ray(
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Log more, and show where an error came from.")
+    ] = False,
+    version: Annotated[
+        bool,
+        typer.Option("--version", is_eager=True, callback=lambda asked: _show_version(asked), help="Show the version."),
+    ] = False,
+) -> None:
+    """Align language models on a Ray cluster: PPO and reward models with DeepSpeed and vLLM.
+
+    \b
+    Examples:
+      rlhf-ray prepare --only tiny
+      rlhf-ray validate configs/tiny_reward.yaml
+      rlhf-ray train configs/tiny_reward.yaml
+      rlhf-ray train configs/tiny.yaml run.steps=8 policy.optimizer.lr=5e-4
+      rlhf-ray export runs/tiny my-model
+    """
+    from rlhf_ray.cli.quiet import quiet_libraries
+    from rlhf_ray.telemetry.progress import setup_logging
+
+    setup_logging(logging.DEBUG if verbose else logging.INFO)
+    quiet_libraries(verbose)
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        from importlib import metadata
+
+        try:
+            number = metadata.version("rlhf_ray")
+        except metadata.PackageNotFoundError:
+            number = "(not installed: run from its sources)"
+        typer.echo(f"rlhf-ray {number}")
+        raise typer.Exit
+
+
+@main.command(short_help="Make models and data of the examples.")
+def prepare(
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ITEM",
+            help="Make this item and what it needs: tiny (without a network), smollm2-135m, imdb-prompts or "
+            "movie-pairs. Can be repeated. All of them by default.",
+            show_default=False,
+        ),
+    ] = None,
+    target: Annotated[Path, typer.Option("--dir", metavar="PATH", help="Folder that gets models/ and data/.")] = Path(
+        "."
+    ),
+    force: Annotated[bool, typer.Option("--force", help="Make again what is there.")] = False,
+) -> None:
+    """Make the models and data that the examples use. What is there is reused.
+
+    \b
+    Examples:
+      rlhf-ray prepare
+      rlhf-ray prepare --only tiny
+      rlhf-ray prepare --only imdb-prompts --only movie-pairs --dir /shared/rlhf
+    """
+    from rlhf_ray.cli.results import show
+    from rlhf_ray.data.prepare import ITEMS, PrepareError
+    from rlhf_ray.data.prepare import prepare as make
+
+    try:
+        items = make(target, only=set(only) if only else None, force=force)
+    except PrepareError as error:
+        if error.item not in ITEMS:
+            raise typer.BadParameter(f"{error.problem} as {error.item!r}. {error.cure}", param_hint="--only") from None
+        raise
+    show(
+        (item.name, f"made in {item.seconds:.0f} s" if item.built else "reused", str(path))
+        for item in items
+        for path in item.paths
+    )
+
+
+@main.command(short_help="Check a config, without starting.")
+def validate(
+    config: Config,
+    overrides: Overrides = None,
+    schema_only: Annotated[
+        bool,
+        typer.Option(
+            "--schema-only", help="Check the file alone: open no model, data or reward service. Takes a second."
+        ),
+    ] = False,
+) -> None:
+    """Check a config, its models, data and reward functions, without starting anything.
+
+    \b
+    Examples:
+      rlhf-ray validate configs/tiny.yaml
+      rlhf-ray validate configs/tiny.yaml rollout.sampling.max_new_tokens=32 run.dir=runs/longer
+      rlhf-ray validate my.yaml 'rollout.sampling.stop=["\\n\\n"]' --schema-only
+    """
+    from rlhf_ray.cli.results import config_lines, note, show
+    from rlhf_ray.config.loading import load_config
+
+    job = load_config(config, overrides or ())
+    inputs = None
+    if not schema_only:
+        from rlhf_ray.controllers.preflight import check
+
+        _import_from_here()
+        with _problems_of(config):
+            inputs = check(job)
+    show(config_lines(job, inputs))
+    note(
+        "valid"
+        if inputs is not None
+        else "valid, as far as the schema goes: models, data and rewards were not looked at"
+    )
+
+
+@main.command(short_help="Run a job, or go on with it.")
+def train(config: Config, overrides: Overrides = None) -> None:
+    """Run a job, or go on with it from its newest checkpoint, and say where the results are.
+
+    The run folder (run.dir) gets metrics, curves, samples, checkpoints and the trained model in Hugging Face format.
+
+    \b
+    Examples:
+      rlhf-ray train configs/tiny_reward.yaml
+      rlhf-ray train configs/tiny.yaml run.dir=runs/second seed=8
+      rlhf-ray train my.yaml cluster.address=auto placement.policy.ranks=4
+    """
+    from rlhf_ray.cli.results import run_lines, show
+    from rlhf_ray.config.loading import ConfigError, load_config
+
+    job = load_config(config, overrides or ())
+    logger.info("checking %s", config)
+    try:
+        # Within the try, since the imports take seconds in which Ctrl-C may come.
+        from rlhf_ray.controllers.train import train as run
+
+        _import_from_here()
+        with _problems_of(config):
+            folder = run(job)
+    except KeyboardInterrupt:
+        say(f"interrupted; {_how_to_resume(job)}")
+        raise typer.Exit(INTERRUPTED) from None
+    except ConfigError:
+        raise
+    except Exception as error:
+        record_failure(Path(job.run.dir), error)
+        raise
+    show(run_lines(job, folder))
+
+
+@main.command(short_help="Make a model folder of a checkpoint.")
+def export(
+    checkpoint_or_run: Annotated[
+        Path,
+        typer.Argument(
+            metavar="CHECKPOINT_OR_RUN",
+            help="Folder of a run, for its newest complete checkpoint, or of one checkpoint of it.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write, new or empty.", show_default=False)],
+    role: Annotated[
+        Literal["policy", "critic", "reward"] | None,
+        typer.Option(help="Whose model. By default the policy of a PPO run, the reward model of a reward-model run."),
+    ] = None,
+) -> None:
+    """Make a Hugging Face folder of a checkpoint, of a finished or a stopped run. Needs no cluster.
+
+    Works for every ZeRO stage and number of ranks. A ZeRO stage 3 checkpoint is unpickled: export only your own.
+
+    \b
+    Examples:
+      rlhf-ray export runs/tiny my-model
+      rlhf-ray export runs/tiny/checkpoints/step_000002 my-model-early
+      rlhf-ray export runs/tiny my-critic --role critic
+    """
+    from rlhf_ray.cli.results import show
+    from rlhf_ray.recovery.convert import export_checkpoint
+
+    done = export_checkpoint(checkpoint_or_run, out, role)
+    auto = "AutoModelForSequenceClassification" if done.scalar else "AutoModelForCausalLM"
+    show(
+        [
+            ("checkpoint", str(done.checkpoint)),
+            (done.role, str(done.folder)),
+            ("load", f"{auto}.from_pretrained({str(done.folder)!r})"),
+        ]
+    )
+
+
+def _import_from_here() -> None:
+    """Find reward functions in the current folder, as Ray's workers do; an installed script has its own instead."""
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.append(here)
+
+
+@contextmanager
+def _problems_of(config: Path) -> Iterator[None]:
+    """What the check before the start finds is told of the file it was found in."""
+    from rlhf_ray.config.loading import ConfigError
+
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(str(config), error.problems) from None
+
+
+def _how_to_resume(job: "JobConfig") -> str:
+    from rlhf_ray.cli.results import checkpointed_steps
+
+    steps: Sequence[int] = checkpointed_steps(job)
+    if not steps:
+        return "there is no checkpoint yet, so the same command starts again from the beginning"
+    if job.run.resume == "never":
+        return f"to go on from step {steps[-1]}, give the same command with run.resume=auto"
+    return f"the same command resumes it from the checkpoint of step {steps[-1]}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""How commands end: exit codes, and errors as messages instead of tracebacks."""
+
+import logging
+import re
+import traceback
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.text import Text
+from typer.core import TyperGroup
+
+from rlhf_ray.telemetry.progress import stderr_console
+
+logger = logging.getLogger("rlhf_ray")
+
+FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+
+# By name, since importing the modules that define them would load torch.
+_BAD_INPUT = frozenset({"ConfigError", "ExportError", "ResumeError"})
+_TRACEBACK = re.compile(r"^\s*(\x1b\[\d+m)*(ray::|Traceback \(most recent call last\))", re.MULTILINE)
+
+
+class Commands(TyperGroup):
+    """Runs a command. This package's own errors become one message on stderr and an exit code; others, which nobody
+    foresaw, keep their traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            say("interrupted")
+            raise typer.Exit(INTERRUPTED) from None
+        except Exception as error:
+            if not is_own(error):
+                raise
+            logger.debug("where it came from:", exc_info=error)
+            say(message_of(error), error=True)
+            raise typer.Exit(exit_code(error)) from None
+
+
+def say(message: str, *, error: bool = False) -> None:
+    """Write a message to stderr, unwrapped."""
+    prefix = ("error: ", "bold red") if error else ""
+    stderr_console().print(Text.assemble(prefix, message), soft_wrap=True)
+
+
+def is_own(error: BaseException) -> bool:
+    """Whether this package raised it, with a message for the user."""
+    return type(error).__module__.startswith("rlhf_ray.")
+
+
+def exit_code(error: BaseException) -> int:
+    """2 for what the user gave, 1 for what happened."""
+    return BAD_INPUT if any(cls.__name__ in _BAD_INPUT for cls in type(error).__mro__) else FAILED
+
+
+def message_of(error: BaseException) -> str:
+    """The error in words: for a config all problems, a line each; for a failed actor not its traceback."""
+    from rlhf_ray.config.loading import ConfigError
+
+    if isinstance(error, ConfigError):
+        if len(error.problems) == 1:
+            return f"{error.source}: {error.problems[0]}"
+        return "\n  ".join([f"{error.source} has {len(error.problems)} problems", *error.problems])
+    text = str(error)
+    found = _TRACEBACK.search(text)
+    shown = text[: found.start()] if found else text
+    return "\n".join([shown.strip(), *getattr(error, "__notes__", [])])
+
+
+def record_failure(run_dir: Path, error: BaseException) -> None:
+    """Write the whole traceback, the actor's included, to `failure.txt` in the run folder, and add that to `error`.
+
+    A run may have taken days until it failed: nobody should have to repeat it with `-v` to see where.
+    """
+    path = run_dir / "failure.txt"
+    with suppress(OSError):  # the disk may be what failed
+        if run_dir.is_dir():
+            path.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+            error.add_note(f"The traceback is in {path}.")

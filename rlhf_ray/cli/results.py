@@ -1,0 +1,177 @@
+"""What commands print when all went well."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from rich.text import Text
+
+from rlhf_ray.config.jobs import JobConfig, PPOJob, RewardModelJob
+from rlhf_ray.config.placement import RolePlacement
+from rlhf_ray.config.rewards import FunctionReward, HttpReward, ModelReward, part_name
+from rlhf_ray.config.training import ScoringEngine, TrainingEngine
+from rlhf_ray.recovery.checkpoints import CheckpointStore
+from rlhf_ray.telemetry.metrics import Metrics, read_metrics
+from rlhf_ray.telemetry.progress import QuietConsole
+from rlhf_ray.telemetry.summary import reward_summary
+
+if TYPE_CHECKING:
+    from rlhf_ray.controllers.preflight import PairInputs, PPOInputs
+    from rlhf_ray.data.pairs import PairSet
+    from rlhf_ray.data.prompts import PromptSet
+
+Line = tuple[str, str]
+Role = Literal["policy", "critic", "reference", "reward"]
+
+
+def show(rows: Iterable[tuple[str, ...]]) -> None:
+    """Columns on stdout, the first in bold. A row is never broken, so that paths can be copied."""
+    table = list(rows)
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    console = QuietConsole()
+    for row in table:
+        first, *others = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        text = Text.assemble((first, "bold"), *(f"  {cell}" for cell in others))
+        text.rstrip()
+        console.print(text, soft_wrap=True)
+
+
+def note(line: str) -> None:
+    """A line on stdout."""
+    QuietConsole().print(Text(line), soft_wrap=True)
+
+
+def config_lines(config: JobConfig, inputs: "PPOInputs | PairInputs | None") -> Iterator[Line]:
+    """A config in short.
+
+    Args:
+        inputs: what the check of models and data found; None when it was not asked for.
+    """
+    yield "job", f"{config.job} {config.name!r}, seed {config.seed}"
+    if isinstance(config, PPOJob):
+        yield from _ppo_lines(config)
+        if inputs is not None:
+            yield "prompts", _counts(inputs.prompts)  # type: ignore[union-attr]
+    else:
+        yield from _reward_model_lines(config, inputs)  # type: ignore[arg-type]
+    yield "run", f"{config.run.dir}{_standing(config)}"
+
+
+def _ppo_lines(config: PPOJob) -> Iterator[Line]:
+    data = config.data
+    per_step = f"{config.samples_per_step} samples a step ({data.prompts_per_step} prompts × {data.samples_per_prompt})"
+    yield "steps", f"{config.run.steps}, {per_step}"
+    place = config.placement
+    critic = config.reward_models[0].model if config.critic.init_from == "reward" else config.critic.init_from
+    reference = config.policy.model if config.reference.from_model == "policy" else config.reference.from_model
+    yield "policy", f"{config.policy.model} · {_engine(config.policy.engine)} · {_ranks(config, 'policy')}"
+    yield "critic", f"from {critic} · {_engine(config.critic.engine)} · {_ranks(config, 'critic')}"
+    yield "reference", f"{reference} · {_engine(config.reference.engine)} · {_ranks(config, 'reference')}"
+    for part in config.reward:
+        yield f"reward/{part_name(part)}", f"{_part(config, part)} · weight {part.weight:g}"
+    rollout = place.rollout
+    workers = rollout.tensor_parallel
+    yield "rollout", _held(rollout.engines, "engine", rollout.cpus * workers, rollout.gpus * workers)
+
+
+def _reward_model_lines(config: RewardModelJob, inputs: "PairInputs | None") -> Iterator[Line]:
+    epochs = _several(config.run.epochs, "epoch")
+    if inputs is None:
+        yield "steps", f"{epochs}, {config.data.pairs_per_step} pairs a step"
+    else:
+        from rlhf_ray.controllers.reward_model import steps_of
+
+        yield "steps", f"{steps_of(config, inputs)} ({epochs}), {config.data.pairs_per_step} pairs a step"
+    place = config.placement.reward
+    ranks = _held(place.ranks or 1, "rank", place.cpus, place.gpus)
+    yield "reward", f"{config.reward.model} · {_engine(config.reward.engine)} · {ranks}"
+    if inputs is not None:
+        yield "pairs", _counts(inputs.train)
+        if inputs.held_out is not None:
+            yield "held-out pairs", _counts(inputs.held_out)
+
+
+def _engine(engine: TrainingEngine | ScoringEngine) -> str:
+    return f"{engine.dtype}, ZeRO stage {engine.zero_stage}" if engine.zero_stage else engine.dtype
+
+
+def _ranks(config: PPOJob, role: Role) -> str:
+    place: RolePlacement = getattr(config.placement, role)
+    ranks = config.placement.ranks_of(role)
+    if place.colocate is not None:
+        return f"{_several(ranks, 'rank')} beside {place.colocate}"
+    return _held(ranks, "rank", place.cpus, place.gpus)
+
+
+def _part(config: PPOJob, part: ModelReward | FunctionReward | HttpReward) -> str:
+    if isinstance(part, ModelReward):
+        return f"{part.model} · {_engine(part.engine)} · {_ranks(config, 'reward')}"
+    if isinstance(part, FunctionReward):
+        return f"{part.function} · {_several(part.workers, 'worker')}"
+    return part.url
+
+
+def _held(count: int, what: str, cpus: float, gpus: float) -> str:
+    """`2 ranks with 1 CPU and 1 GPU each`."""
+    resources = f"{cpus:g} CPU and {gpus:g} GPU" if gpus else f"{cpus:g} CPU"
+    return f"{_several(count, what)} with {resources}{'' if count == 1 else ' each'}"
+
+
+def _several(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
+
+
+def _counts(found: "PromptSet | PairSet") -> str:
+    return f"{len(found):,} kept, {found.dropped:,} dropped, {found.truncated:,} truncated"
+
+
+def _standing(config: JobConfig) -> str:
+    steps = checkpointed_steps(config)
+    if not steps:
+        return ""
+    then = "train refuses it, since run.resume is 'never'" if config.run.resume == "never" else "train goes on from it"
+    return f", which has a checkpoint of step {steps[-1]}: {then}"
+
+
+def checkpointed_steps(config: JobConfig) -> list[int]:
+    """Steps that the run folder has complete checkpoints of, ascending."""
+    return CheckpointStore(Path(config.run.dir), config.run.keep_last, config.run.keep_best).steps()
+
+
+def run_lines(config: JobConfig, folder: Path) -> Iterator[Line]:
+    """How a finished run went, and where its results are."""
+    rows = read_metrics(folder)
+    yield from _reward_lines(config, rows) if isinstance(config, PPOJob) else _accuracy_lines(rows)
+    files = {
+        "metrics": "metrics.jsonl",
+        "curves": "curves.png",
+        "samples": "samples.jsonl",
+        "before and after": "before_after.md",
+        "trace": "timeline.json",
+        "TensorBoard": "tensorboard",
+        "model": "export",
+    }
+    yield from ((what, str(folder / file)) for what, file in files.items() if (folder / file).exists())
+    if steps := checkpointed_steps(config):
+        named = ", ".join(map(str, steps))
+        yield "checkpoints", f"{folder / 'checkpoints'} ({'step' if len(steps) == 1 else 'steps'} {named})"
+
+
+def _reward_lines(config: PPOJob, rows: Sequence[Metrics]) -> Iterator[Line]:
+    yield "reward", str(reward_summary(rows))
+    if len(config.reward) > 1:
+        for part in config.reward:
+            name = f"reward/{part_name(part)}"
+            found = reward_summary(rows, name)
+            note = " (never trained on)" if part.weight == 0 else ""
+            yield name, f"{found.first:.3f} → {found.last:.3f} ({found.last - found.first:+.3f}){note}"
+
+
+def _accuracy_lines(rows: Sequence[Metrics]) -> Iterator[Line]:
+    held_out = [row for row in rows if "eval/accuracy" in row]
+    if not held_out:
+        yield "held-out accuracy", "not measured: data.eval is not set"
+        return
+    first, last = held_out[0], held_out[-1]
+    earlier = "" if first is last else f" ({first['eval/accuracy']:.3f} after step {first['step']:.0f})"
+    yield "held-out accuracy", f"{last['eval/accuracy']:.3f} after step {last['step']:.0f}{earlier}"

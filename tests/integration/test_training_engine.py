@@ -1,0 +1,203 @@
+"""One rank or two, any ZeRO stage, any micro-batches: the training of a plain torch loop."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+import torch
+from training_rank import OPTIMIZER, SEQUENCES, TOTAL_STEPS, Trained, TrainingRank, Weights, token_mean_loss
+
+from rlhf_ray.actors.group import ActorGroup
+from rlhf_ray.config.training import TrainingEngine
+from rlhf_ray.engines.training import lr_factor
+from rlhf_ray.models.heads import load_causal
+
+ALL = list(range(len(SEQUENCES)))
+CLIP = 0.5
+
+
+@pytest.fixture(scope="module")
+def groups() -> Iterator[dict[int, ActorGroup]]:
+    """A group of one rank and one of two."""
+    made = {}
+    for ranks in (1, 2):
+        actors = [
+            ray.remote(TrainingRank).options(num_cpus=0, runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}})
+            .remote("trainer", rank, ranks, seed=0, deterministic=False)
+            for rank in range(ranks)
+        ]  # fmt: skip
+        made[ranks] = ActorGroup("trainer", actors)
+    joined = []
+    for group in made.values():
+        host, port = ray.get(group.call_one(0, "address"), timeout=120)
+        joined += group.call("join", host, port, 120.0)
+    ray.get(joined, timeout=120)
+    yield made
+    for group in made.values():
+        group.kill()
+
+
+def run(group: ActorGroup, method: str, *args: object) -> list:  # type: ignore[type-arg]
+    return group.run(method, *args, timeout_s=120, setting="no setting: a test")
+
+
+def trained(group: ActorGroup, model: Path, micro_batches: list[list[list[int]]], **engine: object) -> Trained:
+    """Two steps; `micro_batches` are per rank. All ranks must hold the same weights in the end."""
+    run(group, "build", str(model), TrainingEngine(gradient_clip=CLIP, **engine))  # type: ignore[arg-type]
+    done: list[Trained] = ray.get(group.call_each("train", [(2, mine) for mine in micro_batches]), timeout=120)
+    for other in done[1:]:
+        assert_close(other.weights, done[0].weights, 0)
+        assert other.norms == done[0].norms
+    return done[0]
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_model_dir: Path) -> Trained:
+    """The same two steps in plain torch."""
+    model = load_causal(str(tiny_model_dir), dtype=torch.float32, vocab_chunk_tokens=16)
+    adam = torch.optim.AdamW(
+        model.parameters(), lr=OPTIMIZER.lr, betas=OPTIMIZER.betas, eps=OPTIMIZER.eps, weight_decay=OPTIMIZER.weight_decay
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(adam, lr_factor(OPTIMIZER, TOTAL_STEPS))
+    found = Trained()
+    for _ in range(2):
+        adam.zero_grad()
+        token_mean_loss(model, ALL).backward()
+        found.gradients.append({name: p.grad.numpy().copy() for name, p in model.model.named_parameters()})
+        found.norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)))
+        found.rates.append(schedule.get_last_lr()[0])
+        adam.step()
+        schedule.step()
+    found.weights = {name: p.detach().numpy().copy() for name, p in model.model.named_parameters()}
+    return found
+
+
+def assert_close(mine: Weights, wanted: Weights, tolerance: float) -> None:
+    assert mine.keys() == wanted.keys()
+    for name, tensor in mine.items():
+        assert tensor.shape == wanted[name].shape, name
+        difference = float(np.abs(tensor - wanted[name]).max())
+        assert difference <= tolerance, f"{name} differs by {difference}"
+
+
+def assert_same_training(mine: Trained, wanted: Trained) -> None:
+    for gradient, theirs in zip(mine.gradients, wanted.gradients, strict=True):
+        assert_close(gradient, theirs, 1e-5)
+    assert mine.norms == pytest.approx(wanted.norms, rel=1e-4)
+    assert mine.rates == pytest.approx(wanted.rates)
+    assert_close(mine.weights, wanted.weights, 1e-5)
+
+
+def test_the_plain_loop_clips_and_warms_up(plain: Trained) -> None:
+    """Else the comparisons below would say nothing about it."""
+    assert min(plain.norms) > CLIP
+    assert plain.rates == [OPTIMIZER.lr / 2, OPTIMIZER.lr]
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_every_zero_stage_trains_as_plain_torch_does(
+    groups: dict[int, ActorGroup], tiny_model_dir: Path, plain: Trained, stage: int
+) -> None:
+    cut = [[[0, 3, 4], [1, 2, 5, 6, 7]]]
+    assert_same_training(trained(groups[1], tiny_model_dir, cut, zero_stage=stage, dtype="float32"), plain)
+
+
+@pytest.mark.parametrize(
+    ("stage", "cut"),
+    [
+        (2, [[[0, 1], [2, 3]], [[4, 5], [6, 7]]]),
+        (3, [[[0, 1, 2, 3]], [[4, 5, 6, 7]]]),
+        (3, [[[7], [2, 0], [4, 5]], [[6, 1], [3], []]]),
+    ],
+    ids=["stage 2", "stage 3", "stage 3, split otherwise, with a dummy"],
+)
+def test_two_ranks_train_as_one_does(
+    groups: dict[int, ActorGroup], tiny_model_dir: Path, plain: Trained, stage: int, cut: list[list[list[int]]]
+) -> None:
+    assert_same_training(trained(groups[2], tiny_model_dir, cut, zero_stage=stage, dtype="float32"), plain)
+
+
+def test_recomputed_activations_do_not_change_the_training(
+    groups: dict[int, ActorGroup], tiny_model_dir: Path, plain: Trained
+) -> None:
+    found = trained(
+        groups[1], tiny_model_dir, [[ALL]], zero_stage=2, dtype="float32", activation_checkpointing=True
+    )
+    assert_same_training(found, plain)
+
+
+def test_parameters_kept_in_host_memory_do_not_change_the_training(
+    groups: dict[int, ActorGroup], tiny_model_dir: Path, plain: Trained
+) -> None:
+    cut = [[[0, 1, 2, 3]], [[4, 5, 6, 7]]]
+    found = trained(groups[2], tiny_model_dir, cut, zero_stage=3, dtype="float32", offload_parameters=True)
+    assert_same_training(found, plain)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_bfloat16_trains_roughly_as_float32_does(
+    groups: dict[int, ActorGroup], tiny_model_dir: Path, plain: Trained, stage: int
+) -> None:
+    found = trained(groups[1], tiny_model_dir, [[ALL]], zero_stage=stage, dtype="bfloat16")
+    assert found.norms == pytest.approx(plain.norms, rel=0.05)
+    assert found.rates == pytest.approx(plain.rates)
+    initial = load_causal(str(tiny_model_dir), dtype=torch.float32, vocab_chunk_tokens=16).model
+    moved, theirs = (
+        np.concatenate([(weights[name] - p.detach().numpy()).ravel() for name, p in initial.named_parameters()])
+        for weights in (found.weights, plain.weights)
+    )
+    # Rounding hides small moves of large weights, but the direction of the whole step is the same.
+    assert float(moved @ theirs / np.linalg.norm(moved) / np.linalg.norm(theirs)) > 0.95
+    assert np.linalg.norm(moved) == pytest.approx(np.linalg.norm(theirs), rel=0.1)
+
+
+@pytest.mark.parametrize("bucket_bytes", [1, 20_000, 2**30])
+def test_full_weights_are_whole_on_every_rank_of_zero_3(
+    groups: dict[int, ActorGroup], tiny_model_dir: Path, bucket_bytes: int
+) -> None:
+    run(groups[2], "build", str(tiny_model_dir), TrainingEngine(zero_stage=3, dtype="float32"))
+    assert run(groups[2], "is_sharded") == [True, True]
+    saved = load_causal(str(tiny_model_dir), dtype=torch.float32, vocab_chunk_tokens=16).model
+    wanted = {name: parameter.detach().numpy() for name, parameter in saved.named_parameters()}
+    for weights in run(groups[2], "weights", bucket_bytes):
+        assert_close(weights, wanted, 0)
+    assert run(groups[2], "is_sharded") == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "stage", "dtype"),
+    [(1, 0, "float32"), (1, 2, "float32"), (1, 0, "bfloat16"), (1, 2, "bfloat16"), (2, 2, "bfloat16"), (2, 3, "float32")],
+)
+def test_a_loaded_checkpoint_goes_on_bit_for_bit(
+    groups: dict[int, ActorGroup], tiny_model_dir: Path, tmp_path: Path, ranks: int, stage: int, dtype: str
+) -> None:
+    group, config = groups[ranks], TrainingEngine(zero_stage=stage, dtype=dtype, gradient_clip=CLIP)  # type: ignore[arg-type]
+    cut = [[ALL[rank::ranks]] for rank in range(ranks)]
+
+    def train(steps: int) -> Trained:
+        done: list[Trained] = ray.get(group.call_each("train", [(steps, mine) for mine in cut]), timeout=120)
+        return done[0]
+
+    run(group, "build", str(tiny_model_dir), config)
+    before = train(2)
+    run(group, "save", str(tmp_path / "checkpoint"))
+    undisturbed = train(2)
+    run(group, "build", str(tiny_model_dir), config, 5)
+    run(group, "load", str(tmp_path / "checkpoint"))
+    assert_close(run(group, "weights")[0], before.weights, 0)
+    resumed = train(2)
+    assert resumed.rates == undisturbed.rates
+    assert resumed.norms == undisturbed.norms
+    assert_close(resumed.weights, undisturbed.weights, 0)
+    for mine, theirs in zip(resumed.gradients, undisturbed.gradients, strict=True):
+        assert_close(mine, theirs, 0)
+
+
+def test_a_folder_without_checkpoint_is_an_error(
+    groups: dict[int, ActorGroup], tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    run(groups[1], "build", str(tiny_model_dir), TrainingEngine(zero_stage=2, dtype="float32"))
+    with pytest.raises(Exception, match="FileNotFoundError.*checkpoint"):
+        run(groups[1], "load", str(tmp_path))
