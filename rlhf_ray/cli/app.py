@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from rlhf_ray.cli.failures import INTERRUPTED, Commands, record_failure, say
+from rlhf_ray.cli.failures import INTERRUPTED, Commands, forget_failure, record_failure, say
 
 if TYPE_CHECKING:
     from rlhf_ray.config.jobs import JobConfig
@@ -188,6 +188,7 @@ def train(config: Config, overrides: Overrides = None) -> None:
     except Exception as error:
         record_failure(Path(job.run.dir), error)
         raise
+    forget_failure(folder)
     show(run_lines(job, folder))
 
 

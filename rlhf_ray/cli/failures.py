@@ -15,6 +15,8 @@ from rlhf_ray.telemetry.progress import stderr_console
 
 logger = logging.getLogger("rlhf_ray")
 
+_REPORT = "failure.txt"
+
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 
 # By name, since importing the modules that define them would load torch.
@@ -75,8 +77,13 @@ def record_failure(run_dir: Path, error: BaseException) -> None:
 
     A run may have taken days until it failed: nobody should have to repeat it with `-v` to see where.
     """
-    path = run_dir / "failure.txt"
+    path = run_dir / _REPORT
     with suppress(OSError):  # the disk may be what failed
         if run_dir.is_dir():
             path.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
             error.add_note(f"The traceback is in {path}.")
+
+
+def forget_failure(run_dir: Path) -> None:
+    """Remove what an earlier try at a run that has now come to its end left."""
+    (run_dir / _REPORT).unlink(missing_ok=True)

@@ -151,10 +151,14 @@ def run_lines(config: JobConfig, folder: Path) -> Iterator[Line]:
         "TensorBoard": "tensorboard",
         "model": "export",
     }
-    yield from ((what, str(folder / file)) for what, file in files.items() if (folder / file).exists())
+    yield from ((what, str(folder / file)) for what, file in files.items() if _has_content(folder / file))
     if steps := checkpointed_steps(config):
         named = ", ".join(map(str, steps))
         yield "checkpoints", f"{folder / 'checkpoints'} ({'step' if len(steps) == 1 else 'steps'} {named})"
+
+
+def _has_content(path: Path) -> bool:
+    return path.is_dir() or (path.is_file() and path.stat().st_size > 0)
 
 
 def _reward_lines(config: PPOJob, rows: Sequence[Metrics]) -> Iterator[Line]:

@@ -56,6 +56,6 @@ def _error(role: str, bundles: list[dict[str, float]], strategy: str, timeout_s:
     return PlacementError(
         role,
         f"placement.{role}: {len(bundles)} bundles with {describe_resources(total)} in all ({strategy}) were not "
-        f"placed within {timeout_s:g} s: {table}. Other roles or jobs hold the rest: ask for less in placement, wait, or "
-        "add nodes (on one machine, cluster.cpus sets how many CPUs Ray counts)",
+        f"placed within {timeout_s:g} s: {table}. Other roles or jobs hold the rest: ask for less in "
+        "placement, wait, or add nodes (on one machine, cluster.cpus sets how many CPUs Ray counts)",
     )

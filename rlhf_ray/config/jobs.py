@@ -109,7 +109,8 @@ class PPOJob(_Job):
         if self.algorithm.kl.target is not None and self.algorithm.kl.horizon <= 0.2 * self.samples_per_step:
             raise ValueError(
                 f"algorithm.kl.horizon ({self.algorithm.kl.horizon}) must be more than a fifth of "
-                f"data.prompts_per_step × data.samples_per_prompt ({self.samples_per_step}), or one step could turn β negative"
+                f"data.prompts_per_step × data.samples_per_prompt ({self.samples_per_step}), or one step could turn "
+                "β negative"
             )
         shards = shard_count(self.samples_per_step, self.rollout.shard_samples)
         for scoring in SCORING:

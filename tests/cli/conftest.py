@@ -1,0 +1,33 @@
+"""What the tests of the command line share: no test leaves its logging or its environment behind."""
+
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from rlhf_ray.cli.app import main
+from rlhf_ray.cli.quiet import quiet_libraries
+from rlhf_ray.data.prepare import prepare
+
+RunCli = Callable[..., Result]
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch) -> Iterator[RunCli]:
+    """`rlhf-ray` with these arguments; gives exit code, stdout and stderr."""
+    logger = logging.getLogger("rlhf_ray")
+    before = logger.handlers, logger.level, logger.propagate
+    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    yield lambda *arguments: CliRunner().invoke(main, [str(argument) for argument in arguments])
+    logger.handlers, logger.level, logger.propagate = before
+    quiet_libraries(verbose=True)
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with the models and data of the tiny examples."""
+    target = tmp_path_factory.mktemp("prepared")
+    prepare(target, only={"tiny"})
+    return target
