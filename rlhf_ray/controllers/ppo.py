@@ -93,6 +93,8 @@ class PPOController:
         while self.step < self.config.run.steps:
             self.train_step(self.step + 1)
         self.report.write_showcase(after=self._showcase())
+        if self.config.run.export:
+            self.checkpointing.export("policy", wait=True)
 
     def train_step(self, step: int) -> None:
         """One PPO step."""
@@ -222,8 +224,8 @@ class PPOController:
         self.folder.log_step(step, metrics)
         if due:
             self.checkpointing.commit(step, self._state(), metrics)
-            if self.config.run.export:
-                self.checkpointing.export("policy", wait=step == self.config.run.steps)
+            if self.config.run.export and step < self.config.run.steps:
+                self.checkpointing.export("policy", wait=False)
 
     def _collect(self, scored: Sequence[RewardedShard], part: str) -> Floats:
         """Scores of one part for all samples, in shard order."""

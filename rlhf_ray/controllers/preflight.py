@@ -25,6 +25,7 @@ class PPOInputs:
     """What the controller of a PPO job needs of models and data.
 
     Attributes:
+        steps: of the run.
         tokenizer: the policy's.
         prompts: tokenised.
         reference_model: folder.
@@ -32,6 +33,7 @@ class PPOInputs:
         same_tokens: for each reward model, whether it reads the policy's tokens.
     """
 
+    steps: int
     tokenizer: PreTrainedTokenizerBase
     prompts: PromptSet
     reference_model: str
@@ -44,10 +46,12 @@ class PairInputs:
     """What the controller of a reward-model job needs of data.
 
     Attributes:
+        steps: of the run; the last of an epoch may be smaller.
         train: pairs to train on.
         held_out: pairs to evaluate on, None without `data.eval`.
     """
 
+    steps: int
     train: PairSet
     held_out: PairSet | None
 
@@ -103,7 +107,7 @@ def _check_ppo(config: PPOJob, problems: list[str]) -> PPOInputs:
             prompts = load_prompts(config.data, tokenizer, config.max_prompt_tokens)
     if problems or tokenizer is None or prompts is None:
         raise ConfigError("preflight", problems)
-    return PPOInputs(tokenizer, prompts, reference, critic, same_tokens)
+    return PPOInputs(config.run.steps, tokenizer, prompts, reference, critic, same_tokens)
 
 
 def _check_pairs(config: RewardModelJob, problems: list[str]) -> PairInputs:
@@ -121,7 +125,8 @@ def _check_pairs(config: RewardModelJob, problems: list[str]) -> PairInputs:
                 held_out = load_pairs(config.data, config.data.eval, tokenizer).first(config.data.eval_pairs)
     if problems or train is None:
         raise ConfigError("preflight", problems)
-    return PairInputs(train, held_out)
+    steps = config.run.epochs * -(-len(train) // config.data.pairs_per_step)
+    return PairInputs(steps, train, held_out)
 
 
 @contextmanager

@@ -18,11 +18,6 @@ from rlhf_ray.data.seeds import derive_seed
 from rlhf_ray.telemetry.metrics import Metrics, reduce_means
 
 
-def steps_of(config: RewardModelJob, inputs: PairInputs) -> int:
-    """Optimizer steps of the run; the last of an epoch may be smaller."""
-    return config.run.epochs * -(-len(inputs.train) // config.data.pairs_per_step)
-
-
 class RewardModelController:
     """Runs the epochs over ranks that live elsewhere."""
 
@@ -37,7 +32,7 @@ class RewardModelController:
         self.config, self.inputs, self.group, self.folder = config, inputs, group, folder
         self.checkpointing = checkpointing
         self.step = 0
-        self.total = steps_of(config, inputs)
+        self.total = inputs.steps
         self.cursor = PromptCursor(len(inputs.train), derive_seed(config.seed, "pairs"), shuffle=True)
         self._train = [ray.put(inputs.train)]
         self._held_out = [ray.put(inputs.held_out)]
@@ -50,6 +45,8 @@ class RewardModelController:
             self.cursor.load_state_dict(self.folder.resumed.state["cursor"])
         while self.step < self.total:
             self.train_step(self.step + 1)
+        if self.config.run.export:
+            self.checkpointing.export("reward", wait=True)
 
     def train_step(self, step: int) -> None:
         """One optimizer step, with evaluation and checkpoint when due."""
@@ -76,8 +73,8 @@ class RewardModelController:
         self.folder.log_step(step, metrics)
         if due:
             self.checkpointing.commit(step, {"cursor": self.cursor.state_dict()}, metrics)
-            if self.config.run.export:
-                self.checkpointing.export("reward", wait=last)
+            if self.config.run.export and not last:
+                self.checkpointing.export("reward", wait=False)
 
     def _pairs_of(self, step: int) -> int:
         """Pairs of a step: epochs do not run into each other, so the last step of one takes what is left."""

