@@ -79,9 +79,7 @@ def _reward_model_lines(config: RewardModelJob, inputs: "PairInputs | None") -> 
     if inputs is None:
         yield "steps", f"{epochs}, {config.data.pairs_per_step} pairs a step"
     else:
-        from rlhf_ray.controllers.reward_model import steps_of
-
-        yield "steps", f"{steps_of(config, inputs)} ({epochs}), {config.data.pairs_per_step} pairs a step"
+        yield "steps", f"{inputs.steps} ({epochs}), {config.data.pairs_per_step} pairs a step"
     place = config.placement.reward
     ranks = _held(place.ranks or 1, "rank", place.cpus, place.gpus)
     yield "reward", f"{config.reward.model} · {_engine(config.reward.engine)} · {ranks}"

@@ -88,6 +88,7 @@ class PPOController:
     def train(self) -> None:
         """All steps from where the run stands."""
         self._resume()
+        self.folder.start_progress()
         if self.step == 0:
             self.report.before = self._showcase()
         while self.step < self.config.run.steps:

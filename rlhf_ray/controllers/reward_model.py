@@ -43,6 +43,7 @@ class RewardModelController:
             self.checkpointing.load(self.folder.resumed)
             self.step = self.folder.resumed.step
             self.cursor.load_state_dict(self.folder.resumed.state["cursor"])
+        self.folder.start_progress()
         while self.step < self.total:
             self.train_step(self.step + 1)
         if self.config.run.export:

@@ -67,6 +67,7 @@ class PPORoles:
 def ppo_roles(config: PPOJob, inputs: PPOInputs) -> Iterator[PPORoles]:
     """Start all actors of a PPO job with their models, connected for weight transfer; end them on the way out."""
     placement = config.placement
+    logger.info("starting the actors and loading the models")
     seating = Seating(placement.placement_timeout_s)
     started: list[ActorGroup] = []
     try:
@@ -116,6 +117,7 @@ def _end_engines(rollout: RolloutGroup) -> None:
 @contextmanager
 def reward_model_role(config: RewardModelJob, total_steps: int) -> Iterator[ActorGroup]:
     """Start the ranks that train a reward model; end them on the way out."""
+    logger.info("starting the actors and loading the model")
     seating = Seating(config.placement.placement_timeout_s)
     placement = config.placement.reward
     ranks = placement.ranks or 1

@@ -3,6 +3,7 @@
 import logging
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -44,7 +45,10 @@ class RunFolder:
         self.samples = SamplesLog(self.path, resume_step)
         self.recorder = SpanRecorder()
         self._timeline = Timeline(self.path / "timeline.json") if config.run.trace else None
-        self._progress = Progress(config.name, steps, done)
+        self._steps, self._done = steps, done
+        self._stack = ExitStack()
+        self._stack.callback(self.samples.close)
+        self._stack.push(lambda kind, *_: self.metrics.close(failed=kind is not None))
 
     def _find_checkpoint(self) -> Checkpoint | None:
         found = self.checkpoints.latest()
@@ -59,15 +63,16 @@ class RunFolder:
         return found
 
     def __enter__(self) -> Self:
-        self._progress.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._progress.__exit__(kind, error, trace)
-        self.samples.close()
-        self.metrics.close(failed=kind is not None)
+        self._stack.__exit__(kind, error, trace)
+
+    def start_progress(self) -> None:
+        """Show progress from here on: the actors are up, so a step takes as long as a step takes."""
+        self._progress = self._stack.enter_context(Progress(self._config.name, self._steps, self._done))
 
     def collect_spans(self, groups: Sequence[ActorGroup], timeout_s: float) -> list[Span]:
         """Bring in what all actors did since the last call, write the trace, and return the actors' spans."""

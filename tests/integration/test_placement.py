@@ -25,7 +25,9 @@ def test_a_bundle_that_no_node_has_is_named(tmp_path: Path, ppo_config: MakeConf
 
 
 def test_bundles_that_fit_only_one_by_one_are_counted() -> None:
-    with pytest.raises(PlacementError, match=r"3 bundles with 9 CPU in all \(PACK\) were not placed within 1 s") as caught:
+    with pytest.raises(
+        PlacementError, match=r"3 bundles with 9 CPU in all \(PACK\) were not placed within 1 s"
+    ) as caught:
         reserve("policy", [{"CPU": 3.0}] * 3, "PACK", timeout_s=1)
     assert caught.value.bundle is None
 

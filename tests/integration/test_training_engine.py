@@ -58,7 +58,11 @@ def plain(tiny_model_dir: Path) -> Trained:
     """The same two steps in plain torch."""
     model = load_causal(str(tiny_model_dir), dtype=torch.float32, vocab_chunk_tokens=16)
     adam = torch.optim.AdamW(
-        model.parameters(), lr=OPTIMIZER.lr, betas=OPTIMIZER.betas, eps=OPTIMIZER.eps, weight_decay=OPTIMIZER.weight_decay
+        model.parameters(),
+        lr=OPTIMIZER.lr,
+        betas=OPTIMIZER.betas,
+        eps=OPTIMIZER.eps,
+        weight_decay=OPTIMIZER.weight_decay,
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(adam, lr_factor(OPTIMIZER, TOTAL_STEPS))
     found = Trained()
@@ -122,9 +126,7 @@ def test_two_ranks_train_as_one_does(
 def test_recomputed_activations_do_not_change_the_training(
     groups: dict[int, ActorGroup], tiny_model_dir: Path, plain: Trained
 ) -> None:
-    found = trained(
-        groups[1], tiny_model_dir, [[ALL]], zero_stage=2, dtype="float32", activation_checkpointing=True
-    )
+    found = trained(groups[1], tiny_model_dir, [[ALL]], zero_stage=2, dtype="float32", activation_checkpointing=True)
     assert_same_training(found, plain)
 
 
@@ -168,7 +170,14 @@ def test_full_weights_are_whole_on_every_rank_of_zero_3(
 
 @pytest.mark.parametrize(
     ("ranks", "stage", "dtype"),
-    [(1, 0, "float32"), (1, 2, "float32"), (1, 0, "bfloat16"), (1, 2, "bfloat16"), (2, 2, "bfloat16"), (2, 3, "float32")],
+    [
+        (1, 0, "float32"),
+        (1, 2, "float32"),
+        (1, 0, "bfloat16"),
+        (1, 2, "bfloat16"),
+        (2, 2, "bfloat16"),
+        (2, 3, "float32"),
+    ],
 )
 def test_a_loaded_checkpoint_goes_on_bit_for_bit(
     groups: dict[int, ActorGroup], tiny_model_dir: Path, tmp_path: Path, ranks: int, stage: int, dtype: str

@@ -58,7 +58,9 @@ def test_results_come_in_rank_order(pair: ActorGroup) -> None:
 
 
 def test_a_limit_names_what_was_waited_for_and_the_setting(pair: ActorGroup) -> None:
-    with pytest.raises(RoleTimeout, match=r"waited 0.3 s for busy: work in vain.*raise run.timeouts.update_s") as caught:
+    with pytest.raises(
+        RoleTimeout, match=r"waited 0.3 s for busy: work in vain.*raise run.timeouts.update_s"
+    ) as caught:
         wait(pair.call("sleep", 2.0), timeout_s=0.3)
     assert (caught.value.what, caught.value.seconds) == ("busy: work", 0.3)
 

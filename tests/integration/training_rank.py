@@ -43,7 +43,9 @@ class Trained:
 
 def token_mean_loss(model: Any, sequences: list[int]) -> torch.Tensor:
     """These sequences' share of the mean over all tokens: negative log-prob, and a little entropy."""
-    packed = PackedSequences.of([SEQUENCES[number] for number in sequences] or [np.zeros(1, np.int32)], torch.device("cpu"))
+    packed = PackedSequences.of(
+        [SEQUENCES[number] for number in sequences] or [np.zeros(1, np.int32)], torch.device("cpu")
+    )
     predicts = torch.ones(packed.input_ids.shape[1], dtype=torch.bool)
     predicts[packed.cu_seqlens[1:].long() - 1] = False
     positions = predicts.nonzero()[:, 0]

@@ -1,0 +1,240 @@
+"""Policy and reference sharded over two ranks with ZeRO-3, two rollout engines: a PPO run, weight sync, and failures.
+
+The actors start once and serve all tests in the order of this file; the last two leave them unfit for more.
+"""
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+import torch
+from policy_surgery import change_weights, whole_weights
+from runs import MakeConfig
+from transformers import AutoModelForCausalLM
+
+from rlhf_ray.actors.columns import assemble
+from rlhf_ray.actors.waiting import RoleFailure, wait_all
+from rlhf_ray.config.jobs import PPOJob
+from rlhf_ray.config.rewards import FunctionReward
+from rlhf_ray.config.rollout import Sampling
+from rlhf_ray.controllers.ppo import PPOController
+from rlhf_ray.controllers.ppo_report import TrainingDiverged
+from rlhf_ray.controllers.preflight import PPOInputs, check
+from rlhf_ray.controllers.roles import PPORoles, ppo_roles
+from rlhf_ray.controllers.run_folder import Checkpointing, RunFolder
+from rlhf_ray.data.cursor import PromptCursor
+from rlhf_ray.data.requests import PromptRequest, requests_for
+from rlhf_ray.data.trajectory import TrajectoryBatch
+from rlhf_ray.models.tiny import build_tiny_model
+from rlhf_ray.rewards.errors import RewardError
+from rlhf_ray.telemetry.metrics import read_metrics
+
+ENGINES = 2
+GREEDY = Sampling(temperature=0.0, max_new_tokens=12, ignore_eos=True)
+
+# Together they are all weights of the model.
+PARTS = ("embed_tokens", "self_attn", "mlp", "layernorm", "model.norm")
+
+
+@pytest.fixture(scope="module")
+def make_config(ppo_config: MakeConfig, tmp_path_factory: pytest.TempPathFactory) -> MakeConfig:
+    # Wide enough for five buckets of a mebibyte, and for ZeRO-3 to shard its matrices.
+    model = build_tiny_model(tmp_path_factory.mktemp("wide") / "model", hidden=256)
+
+    def make(run_dir: Path, *overrides: str) -> PPOJob:
+        return ppo_config(
+            run_dir,
+            f"policy.model={model}",
+            "policy.engine.zero_stage=3",
+            "policy.engine.micro_batch_tokens=64",
+            "reference.engine.zero_stage=3",
+            "placement.policy.ranks=2",
+            f"critic.init_from={model}",
+            "reward=[{function: reward_functions:letters, name: letters}]",
+            "rollout.sync_bucket_mib=1",
+            f"placement.rollout.engines={ENGINES}",
+            "placement.rollout.cpus=0.5",
+            "run.steps=2",
+            "run.tensorboard=false",
+            *overrides,
+        )
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def config(make_config: MakeConfig, tmp_path_factory: pytest.TempPathFactory) -> PPOJob:
+    return make_config(tmp_path_factory.mktemp("ranks") / "run")
+
+
+@pytest.fixture(scope="module")
+def inputs(config: PPOJob) -> PPOInputs:
+    inputs = check(config)
+    assert isinstance(inputs, PPOInputs)
+    return inputs
+
+
+@pytest.fixture(scope="module")
+def roles(config: PPOJob, inputs: PPOInputs) -> Iterator[PPORoles]:
+    scope = ppo_roles(config, inputs)
+    yield scope.__enter__()
+    # As after a failure: the last tests leave processes that would not answer.
+    with pytest.raises(ZeroDivisionError):
+        scope.__exit__(ZeroDivisionError, ZeroDivisionError(), None)
+
+
+def controller(config: PPOJob, inputs: PPOInputs, roles: PPORoles) -> PPOController:
+    folder = RunFolder(config, config.run.steps)
+    trained = {"policy": roles.policy, "critic": roles.critic}
+    return PPOController(config, inputs, roles, folder, Checkpointing(folder, trained, 60.0))
+
+
+def use_reward(roles: PPORoles, config: PPOJob, function: str) -> None:
+    part = FunctionReward(name="letters", function=f"reward_functions:{function}")
+    roles.rewards[0].group.run("load_model", part, config.policy.model, False, timeout_s=60, setting="")
+
+
+def test_a_ppo_run_on_two_ranks_and_two_engines(config: PPOJob, inputs: PPOInputs, roles: PPORoles) -> None:
+    running = controller(config, inputs, roles)
+    with running.folder:
+        running.train()
+    rows = read_metrics(running.folder.path)
+    assert [row["step"] for row in rows] == [1, 2]
+    assert abs(rows[0]["policy/approx_kl"]) < 1e-6
+    assert abs(rows[0]["kl/mean"]) < 1e-5
+    assert rows[1]["kl/mean"] > 0.01
+    for row in rows:
+        assert row["mismatch/logprob_abs_mean"] <= 1e-4
+        assert row["staleness/mean"] == 0
+    export = AutoModelForCausalLM.from_pretrained(running.folder.path / "export", dtype=torch.float32)
+    trained = whole(roles)
+    for name, parameter in export.named_parameters():
+        assert torch.equal(parameter, trained[name]), name
+
+
+def whole(roles: PPORoles) -> dict[str, torch.Tensor]:
+    """The trainer's weights, gathered from both ranks."""
+    gathered = [actor.__ray_call__.remote(whole_weights) for actor in roles.policy.actors]
+    return dict(wait_all(gathered, 60, "weights", "")[0])
+
+
+def greedy(weights: dict[str, torch.Tensor], model: str, requests: list[PromptRequest]) -> list[list[int]]:
+    """Tokens of transformers' own model with these weights, one prompt and one token at a time."""
+    theirs = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    theirs.load_state_dict(weights, strict=False)
+    responses = []
+    for request in requests:
+        tokens = list(request.tokens)
+        for _ in range(GREEDY.max_new_tokens):
+            with torch.no_grad():
+                tokens.append(int(theirs(torch.tensor([tokens])).logits[0, -1].argmax()))
+        responses.append(tokens[len(request.tokens) :])
+    return responses
+
+
+def generated(roles: PPORoles, engine: int, requests: list[PromptRequest], version: int) -> TrajectoryBatch:
+    batch, _ = roles.rollout.call_one(engine, "generate", requests, GREEDY, version, num_returns=2)
+    [found] = wait_all([batch], 60, "rollout: generate", "")
+    return found  # type: ignore[no-any-return]
+
+
+def test_after_a_sync_every_engine_samples_from_the_trainers_weights(
+    config: PPOJob, inputs: PPOInputs, roles: PPORoles
+) -> None:
+    requests = requests_for(inputs.prompts, PromptCursor(len(inputs.prompts), 0, True).take(6), 1, run_seed=0)
+    model = config.policy.model
+    responses = [greedy(whole(roles), model, requests)]
+    changed = 0
+    for version, part in enumerate(PARTS, start=10):
+        counts = [actor.__ray_call__.remote(change_weights, part, version) for actor in roles.policy.actors]
+        changed += wait_all(counts, 60, "change", "")[0]
+        roles.policy.run("send_weights", version, timeout_s=60, setting="")
+        weights = whole(roles)
+        responses.append(greedy(weights, model, requests))
+        assert responses[-1] != responses[-2], f"{part}: the change must show, else the test proves nothing"
+        for engine in range(ENGINES):
+            batch = generated(roles, engine, requests, version)
+            found = [batch.response(sample).tolist() for sample in range(len(batch))]
+            assert found == responses[-1], f"engine {engine} after {part}"
+            assert set(batch.weight_versions.tolist()) == {version}
+            trainers = assemble(wait_all(roles.policy.call("logprobs", ray.put(batch)), 60, "", ""), batch).numpy()
+            assert float(np.abs(batch.engine_logprobs - trainers).max()) <= 1e-5, f"engine {engine} after {part}"
+    assert changed == len(weights), "every weight was changed"
+    assert roles.rollout.run("version", timeout_s=60, setting="") == [version] * ENGINES
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        ("raises", "raised KeyError: 'no such lexicon entry'"),
+        ("gives_nan", "gave nan as a score"),
+        ("gives_too_few", "gave 7 scores for 8 samples"),
+    ],
+)
+def test_a_bad_reward_ends_the_step_and_names_the_samples(
+    make_config: MakeConfig, tmp_path: Path, inputs: PPOInputs, roles: PPORoles, function: str, message: str
+) -> None:
+    config = make_config(tmp_path / "run")
+    use_reward(roles, config, function)
+    running = controller(config, inputs, roles)
+    began = time.monotonic()
+    with running.folder, pytest.raises(RewardError, match=message) as caught:
+        running.train_step(1)
+    assert time.monotonic() - began < 30
+    assert caught.value.part == "letters"
+    assert {uid.rpartition("@")[0] for uid in caught.value.samples} <= set(inputs.prompts.uids)
+    assert len(caught.value.samples) == (1 if function == "gives_nan" else 8)
+    assert read_metrics(running.folder.path) == []
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_what_caused_it(
+    make_config: MakeConfig, tmp_path: Path, inputs: PPOInputs, roles: PPORoles
+) -> None:
+    config = make_config(tmp_path / "run", "run.checkpoint_every=1", "run.steps=3")
+    use_reward(roles, config, "letters")
+    running = controller(config, inputs, roles)
+    with running.folder:
+        running.train_step(1)
+        use_reward(roles, config, "gives_too_much")
+        with pytest.raises(
+            TrainingDiverged, match=r"step 2: critic: loss is inf, caused by samples tiny-\d+@0#0"
+        ) as caught:
+            running.train_step(2)
+    assert caught.value.step == 2
+    assert caught.value.samples_file == running.folder.path / "failed_step_000002.jsonl"
+    rows = [json.loads(line) for line in caught.value.samples_file.read_text().splitlines()]
+    assert rows
+    for row in rows:
+        assert row["uid"].rpartition("@")[0] in inputs.prompts.uids
+        assert row["rewards"] == {"letters": pytest.approx(1e30)}
+        assert len(row["response_tokens"]) == len(row["engine_logprobs"]) > 0
+    checkpoint = running.folder.checkpoints.latest()
+    assert checkpoint is not None
+    assert checkpoint.step == 1
+    running.checkpointing.load(checkpoint)
+
+
+def test_an_engine_that_dies_while_it_generates_ends_the_run(
+    make_config: MakeConfig, tmp_path: Path, inputs: PPOInputs, roles: PPORoles
+) -> None:
+    config = make_config(tmp_path / "run")
+    use_reward(roles, config, "letters")
+    running = controller(config, inputs, roles)
+    shards = roles.rollout.generate([[request] for request in requests_of(inputs, 40)], version=0)
+    next(shards)
+    ray.kill(roles.rollout.actors[1])
+    began = time.monotonic()
+    with pytest.raises(RoleFailure, match="rollout/1: generate failed: its process died"):
+        list(shards)
+    with running.folder, pytest.raises(RoleFailure, match="rollout/1: generate failed: its process died"):
+        running.train_step(1)
+    assert time.monotonic() - began < 30
+
+
+def requests_of(inputs: PPOInputs, count: int) -> list[PromptRequest]:
+    tickets = PromptCursor(len(inputs.prompts), seed=0, shuffle=False).take(count)
+    return requests_for(inputs.prompts, tickets, 1, run_seed=0)
