@@ -168,7 +168,11 @@ def report(
     found = Result(
         benchmark=benchmark,
         subject=subject,
-        arguments={name: str(value) if isinstance(value, Path) else value for name, value in arguments.items()},
+        arguments={
+            name: str(value) if isinstance(value, Path) else value
+            for name, value in arguments.items()
+            if name != "results"
+        },
         measures=tuple(sorted(measures, key=lambda measure: not measure.asked)),
         machine=machine,
         versions=versions(),

@@ -24,6 +24,9 @@ class PolicyWorker(PPOTrainedWorker):
 
     def load_model(self, policy: config.Policy, ppo: PPO, temperature: float, total_steps: int) -> None:
         """Load the model and build its training engine; collective."""
+        # vLLM takes seconds to import; here they pass while the other roles load.
+        import rlhf_ray.engines.weight_transfer.sender  # noqa: F401
+
         self.policy, self.ppo, self.temperature = policy, ppo, temperature
         self.model_source = policy.model
         self._whitening: Moments | None = None

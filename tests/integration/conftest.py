@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import ray
-from runs import MakeConfig
 
 from rlhf_ray.config.jobs import PPOJob
 from rlhf_ray.config.loading import load_config
 from rlhf_ray.controllers.train import train
 from rlhf_ray.data.prepare import prepare
+from runs import MARK, MakeConfig
 
 HERE = Path(__file__).parent
 CONFIGS = HERE.parents[1] / "configs"
@@ -32,6 +32,7 @@ def cluster() -> Iterator[None]:
     """A cluster of its own, which the controllers' `ray_session` finds and uses."""
     # Actors import what the tests define: reward functions and workers.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
+    os.environ.update(MARK)
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, object_store_memory=200 * 2**20)
     yield
     ray.shutdown()

@@ -1,9 +1,14 @@
 """What integration tests say about runs."""
 
+import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
+import ray
+from ray.util import placement_group_table
 from safetensors.torch import load_file
 
 from rlhf_ray.config.jobs import PPOJob
@@ -21,3 +26,32 @@ def without_clock(row: Metrics) -> Metrics:
 def exported_weights(folder: Path) -> dict[str, Any]:
     """Tensors of a Hugging Face folder by name."""
     return load_file(folder / "model.safetensors")
+
+
+# In the environment of all processes that these tests start, and so a way to tell them from others.
+MARK = {"RLHF_RAY_TESTS": str(os.getpid())}
+
+
+def engine_processes() -> list[int]:
+    """Processes of vLLM's own that belong to these tests."""
+    found = []
+    for process in psutil.process_iter(["name"]):
+        try:
+            if process.info["name"].startswith("VLLM") and MARK.items() <= process.environ().items():
+                found.append(process.pid)
+        except psutil.Error:  # it ended meanwhile
+            continue
+    return found
+
+
+def assert_nothing_is_left(within_s: float = 20.0) -> None:
+    """No engine, no reserved place and no actor, `within_s` after a job has ended."""
+    deadline = time.monotonic() + within_s
+    while True:
+        places = [group["name"] for group in placement_group_table().values() if group["state"] != "REMOVED"]
+        free = ray.available_resources().get("CPU", 0) == ray.cluster_resources()["CPU"]
+        engines = engine_processes()
+        if free and not places and not engines:
+            return
+        assert time.monotonic() < deadline, f"left: engines {engines}, places {places}, all CPUs free: {free}"
+        time.sleep(0.2)

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import ray
 from ray.util.placement_group import remove_placement_group
-from runs import MakeConfig
 
 from rlhf_ray.cluster.placement import PlacementError, reserve
 from rlhf_ray.controllers.train import train
+from runs import MakeConfig
 
 
 def test_a_bundle_that_no_node_has_is_named(tmp_path: Path, ppo_config: MakeConfig) -> None:

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from runs import MakeConfig, exported_weights
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf_ray.config.jobs import PPOJob
@@ -17,6 +16,7 @@ from rlhf_ray.recovery.checkpoints import CheckpointStore
 from rlhf_ray.telemetry.metrics import Metrics, read_metrics
 from rlhf_ray.telemetry.names import METRICS, find_metric
 from rlhf_ray.telemetry.samples import read_samples
+from runs import MakeConfig, exported_weights
 
 STEPS = 4
 

@@ -5,13 +5,13 @@ import shutil
 from pathlib import Path
 
 import pytest
-from runs import MakeConfig, exported_weights, without_clock
 
 from rlhf_ray.controllers.run_folder import ResumeError
 from rlhf_ray.controllers.train import train
 from rlhf_ray.recovery.checkpoints import CheckpointStore
 from rlhf_ray.telemetry.metrics import Metrics, read_metrics
 from rlhf_ray.telemetry.samples import read_samples
+from runs import MakeConfig, exported_weights, without_clock
 
 STEPS, STOPPED = 4, 2
 

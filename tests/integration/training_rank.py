@@ -10,8 +10,8 @@ from deepspeed.utils import safe_get_full_grad
 
 from rlhf_ray.actors.worker import Worker
 from rlhf_ray.config.training import Optimizer, TrainingEngine
-from rlhf_ray.engines.training import DTYPES, TrainingEngine as Engine
-from rlhf_ray.engines.training import full_weights, named_weights
+from rlhf_ray.engines.training import DTYPES, full_weights, named_weights
+from rlhf_ray.engines.training import TrainingEngine as Engine
 from rlhf_ray.models.heads import CausalModel, load_causal
 from rlhf_ray.models.packed import PackedSequences
 
