@@ -48,7 +48,10 @@ def _connect(cluster: Cluster, name: str) -> None:
         ray.init(address=address, **options)
         logger.info("joined the Ray cluster at %s", ray.get_runtime_context().gcs_address)
     else:  # "local" because Ray would otherwise join any cluster that it finds on this machine
-        ray.init(address="local", num_cpus=cluster.cpus, include_dashboard=False, **options)
+        # Ray's workers are at niceness 15 by default. One busy process beside them would then starve one of a rank's
+        # threads, and the others would wait for it at every step.
+        system = {"worker_niceness": 0}
+        ray.init(address="local", num_cpus=cluster.cpus, include_dashboard=False, _system_config=system, **options)
         logger.info("started a local Ray cluster with %s", describe_resources(ray.cluster_resources()))
 
 

@@ -61,7 +61,7 @@ class RewardModelController:
 
         metrics: Metrics = {f"train/{name}": v for name, v in reduce_means([r.means for r in reports]).items()}
         metrics["train/lr"] = reports[0].lr
-        metrics["epoch"] = (step - 1) // (self.total // self.config.run.epochs) + 1.0
+        metrics["epoch"] = step * self.config.run.epochs / self.total
         metrics["throughput/train_tokens_per_s"] = float(lengths.sum()) / max(report.seconds for report in reports)
         last, every = step == self.total, self.config.run.eval_every
         if self.inputs.held_out is not None and (last or (every and step % every == 0)):

@@ -24,10 +24,6 @@ from rlhf_ray.telemetry.trace import Span, SpanRecorder, Timeline
 logger = logging.getLogger("rlhf_ray")
 
 
-class ResumeError(Exception):
-    """The run folder holds a run that this one can't go on with."""
-
-
 class RunFolder:
     """Config, manifest, metrics, samples, trace and checkpoints of one run."""
 
@@ -36,7 +32,9 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         self._config = config
         self.checkpoints = CheckpointStore(self.path, config.run.keep_last, config.run.keep_best)
-        self.resumed = self._find_checkpoint()
+        self.resumed = self.checkpoints.latest()
+        if self.resumed is not None:
+            logger.info("resuming from %s", self.resumed.folder)
         done = self.resumed.step if self.resumed else 0
         replace_file(self.path / "config.yaml", dump_config(config).encode())
         write_manifest(self.path, config, cluster_facts(), sys.argv)
@@ -49,18 +47,6 @@ class RunFolder:
         self._stack = ExitStack()
         self._stack.callback(self.samples.close)
         self._stack.push(lambda kind, *_: self.metrics.close(failed=kind is not None))
-
-    def _find_checkpoint(self) -> Checkpoint | None:
-        found = self.checkpoints.latest()
-        if found is None:
-            return None
-        if self._config.run.resume == "never":
-            raise ResumeError(
-                f"run.resume is 'never', but {self.path} holds a checkpoint of step {found.step}: choose another "
-                "run.dir, remove the folder, or set run.resume to 'auto'"
-            )
-        logger.info("resuming from %s", found.folder)
-        return found
 
     def __enter__(self) -> Self:
         return self

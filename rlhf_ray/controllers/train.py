@@ -38,15 +38,25 @@ def train(config: JobConfig) -> Path:
     return folder
 
 
+class ResumeError(Exception):
+    """The run folder holds a run that this one must not touch."""
+
+
 def _is_complete(config: JobConfig, steps: int) -> bool:
-    """Whether the folder holds the last step and all that is written after it, so that there is nothing to do."""
+    """Whether the folder holds the last step and all that is written after it, so that there is nothing to do.
+
+    Raises:
+        ResumeError: the folder holds a run, and `run.resume` is `never`.
+    """
     folder = Path(config.run.dir)
-    if config.run.resume == "never" or not (folder / "curves.png").exists():
-        return False
-    if config.run.export and not (folder / "export").exists():
-        return False
     last = CheckpointStore(folder, config.run.keep_last, config.run.keep_best).latest()
-    return last is not None and last.step >= steps
+    if last is not None and config.run.resume == "never":
+        raise ResumeError(
+            f"run.resume is 'never', but {folder} holds a checkpoint of step {last.step}: choose another run.dir, "
+            "remove the folder, or set run.resume to 'auto'"
+        )
+    written = (folder / "curves.png").exists() and (not config.run.export or (folder / "export").exists())
+    return last is not None and last.step >= steps and written
 
 
 def _train_ppo(config: PPOJob, inputs: PPOInputs) -> None:

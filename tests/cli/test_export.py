@@ -1,11 +1,13 @@
 """`rlhf-ray export` on checkpoints in DeepSpeed's format; integration tests have real ones of each ZeRO stage."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig
 from typer.testing import Result
 
 from rlhf_ray.config.loading import dump_config, load_config
@@ -114,17 +116,24 @@ def test_the_newest_complete_checkpoint_of_a_run_becomes_a_model(
     assert list(out.parent.iterdir()) == [out]
 
 
-def test_tokenizer_and_generation_settings_come_along(
-    cli: RunCli, ppo_run: Path, tiny_model_dir: Path, tmp_path: Path
-) -> None:
+def test_the_tokenizer_comes_along(cli: RunCli, ppo_run: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
     write_checkpoint(ppo_run, 2, policy=policy_weights(tiny_model_dir))
     out = tmp_path / "out"
     assert cli("export", ppo_run, out).exit_code == 0
     ours, theirs = AutoTokenizer.from_pretrained(out), AutoTokenizer.from_pretrained(tiny_model_dir)
     assert ours.get_vocab() == theirs.get_vocab()
     assert ours.chat_template == theirs.chat_template
-    written = (out / "generation_config.json").read_text()
-    assert written == (tiny_model_dir / "generation_config.json").read_text()
+
+
+def test_generation_settings_come_along(cli: RunCli, tiny_model_dir: Path, tmp_path: Path) -> None:
+    source = shutil.copytree(tiny_model_dir, tmp_path / "source")
+    settings = GenerationConfig.from_pretrained(source)
+    settings.max_new_tokens = 77
+    settings.save_pretrained(source)
+    run_dir = make_run(tmp_path / "run", "tiny", source)
+    write_checkpoint(run_dir, 2, policy=policy_weights(source))
+    assert cli("export", run_dir, tmp_path / "out").exit_code == 0
+    assert GenerationConfig.from_pretrained(tmp_path / "out").max_new_tokens == 77
 
 
 def test_a_named_checkpoint_is_taken(cli: RunCli, ppo_run: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
@@ -169,6 +178,22 @@ def test_shards_of_stage_3_are_put_together(
     done = cli("export", ppo_run, tmp_path / "out")
     assert done.exit_code == 0, done.output
     assert "Processing zero checkpoint" not in done.output  # DeepSpeed prints
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.dtype == torch.float32
+    check_equal(model, weights)
+
+
+@pytest.mark.parametrize("named_twice", [True, False])
+def test_a_tied_weight_is_written_once(cli: RunCli, tiny_model_dir: Path, tmp_path: Path, named_twice: bool) -> None:
+    run_dir = make_run(tmp_path / "run", "tiny", tiny_model_dir, "policy.engine.dtype=bfloat16")
+    weights = policy_weights(tiny_model_dir)
+    saved = {name: tensor for name, tensor in weights.items() if named_twice or "lm_head" not in name}
+    write_checkpoint(run_dir, 2, policy=saved)
+    done = cli("export", run_dir, tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    assert set(load_file(tmp_path / "out/model.safetensors")) == {
+        name.removeprefix("model.") for name in weights if "lm_head" not in name
+    }
     check_equal(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), weights)
 
 

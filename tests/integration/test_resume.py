@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_ray.controllers.run_folder import ResumeError
-from rlhf_ray.controllers.train import train
+from rlhf_ray.controllers.train import ResumeError, train
 from rlhf_ray.recovery.checkpoints import CheckpointStore
 from rlhf_ray.telemetry.metrics import Metrics, read_metrics
 from rlhf_ray.telemetry.samples import read_samples

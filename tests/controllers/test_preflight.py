@@ -1,0 +1,170 @@
+"""What is wrong with models and data is said before Ray starts, all of it at once."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf_ray.config.jobs import PPOJob, RewardModelJob
+from rlhf_ray.config.loading import ConfigError, parse_config
+from rlhf_ray.controllers.preflight import PairInputs, PPOInputs, check
+from rlhf_ray.data.prepare import prepare
+from rlhf_ray.models.tiny import build_tiny_model
+
+MakeConfig = Callable[..., PPOJob | RewardModelJob]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("tiny")
+    prepare(target, only={"tiny"})
+    return target
+
+
+@pytest.fixture(scope="module")
+def other_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with another vocabulary."""
+    return build_tiny_model(tmp_path_factory.mktemp("other") / "model", vocab=400)
+
+
+@pytest.fixture
+def ppo(tiny: Path) -> MakeConfig:
+    def make(**sections: Any) -> PPOJob | RewardModelJob:
+        model = str(tiny / "models/tiny")
+        raw = {
+            "job": "ppo",
+            "name": "x",
+            "policy": {"model": model},
+            "critic": {"init_from": model},
+            "reward": [{"model": model, "name": "r"}],
+            "rollout": {"engine": {"max_model_len": 64}, "sampling": {"max_new_tokens": 16}},
+            "data": {"prompts": str(tiny / "data/tiny_prompts.jsonl"), "prompts_per_step": 4},
+            "run": {"dir": "runs/x", "steps": 3},
+        }
+        return parse_config(raw | sections)
+
+    return make
+
+
+@pytest.fixture
+def pairs(tiny: Path) -> MakeConfig:
+    def make(**sections: Any) -> PPOJob | RewardModelJob:
+        data = {name: str(tiny / f"data/tiny_pairs_{name}.jsonl") for name in ("train", "eval")}
+        raw = {
+            "job": "reward_model",
+            "name": "x",
+            "reward": {"model": str(tiny / "models/tiny")},
+            "data": {**data, "pairs_per_step": 16},
+            "run": {"dir": "runs/x", "epochs": 2},
+        }
+        return parse_config(raw | sections)
+
+    return make
+
+
+def problems_of(config: PPOJob | RewardModelJob) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        check(config)
+    return caught.value.problems
+
+
+def test_a_good_ppo_config_gives_what_the_controller_needs(ppo: MakeConfig, tiny: Path) -> None:
+    inputs = check(ppo())
+    assert isinstance(inputs, PPOInputs)
+    model = str(tiny / "models/tiny")
+    assert (inputs.steps, inputs.reference_model, inputs.critic_model) == (3, model, model)
+    assert len(inputs.prompts) == 64
+    assert inputs.same_tokens == [True]
+
+
+def test_a_reward_model_of_another_vocabulary_is_told_apart(ppo: MakeConfig, other_model: Path) -> None:
+    inputs = check(ppo(reward=[{"model": str(other_model)}, {"function": "math:hypot"}]))
+    assert isinstance(inputs, PPOInputs)
+    assert inputs.same_tokens == [False]
+
+
+def test_a_good_reward_model_config_counts_its_steps(pairs: MakeConfig) -> None:
+    inputs = check(pairs())
+    assert isinstance(inputs, PairInputs)
+    assert (len(inputs.train), inputs.steps) == (64, 8)
+    assert inputs.held_out is not None
+    assert len(inputs.held_out) == 32
+
+
+def test_every_problem_is_listed_with_its_path(ppo: MakeConfig, tmp_path: Path) -> None:
+    missing = str(tmp_path / "nowhere")
+    found = problems_of(
+        ppo(
+            reference={"from": missing},
+            critic={"init_from": missing},
+            reward=[{"model": missing}, {"function": "math:nothing"}, {"function": "no_such_module:f", "name": "f"}],
+            data={"prompts": missing},
+        )
+    )
+    paths = [problem.partition(":")[0] for problem in found]
+    assert paths == ["reference.from", "critic.init_from", "reward.0", "reward.1", "reward.2", "data.prompts"]
+    assert all(missing in problem for problem in (*found[:3], found[-1]))
+
+
+def test_a_missing_policy_is_named(ppo: MakeConfig, tmp_path: Path) -> None:
+    [problem, *_] = problems_of(ppo(policy={"model": str(tmp_path / "nowhere")}))
+    assert problem.startswith("policy.model: model ")
+    assert "no such folder; `rlhf-ray prepare`" in problem
+
+
+def test_a_tokenizer_that_does_not_match_the_model_is_named(
+    ppo: MakeConfig, tiny: Path, other_model: Path, tmp_path: Path
+) -> None:
+    mixed = tmp_path / "mixed"
+    shutil.copytree(other_model, mixed)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny / "models/tiny" / name, mixed)
+    found = problems_of(ppo(policy={"model": str(mixed)}))
+    assert "token ids up to 511, but its embedding has 400 rows" in found[0]
+
+
+def test_models_that_must_share_the_policys_vocabulary_are_named(ppo: MakeConfig, other_model: Path) -> None:
+    found = problems_of(ppo(reference={"from": str(other_model)}, critic={"init_from": str(other_model)}))
+    assert [problem.partition(":")[0] for problem in found] == ["reference.from", "critic.init_from"]
+    assert all("has another vocabulary than policy.model" in problem for problem in found)
+
+
+def test_a_context_longer_than_the_models_is_refused(ppo: MakeConfig) -> None:
+    [problem] = problems_of(ppo(rollout={"engine": {"max_model_len": 4096}, "sampling": {"max_new_tokens": 16}}))
+    assert problem.startswith("rollout.engine.max_model_len (4096) is more than the 512 positions of policy.model")
+
+
+def test_bad_prompt_rows_are_named_by_file_and_line(ppo: MakeConfig, tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    rows = [json.dumps({"prompt": "I think"}), "{", json.dumps({"prompt": ""}), json.dumps({"text": "x"})]
+    path.write_text("\n".join(rows) + "\n")
+    [problem] = problems_of(ppo(data={"prompts": str(path), "prompts_per_step": 1}))
+    assert problem.startswith("data.prompts: ")
+    assert all(f"{path}:{line}: " in problem for line in (2, 3, 4))
+    assert f"{path}:1: " not in problem
+
+
+def test_a_service_that_is_down_is_named(ppo: MakeConfig) -> None:
+    part = {"url": "http://127.0.0.1:9/score", "retries": 0, "timeout_s": 2.0}
+    [problem] = problems_of(ppo(reward=[part]))
+    assert problem.startswith("reward.0: reward 'http': ")
+    assert "http://127.0.0.1:9/score" in problem
+
+
+def test_a_tracker_that_is_not_installed_is_named(ppo: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "wandb", None)
+    [problem] = problems_of(ppo(run={"dir": "runs/x", "steps": 3, "wandb": {"project": "p"}}))
+    assert "run.wandb is set, but the package wandb is not installed" in problem
+
+
+def test_bad_pairs_and_a_missing_model_are_listed_together(pairs: MakeConfig, tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl"
+    path.write_text('{"chosen": "a"}\n')
+    [problem] = problems_of(pairs(data={"train": str(path)}))
+    assert problem.startswith("data.train: ")
+    assert f"{path}:1: " in problem
+    [problem] = problems_of(pairs(reward={"model": str(tmp_path / "nowhere")}))
+    assert problem.startswith("reward.model: ")
