@@ -200,7 +200,8 @@ def say(message: str) -> None:
 
 def process_env(threads: int) -> dict[str, str]:
     """Environment of a process that a benchmark compares with an actor: what `create_group` gives to actors."""
-    return {"OMP_NUM_THREADS": str(threads), **QUIET}
+    quieter = {"VLLM_LOGGING_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore"}
+    return {"OMP_NUM_THREADS": str(threads), **QUIET, **quieter}
 
 
 class FreshProcess:

@@ -188,6 +188,7 @@ def _bare(setting: Setting, *, alike: bool) -> list[float]:
         )
         tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
         rates.append(tokens / (time.perf_counter() - began))
+    llm.llm_engine.engine_core.shutdown()  # at its end this process would wait for the engine's
     return rates[1:]
 
 

@@ -37,7 +37,7 @@ class CriticWorker(PPOTrainedWorker):
     def load_model(self, critic: config.Critic, model: str, ppo: PPO, total_steps: int, seed: int) -> None:
         """Load the model and build its training engine; collective."""
         self.critic, self.ppo = critic, ppo
-        self.model_source = model
+        self.model_source, self.trust_remote_code = model, critic.trust_remote_code
         loaded = load_scalar(
             model, dtype=DTYPES[critic.engine.dtype], seed=seed, trust_remote_code=critic.trust_remote_code
         )

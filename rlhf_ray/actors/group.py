@@ -71,7 +71,7 @@ def create_group(
 
     It may be called again for a role whose processes died: nothing of the old ones is reused.
     """
-    env = {"OMP_NUM_THREADS": str(seat.threads), **QUIET, **seat.env}
+    env = {"OMP_NUM_THREADS": str(seat.threads), **HIDE_GPUS, **QUIET, **seat.env}
     actors = []
     for rank in range(ranks):
         options = {
@@ -86,6 +86,9 @@ def create_group(
         actors.append(ray.remote(worker).options(**options).remote(**arguments(rank)))
     return ActorGroup(role, actors)
 
+
+# Ray shows all GPUs to an actor that reserves none, unless told to hide them.
+HIDE_GPUS = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1"}
 
 # Libraries that write to an actor's log for every file they load.
 QUIET = {

@@ -28,7 +28,7 @@ class PolicyWorker(PPOTrainedWorker):
         import rlhf_ray.engines.weight_transfer.sender  # noqa: F401
 
         self.policy, self.ppo, self.temperature = policy, ppo, temperature
-        self.model_source = policy.model
+        self.model_source, self.trust_remote_code = policy.model, policy.trust_remote_code
         self._whitening: Moments | None = None
         model = load_causal(
             policy.model,

@@ -45,7 +45,8 @@ class PPOTrainedWorker(TrainedWorker):
             plan: this rank's micro-batches.
 
         Raises:
-            NonFiniteLossError: before the optimizer step that the loss belongs to.
+            NonFiniteLossError: before the optimizer step that the loss belongs to, or after one whose gradient is no
+                number.
         """
         watch = Stopwatch()
         mine = {sample for step in plan for micro in step.micro_batches for sample in micro}

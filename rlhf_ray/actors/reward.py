@@ -34,18 +34,28 @@ class ScorePart:
 class RewardModelWorker(Worker):
     """One rank of a reward model: the score is the scalar head's output at the last token."""
 
-    def load_model(self, part: ModelReward, name: str, policy_model: str, same_tokens: bool) -> None:
+    def load_model(
+        self, part: ModelReward, name: str, policy_model: str, policy_trusted: bool, same_tokens: bool
+    ) -> None:
         """Load the model; collective.
 
         Args:
             name: of the part, for errors.
             policy_model: whose tokenizer reads the tokens.
+            policy_trusted: the policy's `trust_remote_code`.
             same_tokens: the reward model has the policy's vocabulary, so tokens pass through as they are.
         """
         self.part, self.name = part, name
         model = load_scalar(part.model, dtype=DTYPES[part.engine.dtype], trust_remote_code=part.trust_remote_code)
         self.engine = ForwardEngine(model, part.engine)
-        self._tokenizers = None if same_tokens else (load_tokenizer(policy_model), load_tokenizer(part.model))
+        self._tokenizers = (
+            None
+            if same_tokens
+            else (
+                load_tokenizer(policy_model, trust_remote_code=policy_trusted),
+                load_tokenizer(part.model, trust_remote_code=part.trust_remote_code),
+            )
+        )
 
     def score(self, batch: TrajectoryBatch) -> ScorePart:
         """This rank's share of the scores."""

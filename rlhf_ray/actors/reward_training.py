@@ -23,7 +23,7 @@ class RewardTrainingWorker(TrainedWorker):
 
     def load_model(self, reward: RewardModel, total_steps: int, seed: int) -> None:
         """Load the model and build its training engine; collective."""
-        self.model_source = reward.model
+        self.model_source, self.trust_remote_code = reward.model, reward.trust_remote_code
         model = load_scalar(
             reward.model, dtype=DTYPES[reward.engine.dtype], seed=seed, trust_remote_code=reward.trust_remote_code
         )

@@ -65,6 +65,7 @@ class TrainedWorker(Worker):
 
     engine: TrainingEngine
     model_source: str
+    trust_remote_code: bool
 
     def save(self, folder: str) -> None:
         """Write this rank's part of a checkpoint."""
@@ -109,7 +110,7 @@ class TrainedWorker(Worker):
             shutil.rmtree(partial, ignore_errors=True)
             model: Any = self.engine.model.model
             model.save_pretrained(partial, state_dict=weights, safe_serialization=True)
-            load_tokenizer(self.model_source).save_pretrained(partial)
+            load_tokenizer(self.model_source, trust_remote_code=self.trust_remote_code).save_pretrained(partial)
             self.finish_export_folder(partial)
             previous = folder.with_name(folder.name + ".previous")
             shutil.rmtree(previous, ignore_errors=True)

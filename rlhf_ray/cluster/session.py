@@ -66,11 +66,6 @@ def cluster_facts() -> dict[str, Any]:
     }
 
 
-def logs_folder() -> str:
-    """Where the actors' logs are on each node."""
-    return str(ray._private.worker.global_worker.node.get_logs_dir_path())
-
-
 def describe_resources(resources: dict[str, float]) -> str:
     """`2 CPU, 1 GPU` from Ray's resource table."""
     shown = [f"{resources[key]:g} {key}" for key in ("CPU", "GPU") if resources.get(key)]

@@ -56,4 +56,5 @@ class PPO(Section):
     critic_warmup_steps: NonNegativeInt = 0
     """First steps in which only the critic learns."""
     kl_early_stop: PositiveFloat | None = None
-    """Approximate KL (nats per token) to the sampling policy that ends the policy's updates on a batch."""
+    """Approximate KL (nats per token) to the sampling policy, measured in an optimizer step, after which no
+    further step is made on the batch."""

@@ -79,6 +79,11 @@ class PPOPlacement(_Timeouts):
             host: RolePlacement = getattr(self, role.colocate)
             if role.colocate == guest or host.colocate is not None:
                 raise ValueError(f".{guest}.colocate: {role.colocate!r} must name a role that has its own place")
+            for key in ("cpus", "gpus", "strategy"):
+                if getattr(role, key) != RolePlacement.model_fields[key].default:
+                    raise ValueError(
+                        f".{guest}.{key} has no effect beside .{guest}.colocate: it sits in .{role.colocate}'s place"
+                    )
             if role.ranks is not None and role.ranks != (host.ranks or 1):
                 raise ValueError(
                     f".{guest}.ranks ({role.ranks}) differs from .{role.colocate}.ranks ({host.ranks or 1}), but "

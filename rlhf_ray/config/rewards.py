@@ -53,7 +53,7 @@ class HttpReward(_RewardPart):
     backoff_s: PositiveFloat = 0.5
     """Wait before the first retry; doubles with each, with jitter."""
     token_env: str | None = None
-    """Environment variable that holds the bearer token. The token itself never stands in a config."""
+    """Environment variable, on every node, that holds the bearer token. The token itself never stands in a config."""
 
 
 def _kind_of_part(value: Any) -> str | None:

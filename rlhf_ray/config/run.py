@@ -38,9 +38,9 @@ class Timeouts(Section):
     setup_s: PositiveFloat = 900.0
     """Start of the actors and loading of the models."""
     rollout_s: PositiveFloat = 1800.0
-    """Generation of one step."""
+    """Until the next shard of a step is generated."""
     score_s: PositiveFloat = 900.0
-    """Scoring of one step: rewards, log-probs, values and advantages."""
+    """Each wait for the scores of a step: rewards, log-probs, values, advantages."""
     update_s: PositiveFloat = 1800.0
     """Update of policy and critic on one step."""
     sync_s: PositiveFloat = 300.0

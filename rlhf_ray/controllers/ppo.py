@@ -64,7 +64,7 @@ class Batch:
 
 
 class PPOController:
-    """Runs the algorithm over roles that live elsewhere; holds references and numbers per sample, never tokens."""
+    """Runs the algorithm over roles that live elsewhere; holds references to samples and numbers about them."""
 
     def __init__(
         self, config: PPOJob, inputs: PPOInputs, roles: PPORoles, folder: RunFolder, checkpointing: Checkpointing
@@ -99,7 +99,7 @@ class PPOController:
 
     def train_step(self, step: int) -> None:
         """One PPO step."""
-        record = StepRecord(step, kl_coef=self.kl.coef)
+        record = StepRecord(step, self.folder.recorder, kl_coef=self.kl.coef)
         tickets = self.cursor.take(self.config.data.prompts_per_step)
         requests = requests_for(self.inputs.prompts, tickets, self.config.data.samples_per_prompt, self.config.seed)
 

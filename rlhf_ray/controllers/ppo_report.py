@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -21,14 +22,15 @@ from rlhf_ray.rewards.text import decode_responses
 from rlhf_ray.telemetry.metrics import Metrics, reduce_means
 from rlhf_ray.telemetry.rows import replace_file
 from rlhf_ray.telemetry.samples import SampleRow
-from rlhf_ray.telemetry.trace import Span, uncovered_seconds
+from rlhf_ray.telemetry.trace import Span, SpanRecorder, uncovered_seconds
 
 
 class StepRecord:
     """The clock of one step."""
 
-    def __init__(self, step: int, kl_coef: float = 0.0) -> None:
+    def __init__(self, step: int, recorder: SpanRecorder, kl_coef: float = 0.0) -> None:
         self.step = step
+        self._recorder = recorder
         self.kl_coef = kl_coef
         self.seconds: dict[str, float] = {}
         self._began, self._began_wall = time.perf_counter(), time.time()
@@ -39,7 +41,8 @@ class StepRecord:
         """Record the body's seconds as `time/<phase>_s`."""
         began = time.perf_counter()
         try:
-            yield
+            with self._recorder.span(phase, self.step):
+                yield
         finally:
             self.seconds[phase] = time.perf_counter() - began
 
@@ -171,9 +174,7 @@ class PPOReport:
             for row, name in enumerate(named)
             if name in set(error.samples)
         ]
-        path = self._run_dir / f"failed_step_{step:06d}.jsonl"
-        replace_file(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
-        return TrainingDiverged(step, path, error)
+        return TrainingDiverged(step, write_failed_samples(self._run_dir, step, rows), error)
 
 
 class TrainingDiverged(Exception):
@@ -187,6 +188,13 @@ class TrainingDiverged(Exception):
     def __init__(self, step: int, samples_file: Path, cause: NonFiniteLossError) -> None:
         self.step, self.samples_file = step, samples_file
         super().__init__(f"step {step}: {cause} (they are in {samples_file})")
+
+
+def write_failed_samples(run_dir: Path, step: int, rows: Sequence[Mapping[str, Any]]) -> Path:
+    """Write the samples that a loss failed on, one JSON object a line, and return the file."""
+    path = run_dir / f"failed_step_{step:06d}.jsonl"
+    replace_file(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+    return path
 
 
 def _cell(text: str) -> str:

@@ -12,7 +12,14 @@ from rlhf_ray.config.rewards import FunctionReward, HttpReward, ModelReward
 from rlhf_ray.data.errors import DataError
 from rlhf_ray.data.pairs import PairSet, load_pairs
 from rlhf_ray.data.prompts import PromptSet, load_prompts
-from rlhf_ray.models.heads import ModelError, check_tokenizer_matches, load_config, load_tokenizer
+from rlhf_ray.models.heads import (
+    ModelError,
+    check_scores,
+    check_tokenizer_matches,
+    load_config,
+    load_tokenizer,
+    longest_sequence,
+)
 from rlhf_ray.rewards.errors import RewardError
 from rlhf_ray.rewards.function import FunctionScorer
 from rlhf_ray.rewards.http import HttpScorer
@@ -76,17 +83,21 @@ def _check_ppo(config: PPOJob, problems: list[str]) -> PPOInputs:
     with _collect(problems, "policy.model"):
         tokenizer = load_tokenizer(policy.model, trust_remote_code=policy.trust_remote_code)
         check_tokenizer_matches(policy.model, tokenizer, trust_remote_code=policy.trust_remote_code)
-        longest = load_config(policy.model, trust_remote_code=policy.trust_remote_code).max_position_embeddings
-        if config.rollout.engine.max_model_len > longest:
+        longest = longest_sequence(policy.model, trust_remote_code=policy.trust_remote_code)
+        if longest is not None and config.rollout.engine.max_model_len > longest:
             problems.append(
                 f"rollout.engine.max_model_len ({config.rollout.engine.max_model_len}) is more than the {longest} "
                 f"positions of policy.model {policy.model!r}"
             )
     with _collect(problems, "reference.from"):
-        if tokenizer is not None and not _same_vocabulary(reference, tokenizer):
+        if tokenizer is not None and not _same_vocabulary(
+            reference, tokenizer, trust_remote_code=policy.trust_remote_code
+        ):
             problems.append(f"reference.from: {reference!r} has another vocabulary than policy.model {policy.model!r}")
     with _collect(problems, "critic.init_from"):
-        if tokenizer is not None and not _same_vocabulary(critic, tokenizer):
+        if tokenizer is not None and not _same_vocabulary(
+            critic, tokenizer, trust_remote_code=config.critic.trust_remote_code
+        ):
             problems.append(
                 f"critic.init_from: {critic!r} has another vocabulary than policy.model {policy.model!r}, whose tokens "
                 "the critic reads"
@@ -95,8 +106,11 @@ def _check_ppo(config: PPOJob, problems: list[str]) -> PPOInputs:
     for index, part in enumerate(config.reward):
         with _collect(problems, f"reward.{index}"):
             if isinstance(part, ModelReward):
-                load_config(part.model, trust_remote_code=part.trust_remote_code)
-                same_tokens.append(tokenizer is not None and _same_vocabulary(part.model, tokenizer))
+                check_scores(part.model, trust_remote_code=part.trust_remote_code)
+                if tokenizer is not None:
+                    same_tokens.append(
+                        _same_vocabulary(part.model, tokenizer, trust_remote_code=part.trust_remote_code)
+                    )
             elif isinstance(part, FunctionReward):
                 FunctionScorer(part)
             elif isinstance(part, HttpReward):
@@ -137,6 +151,7 @@ def _collect(problems: list[str], path: str) -> Iterator[None]:
         problems.append(f"{path}: {error}")
 
 
-def _same_vocabulary(model: str, tokenizer: PreTrainedTokenizerBase) -> bool:
-    load_config(model)
-    return bool(load_tokenizer(model).get_vocab() == tokenizer.get_vocab())
+def _same_vocabulary(model: str, tokenizer: PreTrainedTokenizerBase, *, trust_remote_code: bool) -> bool:
+    load_config(model, trust_remote_code=trust_remote_code)
+    other = load_tokenizer(model, trust_remote_code=trust_remote_code)
+    return bool(other.get_vocab() == tokenizer.get_vocab())

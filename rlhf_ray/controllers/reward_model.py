@@ -6,9 +6,10 @@ import numpy as np
 import ray
 
 from rlhf_ray.actors.group import ActorGroup
+from rlhf_ray.actors.trained import NonFiniteLossError
 from rlhf_ray.actors.waiting import wait_all
 from rlhf_ray.config.jobs import RewardModelJob
-from rlhf_ray.controllers.ppo_report import StepRecord
+from rlhf_ray.controllers.ppo_report import StepRecord, TrainingDiverged, write_failed_samples
 from rlhf_ray.controllers.preflight import PairInputs
 from rlhf_ray.controllers.run_folder import Checkpointing, RunFolder
 from rlhf_ray.data.cursor import PromptCursor
@@ -51,12 +52,16 @@ class RewardModelController:
 
     def train_step(self, step: int) -> None:
         """One optimizer step, with evaluation and checkpoint when due."""
-        record = StepRecord(step)
+        record = StepRecord(step, self.folder.recorder)
         pairs = np.array([ticket.index for ticket in self.cursor.take(self._pairs_of(step))])
         lengths = _lengths(self.inputs.train)[pairs]
         plan = plan_micro_batches(lengths, len(self.group), self.config.reward.engine.micro_batch_tokens)
         per_rank = [([self._train[0]], [pairs[micro].tolist() for micro in mine], len(pairs)) for mine in plan]
-        reports = self._wait(self.group.call_each("step", per_rank), "reward: step", "update_s")
+        try:
+            reports = self._wait(self.group.call_each("step", per_rank), "reward: step", "update_s")
+        except NonFiniteLossError as error:
+            rows = [{"uid": uid, "step": step} for uid in error.samples]
+            raise TrainingDiverged(step, write_failed_samples(self.folder.path, step, rows), error) from error
         self.step = step
 
         metrics: Metrics = {f"train/{name}": v for name, v in reduce_means([r.means for r in reports]).items()}

@@ -217,7 +217,7 @@ def _load_ppo_models(config: PPOJob, inputs: PPOInputs, roles: PPORoles) -> None
     same_tokens = iter(inputs.same_tokens)
     for part, reward in zip(roles.rewards, config.reward, strict=True):
         if isinstance(reward, ModelReward):
-            loading += part.group.call("load_model", reward, part.name, config.policy.model, next(same_tokens))
+            loading += part.group.call("load_model", reward, part.name, config.policy.model, trust, next(same_tokens))
         else:
             loading += part.group.call("load_model", reward, config.policy.model, trust)
     wait_all(loading, timeouts.setup_s, "loading of the models", "run.timeouts.setup_s")

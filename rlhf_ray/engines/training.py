@@ -88,9 +88,9 @@ class TrainingEngine:
 
     def load(self, folder: Path) -> None:
         """Read what `save` wrote, with the same number of ranks."""
-        loaded, _ = self._engine.load_checkpoint(str(folder), tag="state")
-        if loaded is None:
+        if not (folder / "state").is_dir():
             raise FileNotFoundError(f"{folder} holds no DeepSpeed checkpoint")
+        self._engine.load_checkpoint(str(folder), tag="state")
 
 
 class ForwardEngine:

@@ -62,6 +62,8 @@ def packed_attention(
             f"this model attends within a sliding window of {window} tokens, shorter than a packed sequence of "
             f"{max_length_q}: shorten the sequences or choose a model with full attention"
         )
+    if kwargs.get("s_aux") is not None:
+        raise NotImplementedError("this model has attention sinks, which packed attention here does not compute")
     query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))  # [tokens, heads, size]
     if platform().attention == "varlen_flash":
         from torch.nn.attention.varlen import varlen_attn

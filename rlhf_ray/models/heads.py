@@ -104,10 +104,11 @@ def check_tokenizer_matches(model: str, tokenizer: PreTrainedTokenizerBase, *, t
     """
     config = load_config(model, trust_remote_code=trust_remote_code)
     largest = max(tokenizer.get_vocab().values())
-    if largest >= config.vocab_size:
+    rows = config.get_text_config().vocab_size
+    if largest >= rows:
         raise ModelError(
             model,
-            f"its tokenizer has token ids up to {largest}, but its embedding has {config.vocab_size} rows: the "
+            f"its tokenizer has token ids up to {largest}, but its embedding has {rows} rows: the "
             "folder holds the tokenizer of another model",
         )
 
@@ -127,6 +128,33 @@ def load_config(model: str, *, trust_remote_code: bool = False) -> Any:
         if getattr(config, unsupported, None) not in (None, 1, 1.0):
             raise ModelError(model, f"{unsupported} in its config is not supported: log-probs would be wrong")
     return config
+
+
+def longest_sequence(model: str, *, trust_remote_code: bool = False) -> int | None:
+    """Tokens that a model has positions for, None when its config does not say."""
+    config = load_config(model, trust_remote_code=trust_remote_code)
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def check_scores(model: str, *, trust_remote_code: bool = False) -> None:
+    """The folder must hold a sequence classifier with one label: a causal model would score with a random head.
+
+    Raises:
+        ModelError: naming what it holds.
+    """
+    config = load_config(model, trust_remote_code=trust_remote_code)
+    if not _is_classifier(config):
+        raise ModelError(
+            model,
+            f"it is a {', '.join(config.architectures or ['model of unknown type'])}, not a reward model: train one "
+            "with job: reward_model",
+        )
+    if config.num_labels != 1:
+        raise ModelError(model, f"it has {config.num_labels} labels; a reward model has one")
+
+
+def _is_classifier(config: Any) -> bool:
+    return any("SequenceClassification" in name for name in config.architectures or [])
 
 
 def load_causal(
@@ -154,7 +182,7 @@ def load_scalar(model: str, *, dtype: torch.dtype, seed: int = 0, trust_remote_c
         ModelError: when the folder can't be loaded as one.
     """
     config = _without_dropout(load_config(model, trust_remote_code=trust_remote_code))
-    is_new = not any("SequenceClassification" in name for name in config.architectures or [])
+    is_new = not _is_classifier(config)
     if not is_new and config.num_labels != 1:
         raise ModelError(model, f"it has {config.num_labels} labels; a reward model has one")
     config.num_labels = 1
@@ -183,6 +211,8 @@ def _load(auto: Any, model: str, config: Any, dtype: torch.dtype, trust_remote_c
         )
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(model, f"can't be loaded ({error})") from error
+    if not loaded._supports_attention_backend:
+        raise ModelError(model, f"{type(loaded).__name__} does not take packed sequences; choose another architecture")
     return loaded
 
 

@@ -28,7 +28,9 @@ _ALL = (
     MetricName("kl/coef", "β, the weight of the KL in the reward of this step"),
     MetricName("policy/loss", "clipped policy loss, mean over the optimizer steps"),
     MetricName("policy/clip_fraction", "share of response tokens whose probability ratio was clipped"),
-    MetricName("policy/approx_kl", "KL from the sampling policy to the updated one in nats per token, estimator k3"),
+    MetricName(
+        "policy/approx_kl", "KL from the sampling policy to the one that enters an optimizer step, nats per token, k3"
+    ),
     MetricName("policy/entropy", "entropy of the policy in nats per response token"),
     MetricName("policy/grad_norm", "norm of the policy's gradient before clipping, mean over the optimizer steps"),
     MetricName("policy/lr", "learning rate of the policy's last optimizer step"),
@@ -56,7 +58,7 @@ _ALL = (
     MetricName("time/policy_update_s", "seconds of the policy's update", wall_clock=True),
     MetricName("time/critic_update_s", "seconds of the critic's update", wall_clock=True),
     MetricName("time/weight_sync_s", "seconds from pausing the engines to resuming them", wall_clock=True),
-    MetricName("time/checkpoint_s", "seconds that the checkpoint held up the step", wall_clock=True),
+    MetricName("time/checkpoint_s", "seconds in which the roles wrote their parts of a checkpoint", wall_clock=True),
     MetricName("time/uncovered_s", "seconds of the step in which no role was at work", wall_clock=True),
     MetricName("throughput/response_tokens_per_s", "response tokens / time/generate_s", wall_clock=True),
     MetricName("throughput/train_tokens_per_s", "tokens trained on / seconds of the updates", wall_clock=True),

@@ -11,6 +11,7 @@ from rlhf_ray.config.jobs import PPOJob
 from rlhf_ray.config.loading import load_config
 from rlhf_ray.controllers.train import train
 from rlhf_ray.data.prepare import prepare
+from rlhf_ray.models.tiny import build_tiny_model
 from runs import MARK, MakeConfig
 
 HERE = Path(__file__).parent
@@ -44,6 +45,12 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("tiny")
     prepare(target, only={"tiny"})
     return target
+
+
+@pytest.fixture(scope="session")
+def wide_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Wide enough for ZeRO-3 to shard its matrices, and for several buckets of a mebibyte in weight sync."""
+    return build_tiny_model(tmp_path_factory.mktemp("wide") / "model", hidden=256)
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ import torch
 from training_rank import OPTIMIZER, SEQUENCES, TOTAL_STEPS, Trained, TrainingRank, Weights, token_mean_loss
 
 from rlhf_ray.actors.group import ActorGroup
+from rlhf_ray.actors.waiting import RoleFailure
 from rlhf_ray.config.training import TrainingEngine
 from rlhf_ray.engines.training import lr_factor
 from rlhf_ray.models.heads import load_causal
@@ -54,9 +55,9 @@ def trained(group: ActorGroup, model: Path, micro_batches: list[list[list[int]]]
 
 
 @pytest.fixture(scope="module")
-def plain(tiny_model_dir: Path) -> Trained:
+def plain(wide_model: Path) -> Trained:
     """The same two steps in plain torch."""
-    model = load_causal(str(tiny_model_dir), dtype=torch.float32, vocab_chunk_tokens=16)
+    model = load_causal(str(wide_model), dtype=torch.float32, vocab_chunk_tokens=16)
     adam = torch.optim.AdamW(
         model.parameters(),
         lr=OPTIMIZER.lr,
@@ -102,10 +103,10 @@ def test_the_plain_loop_clips_and_warms_up(plain: Trained) -> None:
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_every_zero_stage_trains_as_plain_torch_does(
-    groups: dict[int, ActorGroup], tiny_model_dir: Path, plain: Trained, stage: int
+    groups: dict[int, ActorGroup], wide_model: Path, plain: Trained, stage: int
 ) -> None:
     cut = [[[0, 3, 4], [1, 2, 5, 6, 7]]]
-    assert_same_training(trained(groups[1], tiny_model_dir, cut, zero_stage=stage, dtype="float32"), plain)
+    assert_same_training(trained(groups[1], wide_model, cut, zero_stage=stage, dtype="float32"), plain)
 
 
 @pytest.mark.parametrize(
@@ -118,34 +119,34 @@ def test_every_zero_stage_trains_as_plain_torch_does(
     ids=["stage 2", "stage 3", "stage 3, split otherwise, with a dummy"],
 )
 def test_two_ranks_train_as_one_does(
-    groups: dict[int, ActorGroup], tiny_model_dir: Path, plain: Trained, stage: int, cut: list[list[list[int]]]
+    groups: dict[int, ActorGroup], wide_model: Path, plain: Trained, stage: int, cut: list[list[list[int]]]
 ) -> None:
-    assert_same_training(trained(groups[2], tiny_model_dir, cut, zero_stage=stage, dtype="float32"), plain)
+    assert_same_training(trained(groups[2], wide_model, cut, zero_stage=stage, dtype="float32"), plain)
 
 
 def test_recomputed_activations_do_not_change_the_training(
-    groups: dict[int, ActorGroup], tiny_model_dir: Path, plain: Trained
+    groups: dict[int, ActorGroup], wide_model: Path, plain: Trained
 ) -> None:
-    found = trained(groups[1], tiny_model_dir, [[ALL]], zero_stage=2, dtype="float32", activation_checkpointing=True)
+    found = trained(groups[1], wide_model, [[ALL]], zero_stage=2, dtype="float32", activation_checkpointing=True)
     assert_same_training(found, plain)
 
 
 def test_parameters_kept_in_host_memory_do_not_change_the_training(
-    groups: dict[int, ActorGroup], tiny_model_dir: Path, plain: Trained
+    groups: dict[int, ActorGroup], wide_model: Path, plain: Trained
 ) -> None:
     cut = [[[0, 1, 2, 3]], [[4, 5, 6, 7]]]
-    found = trained(groups[2], tiny_model_dir, cut, zero_stage=3, dtype="float32", offload_parameters=True)
+    found = trained(groups[2], wide_model, cut, zero_stage=3, dtype="float32", offload_parameters=True)
     assert_same_training(found, plain)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_bfloat16_trains_roughly_as_float32_does(
-    groups: dict[int, ActorGroup], tiny_model_dir: Path, plain: Trained, stage: int
+    groups: dict[int, ActorGroup], wide_model: Path, plain: Trained, stage: int
 ) -> None:
-    found = trained(groups[1], tiny_model_dir, [[ALL]], zero_stage=stage, dtype="bfloat16")
+    found = trained(groups[1], wide_model, [[ALL]], zero_stage=stage, dtype="bfloat16")
     assert found.norms == pytest.approx(plain.norms, rel=0.05)
     assert found.rates == pytest.approx(plain.rates)
-    initial = load_causal(str(tiny_model_dir), dtype=torch.float32, vocab_chunk_tokens=16).model
+    initial = load_causal(str(wide_model), dtype=torch.float32, vocab_chunk_tokens=16).model
     moved, theirs = (
         np.concatenate([(weights[name] - p.detach().numpy()).ravel() for name, p in initial.named_parameters()])
         for weights in (found.weights, plain.weights)
@@ -157,11 +158,11 @@ def test_bfloat16_trains_roughly_as_float32_does(
 
 @pytest.mark.parametrize("bucket_bytes", [1, 20_000, 2**30])
 def test_full_weights_are_whole_on_every_rank_of_zero_3(
-    groups: dict[int, ActorGroup], tiny_model_dir: Path, bucket_bytes: int
+    groups: dict[int, ActorGroup], wide_model: Path, bucket_bytes: int
 ) -> None:
-    run(groups[2], "build", str(tiny_model_dir), TrainingEngine(zero_stage=3, dtype="float32"))
+    run(groups[2], "build", str(wide_model), TrainingEngine(zero_stage=3, dtype="float32"))
     assert run(groups[2], "is_sharded") == [True, True]
-    saved = load_causal(str(tiny_model_dir), dtype=torch.float32, vocab_chunk_tokens=16).model
+    saved = load_causal(str(wide_model), dtype=torch.float32, vocab_chunk_tokens=16).model
     wanted = {name: parameter.detach().numpy() for name, parameter in saved.named_parameters()}
     for weights in run(groups[2], "weights", bucket_bytes):
         assert_close(weights, wanted, 0)
@@ -180,7 +181,7 @@ def test_full_weights_are_whole_on_every_rank_of_zero_3(
     ],
 )
 def test_a_loaded_checkpoint_goes_on_bit_for_bit(
-    groups: dict[int, ActorGroup], tiny_model_dir: Path, tmp_path: Path, ranks: int, stage: int, dtype: str
+    groups: dict[int, ActorGroup], wide_model: Path, tmp_path: Path, ranks: int, stage: int, dtype: str
 ) -> None:
     group, config = groups[ranks], TrainingEngine(zero_stage=stage, dtype=dtype, gradient_clip=CLIP)  # type: ignore[arg-type]
     cut = [[ALL[rank::ranks]] for rank in range(ranks)]
@@ -189,11 +190,11 @@ def test_a_loaded_checkpoint_goes_on_bit_for_bit(
         done: list[Trained] = ray.get(group.call_each("train", [(steps, mine) for mine in cut]), timeout=120)
         return done[0]
 
-    run(group, "build", str(tiny_model_dir), config)
+    run(group, "build", str(wide_model), config)
     before = train(2)
     run(group, "save", str(tmp_path / "checkpoint"))
     undisturbed = train(2)
-    run(group, "build", str(tiny_model_dir), config, 5)
+    run(group, "build", str(wide_model), config, 5)
     run(group, "load", str(tmp_path / "checkpoint"))
     assert_close(run(group, "weights")[0], before.weights, 0)
     resumed = train(2)
@@ -205,8 +206,8 @@ def test_a_loaded_checkpoint_goes_on_bit_for_bit(
 
 
 def test_a_folder_without_checkpoint_is_an_error(
-    groups: dict[int, ActorGroup], tiny_model_dir: Path, tmp_path: Path
+    groups: dict[int, ActorGroup], wide_model: Path, tmp_path: Path
 ) -> None:
-    run(groups[1], "build", str(tiny_model_dir), TrainingEngine(zero_stage=2, dtype="float32"))
-    with pytest.raises(Exception, match="FileNotFoundError.*checkpoint"):
+    run(groups[1], "build", str(wide_model), TrainingEngine(zero_stage=2, dtype="float32"))
+    with pytest.raises(RoleFailure, match="FileNotFoundError: .* holds no DeepSpeed checkpoint"):
         run(groups[1], "load", str(tmp_path))

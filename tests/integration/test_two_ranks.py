@@ -29,7 +29,6 @@ from rlhf_ray.controllers.run_folder import Checkpointing, RunFolder
 from rlhf_ray.data.cursor import PromptCursor
 from rlhf_ray.data.requests import PromptRequest, requests_for
 from rlhf_ray.data.trajectory import TrajectoryBatch
-from rlhf_ray.models.tiny import build_tiny_model
 from rlhf_ray.rewards.errors import RewardError
 from rlhf_ray.telemetry.metrics import read_metrics
 from runs import MakeConfig, assert_nothing_is_left, engine_processes
@@ -42,24 +41,22 @@ PARTS = ("embed_tokens", "self_attn", "mlp", "layernorm", "model.norm")
 
 
 @pytest.fixture(scope="module")
-def make_config(ppo_config: MakeConfig, tmp_path_factory: pytest.TempPathFactory) -> MakeConfig:
-    # Wide enough for five buckets of a mebibyte, and for ZeRO-3 to shard its matrices.
-    model = build_tiny_model(tmp_path_factory.mktemp("wide") / "model", hidden=256)
-
+def make_config(ppo_config: MakeConfig, wide_model: Path) -> MakeConfig:
     def make(run_dir: Path, *overrides: str) -> PPOJob:
         return ppo_config(
             run_dir,
-            f"policy.model={model}",
+            f"policy.model={wide_model}",
             "policy.engine.zero_stage=3",
             "policy.engine.micro_batch_tokens=64",
             "reference.engine.zero_stage=3",
             "placement.policy.ranks=2",
-            f"critic.init_from={model}",
+            f"critic.init_from={wide_model}",
             "reward=[{function: reward_functions:letters, name: letters}]",
             "rollout.sync_bucket_mib=1",
             f"placement.rollout.engines={ENGINES}",
             "placement.rollout.cpus=0.5",
             "run.steps=2",
+            "run.timeouts.sync_s=60",
             "run.tensorboard=false",
             *overrides,
         )

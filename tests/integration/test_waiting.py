@@ -83,7 +83,7 @@ def test_a_dead_process_is_a_failure_and_no_hang() -> None:
 
 def test_the_first_failure_ends_the_wait_for_its_peers(pair: ActorGroup) -> None:
     pair.run("answer", 0, timeout_s=60, setting="")
-    slow = pair.call_one(0, "sleep", 5.0)
+    slow = pair.call_one(0, "sleep", 2.0)
     with pytest.raises(RoleFailure, match="ZeroDivisionError"):
         wait([slow, pair.call_one(1, "fail")])
     done, _ = ray.wait([slow], timeout=0)

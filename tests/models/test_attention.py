@@ -80,8 +80,9 @@ def test_every_way_of_batching_equals_padded_attention(lengths: list[int], kv_he
     assert_equal(lengths, heads=4, kv_heads=kv_heads)
 
 
-def test_the_models_own_scaling_is_used() -> None:
-    assert_equal([5, 9], heads=2, kv_heads=1, scaling=0.3)
+@pytest.mark.parametrize("lengths", [[5, 9], [6, 6]], ids=["several lengths", "one length"])
+def test_the_models_own_scaling_is_used(lengths: list[int]) -> None:
+    assert_equal(lengths, heads=2, kv_heads=1, scaling=0.3)
 
 
 def test_a_sequence_does_not_see_its_neighbours() -> None:

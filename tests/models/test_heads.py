@@ -69,8 +69,8 @@ def test_the_tokenizer_of_another_model_is_refused(
     tiny_model_dir: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     check_tokenizer_matches(str(tiny_model_dir), tokenizer)
-    small = build_tiny_model(tmp_path / "small", vocab=300)
-    with pytest.raises(ModelError, match="token ids up to 511, but its embedding has 300 rows"):
+    small = edited(tiny_model_dir, tmp_path / "small", vocab_size=511)
+    with pytest.raises(ModelError, match="token ids up to 511, but its embedding has 511 rows"):
         check_tokenizer_matches(str(small), tokenizer)
 
 

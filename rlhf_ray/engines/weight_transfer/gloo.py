@@ -1,11 +1,13 @@
 """A `gloo` backend for vLLM's weight-transfer API, which itself ships none that works without a GPU.
 
 Both sides cut the list of tensors into the same buckets. The trainer copies one bucket while the one before is on
-the wire; the engine loads one while the next arrives. At most two buckets exist on each side at a time.
+the wire; the engine loads one while the next arrives. The trainer holds two buckets at most, the engine as many as
+the layer that it is loading spans, and one more.
 Importing this module registers the backend: the engine's workers do so through `worker_extension_cls`.
 """
 
 import math
+import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -95,7 +97,11 @@ def buckets_of(metadata: list[ParamMeta], bucket_bytes: int) -> list[tuple[int, 
 
 def _join(host: str, port: int, rank: int, world_size: int, timeout_s: float) -> dist.ProcessGroupGloo:
     timeout = timedelta(seconds=timeout_s)
-    store = TCPStore(host, port, world_size, is_master=rank == 0, timeout=timeout)
+    if rank == 0:  # listen on this node's own address instead of on all, which is TCPStore's way
+        listener = socket.create_server((host, port)).detach()
+        store = TCPStore(host, port, world_size, is_master=True, timeout=timeout, master_listen_fd=listener)
+    else:
+        store = TCPStore(host, port, world_size, is_master=False, timeout=timeout)
     return dist.ProcessGroupGloo(PrefixStore("weights", store), rank, world_size, timeout)
 
 
