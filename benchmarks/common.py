@@ -193,6 +193,12 @@ def report(
     typer.echo(f"  appended to {results}")
 
 
+def spread(*samples: Sequence[float]) -> Measure:
+    """How steady the machine was: of the most unsteady side, the slowest repetition ÷ the fastest."""
+    most = max(max(side) / min(side) for side in samples)
+    return Measure(name="slowest ÷ fastest repetition of one side", value=most)
+
+
 def say(message: str) -> None:
     """Tell the user on stderr what goes on."""
     typer.echo(message, err=True)

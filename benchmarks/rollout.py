@@ -36,6 +36,7 @@ from benchmarks.common import (
     process_env,
     report,
     say,
+    spread,
 )
 from benchmarks.roles import SEED, TEMPERATURE, cluster, prompt_batches, rollout_role
 from rlhf_ray.config.rollout import Rollout, RolloutEngine, Sampling
@@ -110,6 +111,7 @@ def main(
             Measure(name="through the controller", value=rate["ours"], unit="tokens/s"),
             Measure(name="bare vLLM", value=rate["bare"], unit="tokens/s"),
             Measure(name="bare vLLM with seeds and log-probs", value=alike, unit="tokens/s"),
+            spread(*found.values()),
         ],
         machine,
         results,

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from rlhf_ray.data.trajectory import Trajectory, TrajectoryBatch
+from rlhf_ray.models.heads import load_scalar
 from rlhf_ray.models.tiny import build_tiny_model
 
 MakeBatch = Callable[..., TrajectoryBatch]
@@ -17,6 +19,20 @@ MakeBatch = Callable[..., TrajectoryBatch]
 def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a tiny random Llama with its tokenizer and chat template."""
     return build_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def as_reward_model() -> Callable[[Path], Path]:
+    """Gives a causal model a scalar head and writes the result beside it."""
+
+    def make(causal: Path) -> Path:
+        folder = causal.with_name(f"{causal.name}-reward")
+        if not folder.exists():
+            load_scalar(str(causal), dtype=torch.float32).model.save_pretrained(folder)
+            AutoTokenizer.from_pretrained(causal).save_pretrained(folder)
+        return folder
+
+    return make
 
 
 @pytest.fixture(scope="session")

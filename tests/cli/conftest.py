@@ -26,8 +26,9 @@ def cli(monkeypatch: pytest.MonkeyPatch) -> Iterator[RunCli]:
 
 
 @pytest.fixture(scope="session")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder with the models and data of the tiny examples."""
+def prepared(tmp_path_factory: pytest.TempPathFactory, as_reward_model: Callable[[Path], Path]) -> Path:
+    """Folder with the models and data of the tiny examples, and a tiny reward model."""
     target = tmp_path_factory.mktemp("prepared")
     prepare(target, only={"tiny"})
+    as_reward_model(target / "models/tiny")
     return target

@@ -43,7 +43,7 @@ def of_ppo(prepared: Path, tmp_path: Path) -> list[str]:
     """Overrides that lead the PPO config to what was prepared."""
     return [
         f"policy.model={prepared}/models/tiny",
-        f"reward.0.model={prepared}/models/tiny",
+        f"reward.0.model={prepared}/models/tiny-reward",
         f"data.prompts={prepared}/data/tiny_prompts.jsonl",
         f"run.dir={tmp_path}/run",
     ]
@@ -196,9 +196,9 @@ def test_validate_sums_up_a_ppo_job(cli: RunCli, of_ppo: list[str], prepared: Pa
         "job               ppo 'tiny', seed 3",
         "steps             4, 32 samples a step (16 prompts × 2)",
         f"policy            {tiny} · float32, ZeRO stage 2 · 2 ranks with 0.5 CPU each",
-        f"critic            from {tiny} · float32, ZeRO stage 2 · 1 rank with 0.5 CPU",
+        f"critic            from {tiny}-reward · float32, ZeRO stage 2 · 1 rank with 0.5 CPU",
         f"reference         {tiny} · float32 · 2 ranks beside policy",
-        f"reward/sentiment  {tiny} · float32 · 1 rank beside critic · weight 1",
+        f"reward/sentiment  {tiny}-reward · float32 · 1 rank beside critic · weight 1",
         "rollout           2 engines with 1 CPU each",
         "prompts           64 kept, 0 dropped, 0 truncated",
         f"run               {tmp_path}/run",

@@ -18,9 +18,10 @@ MakeConfig = Callable[..., PPOJob | RewardModelJob]
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny(tmp_path_factory: pytest.TempPathFactory, as_reward_model: Callable[[Path], Path]) -> Path:
     target = tmp_path_factory.mktemp("tiny")
     prepare(target, only={"tiny"})
+    as_reward_model(target / "models/tiny")
     return target
 
 
@@ -39,7 +40,7 @@ def ppo(tiny: Path) -> MakeConfig:
             "name": "x",
             "policy": {"model": model},
             "critic": {"init_from": model},
-            "reward": [{"model": model, "name": "r"}],
+            "reward": [{"model": f"{model}-reward", "name": "r"}],
             "rollout": {"engine": {"max_model_len": 64}, "sampling": {"max_new_tokens": 16}},
             "data": {"prompts": str(tiny / "data/tiny_prompts.jsonl"), "prompts_per_step": 4},
             "run": {"dir": "runs/x", "steps": 3},
@@ -80,8 +81,16 @@ def test_a_good_ppo_config_gives_what_the_controller_needs(ppo: MakeConfig, tiny
     assert inputs.same_tokens == [True]
 
 
-def test_a_reward_model_of_another_vocabulary_is_told_apart(ppo: MakeConfig, other_model: Path) -> None:
-    inputs = check(ppo(reward=[{"model": str(other_model)}, {"function": "math:hypot"}]))
+def test_a_causal_model_is_no_reward_model(ppo: MakeConfig, tiny: Path) -> None:
+    [problem] = problems_of(ppo(reward=[{"model": str(tiny / "models/tiny")}]))
+    assert problem.startswith("reward.0: model ")
+    assert "it is a LlamaForCausalLM, not a reward model: train one with job: reward_model" in problem
+
+
+def test_a_reward_model_of_another_vocabulary_is_told_apart(
+    ppo: MakeConfig, other_model: Path, as_reward_model: Callable[[Path], Path]
+) -> None:
+    inputs = check(ppo(reward=[{"model": str(as_reward_model(other_model))}, {"function": "math:hypot"}]))
     assert isinstance(inputs, PPOInputs)
     assert inputs.same_tokens == [False]
 
