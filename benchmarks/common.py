@@ -199,6 +199,13 @@ def spread(*samples: Sequence[float]) -> Measure:
     return Measure(name="slowest ÷ fastest repetition of one side", value=most)
 
 
+def run_command(main: Callable[..., None]) -> None:
+    """Run a benchmark's `main` as the command that its signature describes."""
+    app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+    app.command(help=main.__doc__)(main)
+    app()
+
+
 def say(message: str) -> None:
     """Tell the user on stderr what goes on."""
     typer.echo(message, err=True)

@@ -35,6 +35,7 @@ from benchmarks.common import (
     ThreadsOption,
     process_env,
     report,
+    run_command,
     say,
     spread,
 )
@@ -195,4 +196,4 @@ def _bare(setting: Setting, *, alike: bool) -> list[float]:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_command(main)

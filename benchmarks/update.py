@@ -30,6 +30,7 @@ from benchmarks.common import (
     ThreadsOption,
     process_env,
     report,
+    run_command,
     say,
     spread,
 )
@@ -70,7 +71,7 @@ def main(
     with cluster(), policy_role(policy, threads=threads) as group, FreshProcess(process_env(threads)) as process:
         data = UpdateBatch.of(group, batch, shard_samples)
         plan = data.plan(optimizer_steps, micro_batch_tokens)
-        process.call(_start_bare, threads, policy, data.batch, data.columns, data.moments, plan)
+        process.call(_start_bare, threads, policy, PPO(), data.batch, data.columns, data.moments, plan)
         for number in range(repeats + 1):  # the first is the warm-up
             began = perf_counter()
             done = update(group, data, optimizer_steps, micro_batch_tokens)
@@ -80,9 +81,7 @@ def main(
             reference = process.call(_update_bare)
             bare.append(reference.seconds)
             say(f"{number}/{repeats}: ours {ours[-1]:.3f} s, bare {reference.seconds:.3f} s")
-    rates = {
-        name: tokens / median(seconds[1:]) for name, seconds in (("ours", ours), ("inside", inside), ("bare", bare))
-    }
+    rate, rate_inside, rate_bare = (tokens / median(seconds[1:]) for seconds in (ours, inside, bare))
     micro_batches = sum(len(step.micro_batches) for step in plan)
     report(
         "update",
@@ -121,4 +120,4 @@ def _update_bare() -> BareReport:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_command(main)

@@ -139,6 +139,16 @@ def test_parameters_kept_in_host_memory_do_not_change_the_training(
     assert_same_training(found, plain)
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+def test_an_optimizer_in_host_memory_does_not_change_the_training(
+    groups: dict[int, ActorGroup], wide_model: Path, plain: Trained, stage: int
+) -> None:
+    """With several micro-batches, whose offloaded gradients older DeepSpeed lost after the first (its issue 7967)."""
+    cut = [[[7], [2, 0], [4, 5]], [[6, 1], [3], []]]
+    found = trained(groups[2], wide_model, cut, zero_stage=stage, dtype="float32", offload_optimizer=True)
+    assert_same_training(found, plain)
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_bfloat16_trains_roughly_as_float32_does(
     groups: dict[int, ActorGroup], wide_model: Path, plain: Trained, stage: int
