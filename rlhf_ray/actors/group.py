@@ -71,7 +71,7 @@ def create_group(
 
     It may be called again for a role whose processes died: nothing of the old ones is reused.
     """
-    env = {"OMP_NUM_THREADS": str(seat.threads), **HIDE_GPUS, **QUIET, **seat.env}
+    env = {"OMP_NUM_THREADS": str(seat.threads), **SHARE_CORES, **HIDE_GPUS, **QUIET, **seat.env}
     actors = []
     for rank in range(ranks):
         options = {
@@ -86,6 +86,9 @@ def create_group(
         actors.append(ray.remote(worker).options(**options).remote(**arguments(rank)))
     return ActorGroup(role, actors)
 
+
+# Roles on CPU take turns on the same cores: a thread that waits must not spin on a core that another role needs.
+SHARE_CORES = {"OMP_WAIT_POLICY": "PASSIVE"}
 
 # Ray shows all GPUs to an actor that reserves none, unless told to hide them.
 HIDE_GPUS = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1"}
