@@ -26,11 +26,10 @@ class BareReport:
     """One update.
 
     Attributes:
-        loss, grad_norm: mean over the optimizer steps; the norm is before clipping.
+        grad_norm: before clipping, mean over the optimizer steps.
         seconds: it took.
     """
 
-    loss: float
     grad_norm: float
     seconds: float
 
@@ -101,16 +100,13 @@ class BareLoop:
     def update(self) -> BareReport:
         """All optimizer steps of the plan, once."""
         began = time.perf_counter()
-        losses, norms = [], []
+        norms = []
         for tokens, micro_batches in self._steps:
-            total = 0.0
             for micro in micro_batches:
                 loss = self._loss(micro).sum() / tokens
                 loss.backward()
-                total += float(loss.detach())
-            losses.append(total)
             norms.append(self._step())
-        return BareReport(float(np.mean(losses)), float(np.mean(norms)), time.perf_counter() - began)
+        return BareReport(float(np.mean(norms)), time.perf_counter() - began)
 
     def _loss(self, micro: _MicroBatch) -> torch.Tensor:
         packed = micro.pack.packed

@@ -71,12 +71,12 @@ class Measure(_Record):
     def shown(self) -> str:
         """Value and unit; small numbers keep three digits that count."""
         size = abs(self.value)
-        if size >= 1000:
+        if size >= 1000 or self.value == int(self.value):
             text = f"{self.value:,.0f}"
         elif size >= 1:
             text = f"{self.value:.3g}" if size >= 10 else f"{self.value:.2f}"
         else:
-            text = f"{self.value:.3f}" if size >= 0.001 or size == 0 else f"{self.value:.1e}"
+            text = f"{self.value:.3f}" if size >= 0.001 else f"{self.value:.1e}"
         return f"{text} {self.unit}".rstrip()
 
 

@@ -1,5 +1,7 @@
 """Reserving places for actors, with an error that says what does not fit."""
 
+from uuid import uuid4
+
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
@@ -29,7 +31,8 @@ def reserve(role: str, bundles: list[dict[str, float]], strategy: str, timeout_s
     Raises:
         PlacementError: after `timeout_s`, naming the bundle that can't be placed and what the cluster has.
     """
-    group = placement_group(bundles, strategy=strategy, name=role)
+    # Names must differ within a namespace, and two runs of one config share theirs.
+    group = placement_group(bundles, strategy=strategy, name=f"{role}-{uuid4().hex[:8]}")
     if group.wait(timeout_s):
         return group
     remove_placement_group(group)

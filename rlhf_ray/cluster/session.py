@@ -42,6 +42,8 @@ def ray_session(cluster: Cluster, name: str) -> Iterator[None]:
 
 
 def _connect(cluster: Cluster, name: str) -> None:
+    # The first failure ends a job with its own error; Ray would print those of all other calls after it.
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     options: dict[str, Any] = {"namespace": name, "log_to_driver": False, "logging_level": logging.WARNING}
     address = cluster.address or os.environ.get("RAY_ADDRESS")
     if address is not None:

@@ -85,6 +85,7 @@ def ppo_roles(config: PPOJob, inputs: PPOInputs) -> Iterator[PPORoles]:
             group("reference", ReferenceWorker),
         )
         rewards = tuple(_reward_part(part, group) for part in config.reward)
+        started += [part.group for part in rewards if not part.collective]
         engines = create_group(
             "rollout", RolloutWorker, seats["rollout"], placement.rollout.engines, lambda rank: {"rank": rank}
         )

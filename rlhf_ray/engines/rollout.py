@@ -25,7 +25,7 @@ class RolloutEngine:
     """vLLM's asynchronous engine with continuous batching. Start it inside an asyncio event loop.
 
     Attributes:
-        queued: requests that have reached the engine; its owner may set it back.
+        queued: requests that have reached the engine, refused ones too; its owner may set it back.
     """
 
     def __init__(
@@ -71,8 +71,10 @@ class RolloutEngine:
         self._requests += 1
         request_id = f"{self._requests}:{prompt.uid}:{prompt.sample_index}"
         prompt_tokens = TokensPrompt(prompt_token_ids=list(prompt.tokens))
-        answers = await self._engine.add_request(request_id, prompt_tokens, _sampling_params(sampling, prompt.seed))
-        self.queued += 1
+        try:
+            answers = await self._engine.add_request(request_id, prompt_tokens, _sampling_params(sampling, prompt.seed))
+        finally:
+            self.queued += 1  # also when it was refused: others wait until all have come
         output = await answers.get()
         while not output.finished:
             output = await answers.get()

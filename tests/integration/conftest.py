@@ -1,13 +1,13 @@
 """One Ray cluster for all integration tests, and what their runs start from."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import ray
 
-from rlhf_ray.config.jobs import PPOJob
+from rlhf_ray.config.jobs import PPOJob, RewardModelJob
 from rlhf_ray.config.loading import load_config
 from rlhf_ray.controllers.train import train
 from rlhf_ray.data.prepare import prepare
@@ -34,7 +34,13 @@ def cluster() -> Iterator[None]:
     # Actors import what the tests define: reward functions and workers.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
     os.environ.update(MARK)
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, object_store_memory=200 * 2**20)
+    ray.init(
+        num_cpus=4,
+        include_dashboard=False,
+        log_to_driver=False,
+        object_store_memory=200 * 2**20,
+        _system_config={"worker_niceness": 0},  # as in `ray_session`
+    )
     yield
     ray.shutdown()
 
@@ -54,19 +60,30 @@ def wide_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def reward_run(tiny: Path) -> Path:
-    """Run folder of configs/tiny_reward.yaml."""
-    return train(
-        load_config(
+def reward_config(tiny: Path) -> Callable[..., RewardModelJob]:
+    """configs/tiny_reward.yaml on the tiny model, with further overrides."""
+
+    def make(run_dir: Path, *overrides: str) -> RewardModelJob:
+        config = load_config(
             CONFIGS / "tiny_reward.yaml",
             [
                 f"reward.model={tiny}/models/tiny",
                 f"data.train={tiny}/data/tiny_pairs_train.jsonl",
                 f"data.eval={tiny}/data/tiny_pairs_eval.jsonl",
-                f"run.dir={tiny}/runs/tiny-reward",
+                f"run.dir={run_dir}",
+                *overrides,
             ],
         )
-    )
+        assert isinstance(config, RewardModelJob)
+        return config
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def reward_run(tiny: Path, reward_config: Callable[..., RewardModelJob]) -> Path:
+    """Run folder of configs/tiny_reward.yaml, with a checkpoint within each epoch."""
+    return train(reward_config(tiny / "runs/tiny-reward", "run.checkpoint_every=3", "run.keep_last=9"))
 
 
 @pytest.fixture(scope="session")

@@ -49,9 +49,9 @@ def assert_nothing_is_left(within_s: float = 20.0) -> None:
     deadline = time.monotonic() + within_s
     while True:
         places = [group["name"] for group in placement_group_table().values() if group["state"] != "REMOVED"]
-        free = ray.available_resources().get("CPU", 0) == ray.cluster_resources()["CPU"]
+        actors = [actor["ActorClassName"] for actor in ray._private.state.actors().values() if actor["State"] != "DEAD"]
         engines = engine_processes()
-        if free and not places and not engines:
+        if not (actors or places or engines):
             return
-        assert time.monotonic() < deadline, f"left: engines {engines}, places {places}, all CPUs free: {free}"
+        assert time.monotonic() < deadline, f"left: actors {actors}, places {places}, engine processes {engines}"
         time.sleep(0.2)

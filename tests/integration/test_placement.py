@@ -37,3 +37,8 @@ def test_a_role_that_was_not_placed_holds_nothing() -> None:
         reserve("policy", [{"CPU": 3.0}] * 3, "PACK", timeout_s=1)
     whole = reserve("policy", [{"CPU": ray.cluster_resources()["CPU"]}], "PACK", timeout_s=20)
     remove_placement_group(whole)
+
+
+def test_two_jobs_may_reserve_places_for_the_same_role() -> None:
+    for places in [reserve("policy", [{"CPU": 1.0}], "PACK", timeout_s=20) for _ in range(2)]:
+        remove_placement_group(places)

@@ -1,4 +1,4 @@
-"""The shipped tiny configs, end to end: `train` on both, and what they leave behind."""
+"""configs/tiny.yaml end to end: what `train` leaves behind."""
 
 import json
 from pathlib import Path
@@ -6,12 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_ray.config.jobs import PPOJob
 from rlhf_ray.config.loading import load_config
 from rlhf_ray.controllers.train import train
-from rlhf_ray.models.heads import load_scalar
 from rlhf_ray.recovery.checkpoints import CheckpointStore
 from rlhf_ray.telemetry.metrics import Metrics, read_metrics
 from rlhf_ray.telemetry.names import METRICS, find_metric
@@ -86,23 +85,6 @@ def test_the_export_is_a_model_that_has_learned(run: Path, config: PPOJob) -> No
     assert before.keys() == after.keys()
     assert all(before[name].dtype == after[name].dtype for name in before)
     assert not any(torch.equal(before[name], after[name]) for name in before)
-
-
-def test_the_exported_reward_model_loads_with_transformers(reward_run: Path) -> None:
-    theirs = AutoModelForSequenceClassification.from_pretrained(reward_run / "export", dtype=torch.float32)
-    assert theirs.config.num_labels == 1
-    ours = load_scalar(str(reward_run / "export"), dtype=torch.float32)
-    assert torch.equal(theirs.score.weight, ours.model.score.weight)
-    text = AutoTokenizer.from_pretrained(reward_run / "export")(["A warm and funny film."], return_tensors="pt")
-    assert theirs(**text).logits.shape == (1, 1)
-
-
-def test_the_reward_model_learns_its_pairs(reward_run: Path) -> None:
-    rows = read_metrics(reward_run)
-    assert rows[-1]["train/accuracy"] > 0.9
-    assert rows[-1]["train/loss"] < rows[0]["train/loss"]
-    assert {"eval/accuracy", "eval/loss", "eval/margin"} <= rows[-1].keys()
-    assert not {name for row in rows for name in row if find_metric(name) is None}
 
 
 def test_samples_are_written_with_their_scores(run: Path, rows: list[Metrics], config: PPOJob) -> None:

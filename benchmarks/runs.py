@@ -1,0 +1,76 @@
+"""PPO runs whose step times are measured."""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rlhf_ray.config.jobs import PPOJob
+from rlhf_ray.config.loading import load_config
+from rlhf_ray.telemetry.metrics import Metrics
+
+PHASES = ("generate", "score", "policy_update", "critic_update", "weight_sync", "checkpoint", "uncovered")
+
+
+@dataclass(frozen=True)
+class MeasuredRun:
+    """A run that is over.
+
+    Attributes:
+        rows: metrics of its steps but the first, which pays for warming up.
+        idle: share of the time between the first weight sync and the last in which no actor had a span, what happens
+            between steps included; None without a trace or with fewer than two syncs.
+    """
+
+    rows: list[Metrics]
+    idle: float | None
+
+    def mean(self, metric: str) -> float:
+        """Mean over the steps that have the metric, 0 when none has."""
+        values = [row[metric] for row in self.rows if metric in row]
+        return sum(values) / len(values) if values else 0.0
+
+
+def load_ppo(config: Path, overrides: Sequence[str]) -> PPOJob:
+    """A PPO job of at least two steps."""
+    job = load_config(config, overrides)
+    if not isinstance(job, PPOJob) or job.run.steps < 2:
+        raise SystemExit(f"{config}: a PPO job with run.steps of at least 2 is needed")
+    return job
+
+
+def measured_run(config: Path, overrides: Sequence[str]) -> MeasuredRun:
+    """Run a config from its start in a folder of its own, which is removed afterwards."""
+    from rlhf_ray.controllers.train import train
+    from rlhf_ray.telemetry.metrics import read_metrics
+    from rlhf_ray.telemetry.progress import setup_logging
+
+    setup_logging()
+    folder = Path(tempfile.mkdtemp(prefix="rlhf_ray-benchmark-"))
+    try:
+        train(load_ppo(config, [*overrides, f"run.dir={folder}"]))
+        return MeasuredRun(read_metrics(folder)[1:], _idle_share(folder / "timeline.json"))
+    finally:
+        shutil.rmtree(folder)
+
+
+def _idle_share(timeline: Path) -> float | None:
+    if not timeline.exists():
+        return None
+    events = json.loads(timeline.read_text())["traceEvents"]
+    names = {event["pid"]: event["args"]["name"] for event in events if event.get("name") == "process_name"}
+    spans = sorted(
+        (event["ts"], event["ts"] + event["dur"], event["name"])
+        for event in events
+        if event["ph"] == "X" and names[event["pid"]] != "controller"
+    )
+    syncs = [end for _, end, name in spans if name == "send weights"]
+    if len(syncs) < 2:
+        return None
+    reached, idle = syncs[0], 0.0
+    for start, end, _ in spans:
+        idle += max(0.0, min(start, syncs[-1]) - reached)
+        reached = max(reached, min(end, syncs[-1]))
+    return idle / (syncs[-1] - syncs[0])
