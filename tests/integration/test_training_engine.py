@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import ray
 import torch
-from training_rank import OPTIMIZER, SEQUENCES, TOTAL_STEPS, Trained, TrainingRank, Weights, token_mean_loss
 
 from rlhf_ray.actors.group import ActorGroup
 from rlhf_ray.actors.waiting import RoleFailure
 from rlhf_ray.config.training import TrainingEngine
 from rlhf_ray.engines.training import lr_factor
 from rlhf_ray.models.heads import load_causal
+from training_rank import OPTIMIZER, SEQUENCES, TOTAL_STEPS, Trained, TrainingRank, Weights, token_mean_loss
 
 ALL = list(range(len(SEQUENCES)))
 CLIP = 0.5

@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 import ray
 import torch
-from policy_surgery import change_weights, whole_weights
 from transformers import AutoModelForCausalLM
 
+from policy_surgery import change_weights, whole_weights
 from rlhf_ray.actors.columns import assemble
 from rlhf_ray.actors.rollout import RolloutGroup
 from rlhf_ray.actors.waiting import RoleFailure, wait_all
