@@ -212,7 +212,11 @@ def say(message: str) -> None:
 
 
 def process_env(threads: int) -> dict[str, str]:
-    """Environment of a process that a benchmark compares with an actor: what `create_group` gives to actors."""
+    """Environment of a process that a benchmark compares with an actor.
+
+    It is what `create_group` gives to actors, but for how threads wait: actors' sleep, because roles share cores; these
+    spin, as is OpenMP's default, which is faster for a process that has its cores for itself.
+    """
     quieter = {"VLLM_LOGGING_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore"}
     return {"OMP_NUM_THREADS": str(threads), **QUIET, **quieter}
 

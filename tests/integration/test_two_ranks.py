@@ -233,7 +233,7 @@ def test_a_refused_prompt_is_an_error_also_while_generation_is_held(
     good = requests_of(inputs, 3)
     overlong = replace(good[1], tokens=[5] * (config.rollout.engine.max_model_len + 1))
     held = RolloutGroup(roles.rollout.actors, config.rollout, deterministic=True, timeout_s=20.0)
-    go_on = partial(roles.rollout.run, "release", 0, timeout_s=20, setting="")
+    go_on = partial(roles.rollout.run, "release", 0, 20.0, timeout_s=20, setting="")
     go_on()  # what was queued before does not count
     with pytest.raises(RoleFailure, match=r"rollout/1: generate failed: .*maximum context length is 64 tokens"):
         list(held.generate([[good[0]], [overlong], [good[2]]], version=0))
