@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 import typer
 from pydantic import BaseModel, ConfigDict, Field
 
-from rlhf_ray.actors.group import QUIET
+from rlhf_ray.actors.group import KEEP_MEMORY, QUIET
 from rlhf_ray.telemetry.manifest import git_state
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -218,7 +218,7 @@ def process_env(threads: int) -> dict[str, str]:
     spin, as is OpenMP's default, which is faster for a process that has its cores for itself.
     """
     quieter = {"VLLM_LOGGING_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore"}
-    return {"OMP_NUM_THREADS": str(threads), **QUIET, **quieter}
+    return {"OMP_NUM_THREADS": str(threads), **QUIET, **KEEP_MEMORY, **quieter}
 
 
 class FreshProcess:

@@ -52,7 +52,7 @@ sys.exit(not all(name.endswith("+cpu") for name in found))
 END
     fi
     echo "install.sh: installing the $profile set ($(grep -c '==' "$lock") packages) into $venv"
-    # Byte code is written at first import instead: of 200 packages a run imports few, and this halves the time.
+    # Byte code of all 200 packages would double the time. What a run imports is compiled below.
     pip install -qq --no-compile --no-deps -r "$lock"
     echo "$wanted" >"$lock_stamp"
 fi
@@ -62,6 +62,10 @@ wanted="$root $(sha256sum <"$root/pyproject.toml")"
 if [[ ! -f $package_stamp || $(<"$package_stamp") != "$wanted" ]]; then
     # The build needs setuptools, which the lock has: no second download of it.
     pip install -qq --no-deps --no-build-isolation -e "$root"
+    # Once, here: otherwise the actors, which start together, would each compile the same modules.
+    PYTHONDONTWRITEBYTECODE= "$venv/bin/python" -c \
+        "import rlhf_ray.cli.app, rlhf_ray.controllers.train, rlhf_ray.engines.rollout, rlhf_ray.engines.training" \
+        >/dev/null 2>&1 || fail "$venv is broken: $venv/bin/python -c 'import rlhf_ray.engines.rollout' says why"
     echo "$wanted" >"$package_stamp"
 fi
 # DeepSpeed compiles a small operator at its first start.

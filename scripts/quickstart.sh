@@ -14,6 +14,8 @@ case "$*" in
     exit 2
     ;;
 esac
+# Where this is set, every actor would compile all that it imports.
+unset PYTHONDONTWRITEBYTECODE
 "$root/scripts/install.sh" "${RLHF_RAY_PROFILE:-cpu}"
 # The configs name models/, data/ and runs/ relative to the repository.
 cd "$root"

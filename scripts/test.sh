@@ -5,6 +5,8 @@
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+# Where this is set, every actor would compile all that it imports.
+unset PYTHONDONTWRITEBYTECODE
 "$root/scripts/install.sh" "${RLHF_RAY_PROFILE:-cpu}"
 cd "$root"
 exec "${RLHF_RAY_VENV:-$root/.venv}/bin/python" -m pytest "$@"

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -71,7 +72,8 @@ def create_group(
 
     It may be called again for a role whose processes died: nothing of the old ones is reused.
     """
-    env = {"OMP_NUM_THREADS": str(seat.threads), **SHARE_CORES, **HIDE_GPUS, **QUIET, **seat.env}
+    memory = {} if seat.gpus else KEEP_MEMORY
+    env = {"OMP_NUM_THREADS": str(seat.threads), **SHARE_CORES, **HIDE_GPUS, **QUIET, **memory, **seat.env}
     actors = []
     for rank in range(ranks):
         options = {
@@ -89,6 +91,14 @@ def create_group(
 
 # Roles on CPU take turns on the same cores: a thread that waits must not spin on a core that another role needs.
 SHARE_CORES = {"OMP_WAIT_POLICY": "PASSIVE"}
+
+# A role on CPU allocates in each step what it freed in the one before. glibc gives such pages back to the system, which
+# clears them anew; in a virtual machine that can take as long as the computing. jemalloc, which Ray brings along, keeps
+# them, large ones too (`oversize_threshold:0`), and in huge pages.
+KEEP_MEMORY = {
+    "LD_PRELOAD": str(Path(ray.__file__).parent / "core" / "libjemalloc.so"),
+    "MALLOC_CONF": "oversize_threshold:0,dirty_decay_ms:-1,muzzy_decay_ms:-1,metadata_thp:auto,thp:always",
+}
 
 # Ray shows all GPUs to an actor that reserves none, unless told to hide them.
 HIDE_GPUS = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1"}

@@ -83,7 +83,8 @@ class RolloutEngine:
 
     async def pause(self) -> None:
         """Hold all requests where they are and forget cached keys and values."""
-        await self._engine.pause_generation(mode="keep")
+        # AsyncLLM's own pause_generation also sleeps for 20 ms, to let aborted requests answer first.
+        await self._engine.engine_core.pause_scheduler_async(mode="keep", clear_cache=True)
 
     async def resume(self) -> None:
         """Go on with held requests."""

@@ -143,7 +143,7 @@ def full_weights(model: nn.Module, bucket_bytes: int) -> Iterator[tuple[str, tor
     """Whole tensors, one after the other; collective.
 
     Under ZeRO-3 they are gathered `bucket_bytes` at a time (or one, if larger), so the whole model never exists on a
-    rank. A tensor is valid until the next one is asked for.
+    rank. A tensor is valid as long as it is held and the model is not trained.
     """
     bucket: list[tuple[str, nn.Parameter]] = []
     held = 0

@@ -1,14 +1,14 @@
 """A `gloo` backend for vLLM's weight-transfer API, which itself ships none that works without a GPU.
 
-Both sides cut the list of tensors into the same buckets. The trainer copies one bucket while the one before is on
-the wire; the engine loads one while the next arrives. The trainer holds two buckets at most, the engine as many as
-the layer that it is loading spans, and one more.
+Each tensor is one broadcast, and a bounded number of bytes is under way at a time: tensors leave from where they
+are, and the engine loads one while the next arrive. An engine holds what is under way and what the layers that it is
+loading have received.
 Importing this module registers the backend: the engine's workers do so through `worker_extension_cls`.
 """
 
-import math
 import socket
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -30,7 +30,6 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory, WeightTransferTrainerFactory
 
 BACKEND = "gloo"
-_ALIGNMENT = 16
 
 
 @dataclass
@@ -67,34 +66,6 @@ class GlooTrainerInitInfo(TrainerInitInfo):
     timeout_s: float
 
 
-@dataclass(frozen=True)
-class _Slot:
-    meta: ParamMeta
-    start: int
-    size: int
-
-
-def buckets_of(metadata: list[ParamMeta], bucket_bytes: int) -> list[tuple[int, list[_Slot]]]:
-    """Cut tensors, in order, into buckets of at most `bucket_bytes`; a larger tensor has its own.
-
-    Returns:
-        Bytes of each bucket, and where each of its tensors stands in it.
-    """
-    buckets: list[tuple[int, list[_Slot]]] = []
-    slots: list[_Slot] = []
-    end = 0
-    for meta in metadata:
-        size = math.prod(meta.shape) * meta.dtype.itemsize
-        if slots and end + size > bucket_bytes:
-            buckets.append((end, slots))
-            slots, end = [], 0
-        slots.append(_Slot(meta, end, size))
-        end += -(-size // _ALIGNMENT) * _ALIGNMENT
-    if slots:
-        buckets.append((end, slots))
-    return buckets
-
-
 def _join(host: str, port: int, rank: int, world_size: int, timeout_s: float) -> dist.ProcessGroupGloo:
     timeout = timedelta(seconds=timeout_s)
     if rank == 0:  # listen on this node's own address instead of on all, which is TCPStore's way
@@ -105,8 +76,31 @@ def _join(host: str, port: int, rank: int, world_size: int, timeout_s: float) ->
     return dist.ProcessGroupGloo(PrefixStore("weights", store), rank, world_size, timeout)
 
 
-def _broadcast(group: dist.ProcessGroupGloo, buffer: torch.Tensor) -> dist.Work:
-    return group.broadcast([buffer], dist.BroadcastOptions())  # type: ignore[attr-defined]
+def _broadcasts(
+    group: dist.ProcessGroupGloo, tensors: Iterable[tuple[str, torch.Tensor]], bucket_bytes: int
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Broadcast named tensors from rank 0 and yield each, in order, when it is through.
+
+    At most `bucket_bytes` are under way; a larger tensor goes alone. All ranks pass tensors of the same shapes.
+    """
+    under_way: deque[tuple[str, torch.Tensor, dist.Work]] = deque()
+    held = 0
+
+    def first() -> tuple[str, torch.Tensor]:
+        nonlocal held
+        name, tensor, work = under_way.popleft()
+        work.wait()
+        held -= tensor.nbytes
+        return name, tensor
+
+    for name, tensor in tensors:
+        while under_way and held + tensor.nbytes > bucket_bytes:
+            yield first()
+        work = group.broadcast([tensor], dist.BroadcastOptions())  # type: ignore[attr-defined]
+        under_way.append((name, tensor, work))
+        held += tensor.nbytes
+    while under_way:
+        yield first()
 
 
 class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo]):
@@ -131,44 +125,31 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
 
     def finish_weight_update(self) -> None:
         """Repack what arrived."""
-        from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+        from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
         finalize_layerwise_reload(self.model, self.model_config)
         # A head that is tied to the embedding receives nothing itself, so vLLM 0.32 would go on using the packed copy
-        # that it made of the old embedding.
-        for layer in self.model.modules():
-            if isinstance(layer, ParallelLMHead):
-                layer.quant_method.process_weights_after_loading(layer)
+        # that it made of the old embedding. The embedding has just been packed in the same way.
+        layers = [layer for layer in self.model.modules() if isinstance(layer, VocabParallelEmbedding)]
+        embeddings = {id(layer.weight): layer for layer in layers if not isinstance(layer, ParallelLMHead)}
+        for layer in layers:
+            if isinstance(layer, ParallelLMHead) and id(layer.weight) in embeddings:
+                layer.cpu_linear = embeddings[id(layer.weight)].cpu_linear
 
     def update_weights(self, update_info: dict[str, object]) -> None:
         """Receive and load. Without the base class's `torch.accelerator.synchronize`, which needs a GPU."""
         self.receive_weights(self.parse_update_info(update_info))
 
     def receive_weights(self, update_info: GlooUpdateInfo) -> None:
-        """Load tensors as their buckets arrive."""
+        """Load tensors as they arrive."""
         if self._group is None:
             raise RuntimeError(
                 "weights were sent before this engine joined the transfer group: call init_transfer first"
             )
         fields = zip(update_info.names, update_info.dtypes, update_info.shapes, strict=True)
-        metadata = [ParamMeta(name, getattr(torch, dtype), tuple(shape)) for name, dtype, shape in fields]
-        self.model.load_weights(self._arriving(self._group, metadata))
-
-    def _arriving(self, group: dist.ProcessGroupGloo, metadata: list[ParamMeta]) -> Iterator[tuple[str, torch.Tensor]]:
-        # Each bucket has a buffer of its own: the loader keeps tensors until their layer is complete.
-        buckets = buckets_of(metadata, self._bucket_bytes)
-        buffer = torch.empty(buckets[0][0], dtype=torch.uint8)
-        work = _broadcast(group, buffer)
-        for number, (_, slots) in enumerate(buckets):
-            work.wait()
-            arrived = buffer
-            if number + 1 < len(buckets):
-                buffer = torch.empty(buckets[number + 1][0], dtype=torch.uint8)
-                work = _broadcast(group, buffer)
-            for slot in slots:
-                flat = arrived[slot.start : slot.start + slot.size].view(slot.meta.dtype)
-                yield slot.meta.name, flat.view(slot.meta.shape)
+        empty = ((name, torch.empty(shape, dtype=getattr(torch, dtype))) for name, dtype, shape in fields)
+        self.model.load_weights(_broadcasts(self._group, empty, self._bucket_bytes))
 
     def shutdown(self) -> None:
         """Leave the group."""
@@ -228,28 +209,15 @@ class GlooTrainerWeightTransferEngine(TrainerWeightTransferEngine[GlooTrainerIni
         self.client.finish_weight_update()
 
     def _send(self, metadata: list[ParamMeta]) -> None:
+        for _ in _broadcasts(self._group, self._announced(metadata), self._bucket_bytes):
+            pass
+
+    def _announced(self, metadata: list[ParamMeta]) -> Iterator[tuple[str, torch.Tensor]]:
         assert self.source is not None
-        buckets = buckets_of(metadata, self._bucket_bytes)
-        largest = max(size for size, _ in buckets)
-        buffers = [torch.empty(largest, dtype=torch.uint8) for _ in range(min(2, len(buckets)))]
-        sending: list[dist.Work | None] = [None] * len(buffers)
-        tensors = iter(self.source)
-        for number, (size, slots) in enumerate(buckets):
-            turn = number % len(buffers)
-            if (earlier := sending[turn]) is not None:
-                earlier.wait()
-            buffer = buffers[turn][:size]
-            for slot in slots:
-                name, tensor = next(tensors)
-                assert name == slot.meta.name, f"weights came as {name}, announced as {slot.meta.name}"
-                place = buffer[slot.start : slot.start + slot.size].view(slot.meta.dtype)
-                place.copy_(tensor.detach().reshape(-1))
-            sending[turn] = _broadcast(self._group, buffer)
-        for _ in tensors:
-            raise AssertionError("the source yields more tensors than its metadata announces")
-        for work in sending:
-            if work is not None:
-                work.wait()
+        for meta, (name, tensor) in zip(metadata, self.source, strict=True):
+            found = ParamMeta(name, tensor.dtype, tuple(tensor.shape))
+            assert found == meta, f"weights came as {found}, announced as {meta}"
+            yield name, tensor
 
 
 class _one_thread(ThreadPoolExecutor):
