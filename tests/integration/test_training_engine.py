@@ -17,7 +17,7 @@ from training_rank import OPTIMIZER, SEQUENCES, TOTAL_STEPS, Trained, TrainingRa
 
 ALL = list(range(len(SEQUENCES)))
 CLIP = 0.5
-LIMIT_S = 400  # DeepSpeed compiles its CPU Adam at first use: a minute on two free cores
+BUILD_S = 400  # DeepSpeed compiles its CPU Adam at first use: a minute on two free cores
 
 
 @pytest.fixture(scope="module")
@@ -33,22 +33,22 @@ def groups() -> Iterator[dict[int, ActorGroup]]:
         made[ranks] = ActorGroup("trainer", actors)
     joined = []
     for group in made.values():
-        host, port = ray.get(group.call_one(0, "address"), timeout=LIMIT_S)
-        joined += group.call("join", host, port, float(LIMIT_S))
-    ray.get(joined, timeout=LIMIT_S)
+        host, port = ray.get(group.call_one(0, "address"), timeout=120)
+        joined += group.call("join", host, port, 120.0)
+    ray.get(joined, timeout=120)
     yield made
     for group in made.values():
         group.kill()
 
 
 def run(group: ActorGroup, method: str, *args: object) -> list:  # type: ignore[type-arg]
-    return group.run(method, *args, timeout_s=LIMIT_S, setting="no setting: a test")
+    return group.run(method, *args, timeout_s=BUILD_S, setting="no setting: a test")
 
 
 def trained(group: ActorGroup, model: Path, micro_batches: list[list[list[int]]], **engine: object) -> Trained:
     """Two steps; `micro_batches` are per rank. All ranks must hold the same weights in the end."""
     run(group, "build", str(model), TrainingEngine(gradient_clip=CLIP, **engine))  # type: ignore[arg-type]
-    done: list[Trained] = ray.get(group.call_each("train", [(2, mine) for mine in micro_batches]), timeout=LIMIT_S)
+    done: list[Trained] = ray.get(group.call_each("train", [(2, mine) for mine in micro_batches]), timeout=120)
     for other in done[1:]:
         assert_close(other.weights, done[0].weights, 0)
         assert other.norms == done[0].norms
@@ -198,7 +198,7 @@ def test_a_loaded_checkpoint_goes_on_bit_for_bit(
     cut = [[ALL[rank::ranks]] for rank in range(ranks)]
 
     def train(steps: int) -> Trained:
-        done: list[Trained] = ray.get(group.call_each("train", [(steps, mine) for mine in cut]), timeout=LIMIT_S)
+        done: list[Trained] = ray.get(group.call_each("train", [(steps, mine) for mine in cut]), timeout=120)
         return done[0]
 
     run(group, "build", str(wide_model), config)

@@ -204,13 +204,10 @@ class GlooTrainerWeightTransferEngine(TrainerWeightTransferEngine[GlooTrainerIni
         self.client.start_weight_update()
         with _one_thread() as thread:
             received = thread.submit(self.client.update_weights, asdict(update))
-            self._send(metadata)
+            for _ in _broadcasts(self._group, self._announced(metadata), self._bucket_bytes):
+                pass
             received.result(self._timeout_s)
         self.client.finish_weight_update()
-
-    def _send(self, metadata: list[ParamMeta]) -> None:
-        for _ in _broadcasts(self._group, self._announced(metadata), self._bucket_bytes):
-            pass
 
     def _announced(self, metadata: list[ParamMeta]) -> Iterator[tuple[str, torch.Tensor]]:
         assert self.source is not None
