@@ -169,7 +169,7 @@ def report(
         benchmark=benchmark,
         subject=subject,
         arguments={
-            name: str(value) if isinstance(value, Path) else value
+            name: _portable(value) if isinstance(value, Path) else value
             for name, value in arguments.items()
             if name != "results"
         },
@@ -191,6 +191,12 @@ def report(
     typer.echo(f"\n  machine   {machine.hardware}; load at the start {machine.load:g}")
     typer.echo(f"  versions  {', '.join(f'{name} {version}' for name, version in found.versions.items())}")
     typer.echo(f"  appended to {results}")
+
+
+def _portable(path: Path) -> str:
+    """The path as seen from the root of the checkout; outside of it, its name."""
+    path = path.resolve()
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
 
 
 def spread(*samples: Sequence[float]) -> Measure:

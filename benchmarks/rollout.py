@@ -166,7 +166,7 @@ def _bare(setting: Setting, *, alike: bool) -> list[float]:
         gpu_memory_utilization=engine.gpu_memory_utilization,
         enforce_eager=engine.enforce_eager or on_cpu,
         enable_prefix_caching=engine.prefix_caching,
-        logprobs_mode="processed_logprobs",
+        logprobs_mode="processed_logprobs" if alike else "raw_logprobs",
         seed=SEED,
         generation_config="vllm",
     )

@@ -89,8 +89,10 @@ def create_group(
     return ActorGroup(role, actors)
 
 
-# Roles on CPU take turns on the same cores: a thread that waits must not spin on a core that another role needs.
-SHARE_CORES = {"OMP_WAIT_POLICY": "PASSIVE"}
+# Roles on CPU take turns on the same cores: a thread that waits for others of its process must not spin for long on a
+# core that another role needs. One that sleeps at once halves the speed of an engine, whose matrices are small. So many
+# turns take a fifth of a millisecond.
+SHARE_CORES = {"GOMP_SPINCOUNT": "20000"}
 
 # A role on CPU allocates in each step what it freed in the one before. glibc gives such pages back to the system, which
 # clears them anew; in a virtual machine that can take as long as the computing. jemalloc, which Ray brings along, keeps

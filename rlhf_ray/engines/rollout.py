@@ -36,7 +36,7 @@ class RolloutEngine:
             os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(engine.cpu_kv_cache_gib)
             os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # engines and trainers share the cores
             os.environ["TORCHDYNAMO_DISABLE"] = "1"
-        extension = {"worker_extension_cls": "rlhf_ray.engines.weight_transfer.gloo.WorkerExtension"} if on_cpu else {}
+        extras = _cpu_extras() if on_cpu else {}
         self._engine = AsyncLLM.from_engine_args(
             AsyncEngineArgs(
                 model=model,
@@ -57,7 +57,7 @@ class RolloutEngine:
                 disable_log_stats=True,
                 weight_transfer_config=WeightTransferConfig(backend=platform().weight_transfer),
                 generation_config="vllm",  # sampling comes from the job's config alone
-                **extension,
+                **extras,
             )
         )
         self._requests = 0
@@ -117,6 +117,15 @@ class RolloutEngine:
     def shutdown(self) -> None:
         """End the engine's processes."""
         self._engine.shutdown()
+
+
+def _cpu_extras() -> dict[str, Any]:
+    from rlhf_ray.engines import cpu_kernels
+
+    return {
+        "worker_extension_cls": "rlhf_ray.engines.cpu_worker.WorkerExtension",
+        "ir_op_priority": cpu_kernels.PRIORITY,
+    }
 
 
 def _sampling_params(sampling: Sampling, seed: int) -> SamplingParams:

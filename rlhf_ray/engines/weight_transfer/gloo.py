@@ -3,13 +3,14 @@
 Each tensor is one broadcast, and a bounded number of bytes is under way at a time: tensors leave from where they
 are, and the engine loads one while the next arrive. An engine holds what is under way and what the layers that it is
 loading have received.
-Importing this module registers the backend: the engine's workers do so through `worker_extension_cls`.
+Importing this module registers the backend.
 """
 
 import socket
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import ClassVar, Self
@@ -149,11 +150,23 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
             )
         fields = zip(update_info.names, update_info.dtypes, update_info.shapes, strict=True)
         empty = ((name, torch.empty(shape, dtype=getattr(torch, dtype))) for name, dtype, shape in fields)
-        self.model.load_weights(_broadcasts(self._group, empty, self._bucket_bytes))
+        with _fewer_threads():
+            self.model.load_weights(_broadcasts(self._group, empty, self._bucket_bytes))
 
     def shutdown(self) -> None:
         """Leave the group."""
         self._group = None
+
+
+@contextmanager
+def _fewer_threads() -> Iterator[None]:
+    """Compute with one thread less, which leaves its core to the wire: threads that wait for one another lose more."""
+    threads = torch.get_num_threads()
+    torch._C.set_num_threads(max(1, threads - 1))  # vLLM makes torch.set_num_threads do nothing
+    try:
+        yield
+    finally:
+        torch._C.set_num_threads(threads)
 
 
 class GlooTrainerWeightTransferEngine(TrainerWeightTransferEngine[GlooTrainerInitInfo]):
@@ -226,10 +239,6 @@ class _one_thread(ThreadPoolExecutor):
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         self.shutdown(wait=kind is None)
-
-
-class WorkerExtension:
-    """Named by `worker_extension_cls`, so that each worker of an engine imports this module."""
 
 
 if BACKEND not in WeightTransferEngineFactory._registry:  # a module can be imported under two names
