@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from rlhf_ray.cli.failures import INTERRUPTED, Commands, forget_failure, record_failure, say
+from rlhf_ray.cli.failures import Commands, forget_failure, how_stopped, record_failure, say
 
 if TYPE_CHECKING:
     from rlhf_ray.config.jobs import JobConfig
@@ -23,7 +23,7 @@ main = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    epilog="Exit codes: 0 success, 1 the run failed, 2 bad config or arguments, 130 interrupted.",
+    epilog="Exit codes: 0 success, 1 the run failed, 2 bad config or arguments, 130 interrupted, 143 terminated.",
 )
 
 Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the job.", show_default=False)]
@@ -180,9 +180,10 @@ def train(config: Config, overrides: Overrides = None) -> None:
         _import_from_here()
         with _problems_of(config):
             folder = run(job)
-    except KeyboardInterrupt:
-        say(f"interrupted; {_how_to_resume(job)}")
-        raise typer.Exit(INTERRUPTED) from None
+    except KeyboardInterrupt as stop:
+        what, code = how_stopped(stop)
+        say(f"{what}; {_how_to_resume(job)}")
+        raise typer.Exit(code) from None
     except ConfigError:
         raise
     except Exception as error:

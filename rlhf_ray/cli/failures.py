@@ -17,9 +17,9 @@ logger = logging.getLogger("rlhf_ray")
 
 _REPORT = "failure.txt"
 
-FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+FAILED, BAD_INPUT, INTERRUPTED, TERMINATED = 1, 2, 130, 143
 
-# By name, since importing the modules that define them would load torch.
+# By name, since importing the modules that define them would load torch or Ray.
 _BAD_INPUT = frozenset({"ConfigError", "ExportError", "ResumeError"})
 _TRACEBACK = re.compile(r"^\s*(\x1b\[\d+m)*(ray::|Traceback \(most recent call last\))", re.MULTILINE)
 
@@ -31,15 +31,21 @@ class Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except KeyboardInterrupt:
-            say("interrupted")
-            raise typer.Exit(INTERRUPTED) from None
+        except KeyboardInterrupt as stop:
+            what, code = how_stopped(stop)
+            say(what)
+            raise typer.Exit(code) from None
         except Exception as error:
             if not is_own(error):
                 raise
             logger.debug("where it came from:", exc_info=error)
             say(message_of(error), error=True)
             raise typer.Exit(exit_code(error)) from None
+
+
+def how_stopped(stop: KeyboardInterrupt) -> tuple[str, int]:
+    """In a word, and the exit code that shells give to the signal."""
+    return ("terminated", TERMINATED) if type(stop).__name__ == "Terminated" else ("interrupted", INTERRUPTED)
 
 
 def say(message: str, *, error: bool = False) -> None:

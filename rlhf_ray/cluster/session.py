@@ -2,6 +2,8 @@
 
 import logging
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -36,9 +38,33 @@ def ray_session(cluster: Cluster, name: str) -> Iterator[None]:
             f"cluster.address: can't connect to {where} ({error}); check that `ray status` works there"
         ) from error
     try:
-        yield
+        with sigterm_raises():
+            yield
     finally:
         ray.shutdown()
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came, which is how schedulers end a job."""
+
+
+@contextmanager
+def sigterm_raises() -> Iterator[None]:
+    """End in order at SIGTERM, as at Ctrl-C; Ray's own handler, which `ray.init` installs, aborts the process. A second
+    SIGTERM ends it at once."""
+    if threading.current_thread() is not threading.main_thread():  # only there can handlers be set
+        yield
+        return
+
+    def end(number: int, frame: object) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _connect(cluster: Cluster, name: str) -> None:

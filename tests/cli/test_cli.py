@@ -15,6 +15,7 @@ from typer.testing import Result
 
 from rlhf_ray.cli.failures import exit_code, message_of
 from rlhf_ray.cli.quiet import quiet_libraries
+from rlhf_ray.cluster.session import Terminated
 from rlhf_ray.config.loading import ConfigError, dump_config
 from rlhf_ray.data.prepare import ITEMS
 from rlhf_ray.recovery.checkpoints import CheckpointStore
@@ -459,6 +460,18 @@ def test_an_interrupted_run_says_how_to_go_on(
     assert done.exit_code == 130
     assert done.stderr.splitlines()[-1] == expected
     assert "Traceback" not in done.stderr
+
+
+def test_sigterm_says_how_to_resume_and_has_its_own_exit_code(
+    cli: RunCli, of_ppo: list[str], instead_of_train: Callable[..., None]
+) -> None:
+    def train(config: object) -> Path:
+        raise Terminated
+
+    instead_of_train(train)
+    done = cli("train", PPO, *of_ppo)
+    assert done.exit_code == 143
+    assert done.stderr.splitlines()[-1].startswith("terminated; there is no checkpoint yet")
 
 
 def test_other_commands_can_be_interrupted_too(cli: RunCli, monkeypatch: pytest.MonkeyPatch) -> None:
