@@ -83,8 +83,8 @@ def prepare(
         list[str] | None,
         typer.Option(
             metavar="ITEM",
-            help="Make this item and what it needs: tiny (without a network), smollm2-135m, imdb-prompts or "
-            "movie-pairs. Can be repeated. All of them by default.",
+            help="Make this item and what it needs: tiny (without a network), smollm2-135m, imdb-prompts, "
+            "imdb-reviews or movie-pairs. Can be repeated. All of them by default.",
             show_default=False,
         ),
     ] = None,

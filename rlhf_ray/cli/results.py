@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from rich.text import Text
 
-from rlhf_ray.config.jobs import JobConfig, PPOJob, RewardModelJob
+from rlhf_ray.config.jobs import EpochJob, JobConfig, PPOJob, RewardModelJob
 from rlhf_ray.config.placement import RolePlacement
 from rlhf_ray.config.rewards import FunctionReward, HttpReward, ModelReward, part_name
 from rlhf_ray.config.training import ScoringEngine, TrainingEngine
@@ -16,8 +16,7 @@ from rlhf_ray.telemetry.progress import QuietConsole
 from rlhf_ray.telemetry.summary import reward_summary
 
 if TYPE_CHECKING:
-    from rlhf_ray.controllers.preflight import PairInputs, PPOInputs
-    from rlhf_ray.data.pairs import PairSet
+    from rlhf_ray.controllers.preflight import EpochInputs, PPOInputs, RowSet
     from rlhf_ray.data.prompts import PromptSet
 
 Line = tuple[str, str]
@@ -41,7 +40,7 @@ def note(line: str) -> None:
     QuietConsole().print(Text(line), soft_wrap=True)
 
 
-def config_lines(config: JobConfig, inputs: "PPOInputs | PairInputs | None") -> Iterator[Line]:
+def config_lines(config: JobConfig, inputs: "PPOInputs | EpochInputs | None") -> Iterator[Line]:
     """A config in short.
 
     Args:
@@ -53,7 +52,7 @@ def config_lines(config: JobConfig, inputs: "PPOInputs | PairInputs | None") -> 
         if inputs is not None:
             yield "prompts", _counts(inputs.prompts)  # type: ignore[union-attr]
     else:
-        yield from _reward_model_lines(config, inputs)  # type: ignore[arg-type]
+        yield from _epoch_lines(config, inputs)  # type: ignore[arg-type]
     yield "run", f"{config.run.dir}{_standing(config)}"
 
 
@@ -74,19 +73,20 @@ def _ppo_lines(config: PPOJob) -> Iterator[Line]:
     yield "rollout", _held(rollout.engines, "engine", rollout.cpus * workers, rollout.gpus * workers)
 
 
-def _reward_model_lines(config: RewardModelJob, inputs: "PairInputs | None") -> Iterator[Line]:
+def _epoch_lines(config: EpochJob, inputs: "EpochInputs | None") -> Iterator[Line]:
+    role = config.role
+    model, rows = (
+        (config.reward.model, "pairs") if isinstance(config, RewardModelJob) else (config.policy.model, "rows")
+    )
     epochs = _several(config.run.epochs, "epoch")
-    if inputs is None:
-        yield "steps", f"{epochs}, {config.data.pairs_per_step} pairs a step"
-    else:
-        yield "steps", f"{inputs.steps} ({epochs}), {config.data.pairs_per_step} pairs a step"
-    place = config.placement.reward
-    ranks = _held(place.ranks or 1, "rank", place.cpus, place.gpus)
-    yield "reward", f"{config.reward.model} · {_engine(config.reward.engine)} · {ranks}"
+    steps = epochs if inputs is None else f"{inputs.steps} ({epochs})"
+    yield "steps", f"{steps}, {role.rows_per_step} {rows} a step"
+    held = _held(role.ranks, "rank", role.placement.cpus, role.placement.gpus)
+    yield role.name, f"{model} · {_engine(role.engine)} · {held}"
     if inputs is not None:
-        yield "pairs", _counts(inputs.train)
+        yield rows, _counts(inputs.train)
         if inputs.held_out is not None:
-            yield "held-out pairs", _counts(inputs.held_out)
+            yield f"held-out {rows}", _counts(inputs.held_out)
 
 
 def _engine(engine: TrainingEngine | ScoringEngine) -> str:
@@ -119,7 +119,7 @@ def _several(count: int, what: str) -> str:
     return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
-def _counts(found: "PromptSet | PairSet") -> str:
+def _counts(found: "PromptSet | RowSet") -> str:
     return f"{len(found):,} kept, {found.dropped:,} dropped, {found.truncated:,} truncated"
 
 
@@ -139,7 +139,10 @@ def checkpointed_steps(config: JobConfig) -> list[int]:
 def run_lines(config: JobConfig, folder: Path) -> Iterator[Line]:
     """How a finished run went, and where its results are."""
     rows = read_metrics(folder)
-    yield from _reward_lines(config, rows) if isinstance(config, PPOJob) else _accuracy_lines(rows)
+    if isinstance(config, PPOJob):
+        yield from _reward_lines(config, rows)
+    else:
+        yield _held_out_line(rows, "accuracy" if isinstance(config, RewardModelJob) else "perplexity")
     files = {
         "metrics": "metrics.jsonl",
         "curves": "curves.png",
@@ -169,11 +172,11 @@ def _reward_lines(config: PPOJob, rows: Sequence[Metrics]) -> Iterator[Line]:
             yield name, f"{found.first:.3f} → {found.last:.3f} ({found.last - found.first:+.3f}){note}"
 
 
-def _accuracy_lines(rows: Sequence[Metrics]) -> Iterator[Line]:
-    held_out = [row for row in rows if "eval/accuracy" in row]
+def _held_out_line(rows: Sequence[Metrics], what: str) -> Line:
+    name, metric = f"held-out {what}", f"eval/{what}"
+    held_out = [row for row in rows if metric in row]
     if not held_out:
-        yield "held-out accuracy", "not measured: data.eval is not set"
-        return
+        return name, "not measured: data.eval is not set"
     first, last = held_out[0], held_out[-1]
-    earlier = "" if first is last else f" ({first['eval/accuracy']:.3f} after step {first['step']:.0f})"
-    yield "held-out accuracy", f"{last['eval/accuracy']:.3f} after step {last['step']:.0f}{earlier}"
+    earlier = "" if first is last else f" ({first[metric]:.3f} after step {first['step']:.0f})"
+    return name, f"{last[metric]:.3f} after step {last['step']:.0f}{earlier}"

@@ -1,4 +1,4 @@
-"""Prompts for PPO and labelled pairs for reward models."""
+"""Prompts for PPO, labelled pairs for reward models, conversations to imitate."""
 
 from typing import Literal
 
@@ -41,3 +41,25 @@ class PairData(Section):
     """Budget of one text with its prompt."""
     overlong: Literal["drop", "truncate"] = "drop"
     """What happens to a pair over the budget; `truncate` keeps the end of each text. Both are reported."""
+
+
+class ConversationData(Section):
+    """Texts and conversations to learn to write."""
+
+    train: str
+    """JSONL file; a row has `text`, or `messages` (a list of chat messages), or `prompt` and `completion` (both text or
+    both lists of chat messages), and optionally `uid`."""
+    train_rows: PositiveInt | None = None
+    """Rows of `train` that are used, from its beginning; by default all."""
+    eval: str | None = None
+    """JSONL file of held-out rows."""
+    eval_rows: PositiveInt | None = None
+    """Rows of `eval` that are used, from its beginning; by default all."""
+    rows_per_step: PositiveInt = 32
+    """Rows in one optimizer step."""
+    loss: Literal["assistant", "all"] = "assistant"
+    """What is learnt: `assistant` the assistant's turns and completions (and all of `text`), `all` every token."""
+    max_tokens: PositiveInt = 1024
+    """Budget of one row."""
+    overlong: Literal["drop", "truncate"] = "drop"
+    """What happens to a row over the budget; `truncate` keeps its beginning. Both are counted and reported."""

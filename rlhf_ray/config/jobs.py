@@ -1,17 +1,18 @@
 """The job types: what a config file as a whole may say, and which of its sections conflict."""
 
+from dataclasses import dataclass
 from typing import Literal
 
 from pydantic import Field, model_validator
 
 from rlhf_ray.config.algorithm import PPO
 from rlhf_ray.config.base import NonNegativeInt, Section
-from rlhf_ray.config.data import PairData, PromptData
-from rlhf_ray.config.placement import Cluster, PPOPlacement, RewardModelPlacement
+from rlhf_ray.config.data import ConversationData, PairData, PromptData
+from rlhf_ray.config.placement import Cluster, PPOPlacement, RewardModelPlacement, RolePlacement, SFTPlacement
 from rlhf_ray.config.rewards import ModelReward, RewardPart, part_name
 from rlhf_ray.config.rollout import Rollout
 from rlhf_ray.config.run import EpochRun, PPORun
-from rlhf_ray.config.training import Critic, Policy, Reference, RewardModelOptimizer, TrainingEngine
+from rlhf_ray.config.training import Critic, Policy, Reference, SFTPolicy, SupervisedOptimizer, TrainingEngine
 
 TRAINED: tuple[Literal["policy", "critic"], ...] = ("policy", "critic")
 SCORING: tuple[Literal["policy", "critic", "reference", "reward"], ...] = ("policy", "critic", "reference", "reward")
@@ -133,6 +134,28 @@ class PPOJob(_Job):
         return self
 
 
+@dataclass(frozen=True)
+class EpochRole:
+    """The role of a job that goes over a data set in epochs.
+
+    Attributes:
+        name: of the role.
+        engine: how its model is held and trained.
+        placement: where its ranks sit.
+        rows_per_step: rows of the data set in one optimizer step.
+    """
+
+    name: Literal["policy", "reward"]
+    engine: TrainingEngine
+    placement: RolePlacement
+    rows_per_step: int
+
+    @property
+    def ranks(self) -> int:
+        """Processes that train the model."""
+        return self.placement.ranks or 1
+
+
 class RewardModel(Section):
     """The model that learns to score."""
 
@@ -142,7 +165,7 @@ class RewardModel(Section):
     """Run Python code that comes with this model. Off unless you have read that code."""
     engine: TrainingEngine = TrainingEngine()
     """How it is held and trained."""
-    optimizer: RewardModelOptimizer = RewardModelOptimizer()
+    optimizer: SupervisedOptimizer = SupervisedOptimizer()
     """How it is updated."""
 
 
@@ -160,18 +183,55 @@ class RewardModelJob(_Job):
     run: EpochRun
     """The run."""
 
+    @property
+    def role(self) -> EpochRole:
+        """The one role."""
+        return EpochRole("reward", self.reward.engine, self.placement.reward, self.data.pairs_per_step)
+
     @model_validator(mode="after")
     def _sections_agree(self) -> "RewardModelJob":
-        ranks = self.placement.reward.ranks or 1
-        if self.data.pairs_per_step < ranks:
-            raise ValueError(
-                f"data.pairs_per_step ({self.data.pairs_per_step}) is less than placement.reward.ranks ({ranks})"
-            )
-        if self.run.keep_best is not None and self.data.eval is None and self.run.keep_best.metric.startswith("eval/"):
-            raise ValueError(f"run.keep_best.metric is {self.run.keep_best.metric!r}, but data.eval is not set")
+        _check_epochs(self.role, "data.pairs_per_step", self.run, self.data.eval)
         return self
 
 
-JobConfig = PPOJob | RewardModelJob
+class SFTJob(_Job):
+    """Supervised fine-tuning of a language model."""
 
-JOB_TYPES: dict[str, type[PPOJob] | type[RewardModelJob]] = {"ppo": PPOJob, "reward_model": RewardModelJob}
+    job: Literal["sft"]
+    """The job type."""
+    policy: SFTPolicy
+    """The model that is trained."""
+    data: ConversationData
+    """What it learns to write."""
+    placement: SFTPlacement = SFTPlacement()
+    """Where actors sit."""
+    run: EpochRun
+    """The run."""
+
+    @property
+    def role(self) -> EpochRole:
+        """The one role."""
+        return EpochRole("policy", self.policy.engine, self.placement.policy, self.data.rows_per_step)
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> "SFTJob":
+        _check_epochs(self.role, "data.rows_per_step", self.run, self.data.eval)
+        return self
+
+
+def _check_epochs(role: EpochRole, rows_key: str, run: EpochRun, held_out: str | None) -> None:
+    if role.rows_per_step < role.ranks:
+        raise ValueError(f"{rows_key} ({role.rows_per_step}) is less than placement.{role.name}.ranks ({role.ranks})")
+    if run.keep_best is not None and held_out is None and run.keep_best.metric.startswith("eval/"):
+        raise ValueError(f"run.keep_best.metric is {run.keep_best.metric!r}, but data.eval is not set")
+
+
+EpochJob = RewardModelJob | SFTJob
+
+JobConfig = PPOJob | RewardModelJob | SFTJob
+
+JOB_TYPES: dict[str, type[PPOJob] | type[RewardModelJob] | type[SFTJob]] = {
+    "ppo": PPOJob,
+    "reward_model": RewardModelJob,
+    "sft": SFTJob,
+}

@@ -106,9 +106,25 @@ class RewardModelPlacement(_Timeouts):
 
     @model_validator(mode="after")
     def _sits_alone(self) -> "RewardModelPlacement":
-        if self.reward.colocate is not None:
-            raise ValueError(f".reward.colocate is {self.reward.colocate!r}, but this job has no other role")
+        _check_alone("reward", self.reward)
         return self
+
+
+class SFTPlacement(_Timeouts):
+    """The role of a fine-tuning job."""
+
+    policy: RolePlacement = RolePlacement()
+    """Ranks that train the language model."""
+
+    @model_validator(mode="after")
+    def _sits_alone(self) -> "SFTPlacement":
+        _check_alone("policy", self.policy)
+        return self
+
+
+def _check_alone(role: str, placement: RolePlacement) -> None:
+    if placement.colocate is not None:
+        raise ValueError(f".{role}.colocate is {placement.colocate!r}, but this job has no other role")
 
 
 class Cluster(Section):

@@ -85,7 +85,7 @@ class CriticOptimizer(Optimizer):
     """Peak learning rate."""
 
 
-class RewardModelOptimizer(Optimizer):
+class SupervisedOptimizer(Optimizer):
     """AdamW and its learning-rate schedule."""
 
     lr: PositiveFloat = 1.0e-5
@@ -102,6 +102,13 @@ class Policy(Section):
     engine: TrainingEngine = TrainingEngine()
     """How it is held and trained."""
     optimizer: Optimizer = Optimizer()
+    """How it is updated."""
+
+
+class SFTPolicy(Policy):
+    """The language model that is trained."""
+
+    optimizer: SupervisedOptimizer = SupervisedOptimizer()
     """How it is updated."""
 
 

@@ -3,14 +3,18 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
+import numpy as np
+from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_ray.config.jobs import JobConfig, PPOJob, RewardModelJob
+from rlhf_ray.config.jobs import EpochJob, JobConfig, PPOJob, RewardModelJob
 from rlhf_ray.config.loading import ConfigError
 from rlhf_ray.config.rewards import FunctionReward, HttpReward, ModelReward
+from rlhf_ray.data.conversations import load_conversations
 from rlhf_ray.data.errors import DataError
-from rlhf_ray.data.pairs import PairSet, load_pairs
+from rlhf_ray.data.pairs import load_pairs
 from rlhf_ray.data.prompts import PromptSet, load_prompts
 from rlhf_ray.models.heads import (
     ModelError,
@@ -48,22 +52,39 @@ class PPOInputs:
     same_tokens: list[bool]
 
 
+class RowSet(Protocol):
+    """A data set as the controller sees it: `PairSet` or `ConversationSet`."""
+
+    dropped: int
+    truncated: int
+
+    def __len__(self) -> int: ...
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of each row, int64 `[rows]`."""
+
+    @property
+    def weights(self) -> NDArray[np.int64]:
+        """What each row counts in the mean that is the loss, int64 `[rows]`."""
+
+
 @dataclass(frozen=True)
-class PairInputs:
-    """What the controller of a reward-model job needs of data.
+class EpochInputs:
+    """What the controller of a job over a data set needs of it.
 
     Attributes:
         steps: of the run; the last of an epoch may be smaller.
-        train: pairs to train on.
-        held_out: pairs to evaluate on, None without `data.eval`.
+        train: rows to train on.
+        held_out: rows to evaluate on, None without `data.eval`.
     """
 
     steps: int
-    train: PairSet
-    held_out: PairSet | None
+    train: RowSet
+    held_out: RowSet | None
 
 
-def check(config: JobConfig) -> PPOInputs | PairInputs:
+def check(config: JobConfig) -> PPOInputs | EpochInputs:
     """Read models' configs, tokenizers and data, and look for what can't work.
 
     Raises:
@@ -72,7 +93,7 @@ def check(config: JobConfig) -> PPOInputs | PairInputs:
     problems: list[str] = []
     with _collect(problems, "run"):
         check_trackers(config.run)
-    return _check_ppo(config, problems) if isinstance(config, PPOJob) else _check_pairs(config, problems)
+    return _check_ppo(config, problems) if isinstance(config, PPOJob) else _check_epochs(config, problems)
 
 
 def _check_ppo(config: PPOJob, problems: list[str]) -> PPOInputs:
@@ -124,23 +145,31 @@ def _check_ppo(config: PPOJob, problems: list[str]) -> PPOInputs:
     return PPOInputs(config.run.steps, tokenizer, prompts, reference, critic, same_tokens)
 
 
-def _check_pairs(config: RewardModelJob, problems: list[str]) -> PairInputs:
-    model = config.reward
+def _check_epochs(config: EpochJob, problems: list[str]) -> EpochInputs:
+    section = config.reward if isinstance(config, RewardModelJob) else config.policy
     tokenizer = None
-    with _collect(problems, "reward.model"):
-        tokenizer = load_tokenizer(model.model, trust_remote_code=model.trust_remote_code)
-        check_tokenizer_matches(model.model, tokenizer, trust_remote_code=model.trust_remote_code)
+    with _collect(problems, f"{config.role.name}.model"):
+        tokenizer = load_tokenizer(section.model, trust_remote_code=section.trust_remote_code)
+        check_tokenizer_matches(section.model, tokenizer, trust_remote_code=section.trust_remote_code)
     train, held_out = None, None
     if tokenizer is not None:
         with _collect(problems, "data.train"):
-            train = load_pairs(config.data, config.data.train, tokenizer).first(config.data.train_pairs)
+            train = _load(config, config.data.train, tokenizer)
         if config.data.eval is not None:
             with _collect(problems, "data.eval"):
-                held_out = load_pairs(config.data, config.data.eval, tokenizer).first(config.data.eval_pairs)
+                held_out = _load(config, config.data.eval, tokenizer)
     if problems or train is None:
         raise ConfigError("preflight", problems)
-    steps = config.run.epochs * -(-len(train) // config.data.pairs_per_step)
-    return PairInputs(steps, train, held_out)
+    return EpochInputs(config.run.epochs * -(-len(train) // config.role.rows_per_step), train, held_out)
+
+
+def _load(config: EpochJob, path: str, tokenizer: PreTrainedTokenizerBase) -> RowSet:
+    held_out = path == config.data.eval
+    if isinstance(config, RewardModelJob):
+        pairs = config.data.eval_pairs if held_out else config.data.train_pairs
+        return load_pairs(config.data, path, tokenizer).first(pairs)
+    rows = config.data.eval_rows if held_out else config.data.train_rows
+    return load_conversations(config.data, path, tokenizer).first(rows)
 
 
 @contextmanager

@@ -15,8 +15,9 @@ from rlhf_ray.actors.reference import ReferenceWorker
 from rlhf_ray.actors.reward import RewardModelWorker, TextRewardWorker
 from rlhf_ray.actors.reward_training import RewardTrainingWorker
 from rlhf_ray.actors.rollout import RolloutGroup, RolloutWorker
+from rlhf_ray.actors.sft import SFTWorker
 from rlhf_ray.actors.waiting import RoleFailure, RoleTimeout, wait_all
-from rlhf_ray.config.jobs import PPOJob, RewardModelJob
+from rlhf_ray.config.jobs import EpochJob, JobConfig, PPOJob, RewardModelJob
 from rlhf_ray.config.rewards import FunctionReward, ModelReward, part_name
 from rlhf_ray.config.run import Timeouts
 from rlhf_ray.controllers.preflight import PPOInputs
@@ -116,19 +117,23 @@ def _end_engines(rollout: RolloutGroup) -> None:
 
 
 @contextmanager
-def reward_model_role(config: RewardModelJob, total_steps: int) -> Iterator[ActorGroup]:
-    """Start the ranks that train a reward model; end them on the way out."""
+def epoch_role(config: EpochJob, total_steps: int) -> Iterator[ActorGroup]:
+    """Start the ranks of a job over a data set; end them on the way out."""
     logger.info("starting the actors and loading the model")
     seating = Seating(config.placement.placement_timeout_s)
-    placement = config.placement.reward
-    ranks = placement.ranks or 1
+    role = config.role
+    worker, arguments = (
+        (RewardTrainingWorker, (config.reward, total_steps, config.seed))
+        if isinstance(config, RewardModelJob)
+        else (SFTWorker, (config.policy, total_steps))
+    )
     group = None
     try:
-        seat = seating.seat_trained("reward", placement, guests=0)
-        group = create_group("reward", RewardTrainingWorker, seat, ranks, _identity("reward", ranks, config))
+        seat = seating.seat_trained(role.name, role.placement, guests=0)
+        group = create_group(role.name, worker, seat, role.ranks, _identity(role.name, role.ranks, config))
         join_collectives([group], config.run.timeouts)
-        loaded = group.call("load_model", config.reward, total_steps, config.seed)
-        wait_all(loaded, config.run.timeouts.setup_s, "reward: load_model", "run.timeouts.setup_s")
+        loaded = group.call("load_model", *arguments)
+        wait_all(loaded, config.run.timeouts.setup_s, f"{role.name}: load_model", "run.timeouts.setup_s")
         yield group
     finally:
         if group is not None:
@@ -181,7 +186,7 @@ def _reward_part(part: Any, group: Any) -> RewardPart:
     return RewardPart(name, part.weight, ActorGroup(f"reward-{name}", actors), collective=False)
 
 
-def _identity(role: str, ranks: int, config: PPOJob | RewardModelJob) -> Any:
+def _identity(role: str, ranks: int, config: JobConfig) -> Any:
     return lambda rank: _arguments(role, rank, ranks, config.seed, config.run.deterministic)
 
 

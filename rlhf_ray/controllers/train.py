@@ -4,11 +4,11 @@ import logging
 from pathlib import Path
 
 from rlhf_ray.cluster.session import ray_session
-from rlhf_ray.config.jobs import JobConfig, PPOJob, RewardModelJob
+from rlhf_ray.config.jobs import EpochJob, JobConfig, PPOJob
+from rlhf_ray.controllers.epochs import EpochController
 from rlhf_ray.controllers.ppo import PPOController
-from rlhf_ray.controllers.preflight import PairInputs, PPOInputs, check
-from rlhf_ray.controllers.reward_model import RewardModelController
-from rlhf_ray.controllers.roles import ppo_roles, reward_model_role
+from rlhf_ray.controllers.preflight import EpochInputs, PPOInputs, check
+from rlhf_ray.controllers.roles import epoch_role, ppo_roles
 from rlhf_ray.controllers.run_folder import Checkpointing, RunFolder
 from rlhf_ray.recovery.checkpoints import CheckpointStore
 from rlhf_ray.telemetry.plots import plot_curves
@@ -32,8 +32,8 @@ def train(config: JobConfig) -> Path:
     with ray_session(config.cluster, config.name):
         if isinstance(config, PPOJob) and isinstance(inputs, PPOInputs):
             _train_ppo(config, inputs)
-        elif isinstance(config, RewardModelJob) and isinstance(inputs, PairInputs):
-            _train_reward_model(config, inputs)
+        elif not isinstance(config, PPOJob) and isinstance(inputs, EpochInputs):
+            _train_epochs(config, inputs)
     plot_curves(folder)
     return folder
 
@@ -66,7 +66,7 @@ def _train_ppo(config: PPOJob, inputs: PPOInputs) -> None:
         PPOController(config, inputs, roles, folder, checkpointing).train()
 
 
-def _train_reward_model(config: RewardModelJob, inputs: PairInputs) -> None:
-    with RunFolder(config, inputs.steps) as folder, reward_model_role(config, inputs.steps) as group:
-        checkpointing = Checkpointing(folder, {"reward": group}, config.run.timeouts.checkpoint_s)
-        RewardModelController(config, inputs, group, folder, checkpointing).train()
+def _train_epochs(config: EpochJob, inputs: EpochInputs) -> None:
+    with RunFolder(config, inputs.steps) as folder, epoch_role(config, inputs.steps) as group:
+        checkpointing = Checkpointing(folder, {config.role.name: group}, config.run.timeouts.checkpoint_s)
+        EpochController(config, inputs, group, folder, checkpointing).train()

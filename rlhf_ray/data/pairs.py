@@ -5,18 +5,13 @@ from itertools import compress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from rlhf_ray.config.data import PairData
 from rlhf_ray.data.errors import DataError, DataErrors
-from rlhf_ray.data.prompts import (
-    RowProblem,
-    Tokenizer,
-    Uids,
-    flat_tokens,
-    parse_rows,
-    report_overlong,
-    text_of,
-    tokenise,
-)
+from rlhf_ray.data.rows import RowProblem, Uids, parse_rows, text_of
+from rlhf_ray.data.tokens import Tokenizer, flat_tokens, report_overlong, tokenise
 from rlhf_ray.data.trajectory import Offsets, Tokens, offsets_of
 
 
@@ -42,6 +37,16 @@ class PairSet:
 
     def __len__(self) -> int:
         return len(self.uids)
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of both texts of each pair, int64 `[pairs]`."""
+        return np.diff(self.chosen_offsets) + np.diff(self.rejected_offsets)
+
+    @property
+    def weights(self) -> NDArray[np.int64]:
+        """What each pair counts in a mean over pairs, int64 `[pairs]`."""
+        return np.ones(len(self), np.int64)
 
     def first(self, pairs: int | None) -> "PairSet":
         """The first `pairs` pairs; None takes all."""

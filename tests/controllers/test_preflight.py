@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from rlhf_ray.config.jobs import PPOJob, RewardModelJob
+from rlhf_ray.config.jobs import JobConfig, PPOJob, RewardModelJob, SFTJob
 from rlhf_ray.config.loading import ConfigError, parse_config
-from rlhf_ray.controllers.preflight import PairInputs, PPOInputs, check
+from rlhf_ray.controllers.preflight import EpochInputs, PPOInputs, check
 from rlhf_ray.data.prepare import prepare
 from rlhf_ray.models.tiny import build_tiny_model
 
@@ -66,7 +66,7 @@ def pairs(tiny: Path) -> MakeConfig:
     return make
 
 
-def problems_of(config: PPOJob | RewardModelJob) -> list[str]:
+def problems_of(config: JobConfig) -> list[str]:
     with pytest.raises(ConfigError) as caught:
         check(config)
     return caught.value.problems
@@ -97,7 +97,7 @@ def test_a_reward_model_of_another_vocabulary_is_told_apart(
 
 def test_a_good_reward_model_config_counts_its_steps(pairs: MakeConfig) -> None:
     inputs = check(pairs())
-    assert isinstance(inputs, PairInputs)
+    assert isinstance(inputs, EpochInputs)
     assert (len(inputs.train), inputs.steps) == (64, 8)
     assert inputs.held_out is not None
     assert len(inputs.held_out) == 32
@@ -167,6 +167,26 @@ def test_a_tracker_that_is_not_installed_is_named(ppo: MakeConfig, monkeypatch: 
     monkeypatch.setitem(__import__("sys").modules, "wandb", None)
     [problem] = problems_of(ppo(run={"dir": "runs/x", "steps": 3, "wandb": {"project": "p"}}))
     assert "run.wandb is set, but the package wandb is not installed" in problem
+
+
+def test_bad_conversations_and_a_missing_model_are_listed(tiny: Path, tmp_path: Path) -> None:
+    path = tmp_path / "chats.jsonl"
+    path.write_text('{"text": "A film."}\n{"messages": []}\n')
+
+    def sft(model: Path, train: Path) -> SFTJob:
+        data = {"train": str(train), "eval": str(tiny / "data/tiny_chats_eval.jsonl"), "rows_per_step": 5}
+        sections = {"policy": {"model": str(model)}, "data": data, "run": {"dir": str(tmp_path / "run"), "epochs": 3}}
+        return SFTJob.model_validate({"job": "sft", "name": "n", **sections})
+
+    inputs = check(sft(tiny / "models/tiny", tiny / "data/tiny_chats_train.jsonl"))
+    assert isinstance(inputs, EpochInputs)
+    assert inputs.held_out is not None
+    assert (inputs.steps, len(inputs.train), len(inputs.held_out)) == (30, 48, 16)
+    [problem] = problems_of(sft(tiny / "models/tiny", path))
+    assert problem.startswith("data.train: ")
+    assert f"{path}:2: 'messages' is an empty list" in problem
+    [problem] = problems_of(sft(tmp_path / "nowhere", path))
+    assert problem.startswith("policy.model: ")
 
 
 def test_bad_pairs_and_a_missing_model_are_listed_together(pairs: MakeConfig, tmp_path: Path) -> None:

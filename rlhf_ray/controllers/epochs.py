@@ -1,5 +1,6 @@
-"""Bradley–Terry training of a reward model (Ouyang et al. 2022, equation 1)."""
+"""Jobs that go over a data set in epochs: reward models and supervised fine-tuning."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -8,24 +9,23 @@ import ray
 from rlhf_ray.actors.group import ActorGroup
 from rlhf_ray.actors.trained import NonFiniteLossError
 from rlhf_ray.actors.waiting import wait_all
-from rlhf_ray.config.jobs import RewardModelJob
+from rlhf_ray.config.jobs import EpochJob, SFTJob
 from rlhf_ray.controllers.ppo_report import StepRecord, TrainingDiverged, write_failed_samples
-from rlhf_ray.controllers.preflight import PairInputs
+from rlhf_ray.controllers.preflight import EpochInputs, RowSet
 from rlhf_ray.controllers.run_folder import Checkpointing, RunFolder
 from rlhf_ray.data.cursor import PromptCursor
 from rlhf_ray.data.packing import plan_micro_batches
-from rlhf_ray.data.pairs import PairSet
 from rlhf_ray.data.seeds import derive_seed
 from rlhf_ray.telemetry.metrics import Metrics, reduce_means
 
 
-class RewardModelController:
+class EpochController:
     """Runs the epochs over ranks that live elsewhere."""
 
     def __init__(
         self,
-        config: RewardModelJob,
-        inputs: PairInputs,
+        config: EpochJob,
+        inputs: EpochInputs,
         group: ActorGroup,
         folder: RunFolder,
         checkpointing: Checkpointing,
@@ -34,7 +34,7 @@ class RewardModelController:
         self.checkpointing = checkpointing
         self.step = 0
         self.total = inputs.steps
-        self.cursor = PromptCursor(len(inputs.train), derive_seed(config.seed, "pairs"), shuffle=True)
+        self.cursor = PromptCursor(len(inputs.train), derive_seed(config.seed, "rows"), shuffle=True)
         self._train = [ray.put(inputs.train)]
         self._held_out = [ray.put(inputs.held_out)]
 
@@ -48,20 +48,21 @@ class RewardModelController:
         while self.step < self.total:
             self.train_step(self.step + 1)
         if self.config.run.export:
-            self.checkpointing.export("reward", wait=True)
+            self.checkpointing.export(self.config.role.name, wait=True)
 
     def train_step(self, step: int) -> None:
         """One optimizer step, with evaluation and checkpoint when due."""
         record = StepRecord(step, self.folder.recorder)
-        pairs = np.array([ticket.index for ticket in self.cursor.take(self._pairs_of(step))])
-        lengths = _lengths(self.inputs.train)[pairs]
-        plan = plan_micro_batches(lengths, len(self.group), self.config.reward.engine.micro_batch_tokens)
-        per_rank = [([self._train[0]], [pairs[micro].tolist() for micro in mine], len(pairs)) for mine in plan]
+        role, data = self.config.role, self.inputs.train
+        rows = np.array([ticket.index for ticket in self.cursor.take(self._rows_of(step))])
+        lengths, weight = data.lengths[rows], int(data.weights[rows].sum())
+        plan = plan_micro_batches(lengths, len(self.group), role.engine.micro_batch_tokens)
+        per_rank = [(self._train, [rows[micro].tolist() for micro in mine], weight) for mine in plan]
         try:
-            reports = self._wait(self.group.call_each("step", per_rank), "reward: step", "update_s")
+            reports = self._wait(self.group.call_each("step", per_rank), "step", "update_s")
         except NonFiniteLossError as error:
-            rows = [{"uid": uid, "step": step} for uid in error.samples]
-            raise TrainingDiverged(step, write_failed_samples(self.folder.path, step, rows), error) from error
+            failed = [{"uid": uid, "step": step} for uid in error.samples]
+            raise TrainingDiverged(step, write_failed_samples(self.folder.path, step, failed), error) from error
         self.step = step
 
         metrics: Metrics = {f"train/{name}": v for name, v in reduce_means([r.means for r in reports]).items()}
@@ -80,24 +81,22 @@ class RewardModelController:
         if due:
             self.checkpointing.commit(step, {"cursor": self.cursor.state_dict()}, metrics)
             if self.config.run.export and not last:
-                self.checkpointing.export("reward", wait=False)
+                self.checkpointing.export(self.config.role.name, wait=False)
 
-    def _pairs_of(self, step: int) -> int:
-        """Pairs of a step: epochs do not run into each other, so the last step of one takes what is left."""
-        per_epoch = self.total // self.config.run.epochs
-        place = (step - 1) % per_epoch
-        return min(self.config.data.pairs_per_step, len(self.inputs.train) - place * self.config.data.pairs_per_step)
+    def _rows_of(self, step: int) -> int:
+        """Rows of a step: epochs do not run into each other, so the last step of one takes what is left."""
+        per_step, per_epoch = self.config.role.rows_per_step, self.total // self.config.run.epochs
+        return min(per_step, len(self.inputs.train) - (step - 1) % per_epoch * per_step)
 
-    def _evaluate(self, held_out: PairSet) -> Metrics:
-        plan = plan_micro_batches(_lengths(held_out), len(self.group), self.config.reward.engine.micro_batch_tokens)
-        refs = self.group.call_each("evaluate", [([self._held_out[0]], mine) for mine in plan])
-        found = reduce_means(self._wait(refs, "reward: evaluate", "score_s"))
+    def _evaluate(self, held_out: RowSet) -> Metrics:
+        role = self.config.role
+        plan = plan_micro_batches(held_out.lengths, len(self.group), role.engine.micro_batch_tokens)
+        refs = self.group.call_each("evaluate", [(self._held_out, mine) for mine in plan])
+        found = reduce_means(self._wait(refs, "evaluate", "score_s"))
+        if isinstance(self.config, SFTJob):
+            found["perplexity"] = math.exp(found["loss"])
         return {f"eval/{name}": value for name, value in found.items()}
 
     def _wait(self, refs: list[ray.ObjectRef], what: str, limit: str) -> list[Any]:
-        return wait_all(refs, getattr(self.config.run.timeouts, limit), what, f"run.timeouts.{limit}")
-
-
-def _lengths(pairs: PairSet) -> Any:
-    """Tokens of both texts of each pair, int64 `[pairs]`."""
-    return np.diff(pairs.chosen_offsets) + np.diff(pairs.rejected_offsets)
+        timeout_s = getattr(self.config.run.timeouts, limit)
+        return wait_all(refs, timeout_s, f"{self.config.role.name}: {what}", f"run.timeouts.{limit}")

@@ -1,0 +1,69 @@
+"""The optimizer steps and evaluations of a job that goes over a data set in epochs."""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import ray
+import torch
+
+from rlhf_ray.actors.trained import Stopwatch, TrainedWorker, UpdateReport
+from rlhf_ray.actors.waiting import fetch_data
+from rlhf_ray.telemetry.metrics import Mean
+
+Stats = dict[str, Mean]
+
+
+class EpochTrainedWorker(TrainedWorker):
+    """A role that learns from rows of a data set; what its loss is, the subclass says."""
+
+    @abstractmethod
+    def micro_batch_loss(self, data: Any, rows: Sequence[int]) -> tuple[torch.Tensor, Stats]:
+        """Sum of the losses of some rows, and what to log. No rows are a dummy pass, for ZeRO-3."""
+
+    def step(
+        self, data: Sequence[ray.ObjectRef], micro_batches: Sequence[Sequence[int]], step_weight: int
+    ) -> UpdateReport:
+        """One optimizer step on this rank's micro-batches.
+
+        Args:
+            data: reference to the data set, in a list so that it stays in the object store.
+            step_weight: what the sum of the losses is divided by: the weights of the step's rows, over all ranks.
+
+        Raises:
+            NonFiniteLossError: before the optimizer step.
+        """
+        watch = Stopwatch()
+        found = fetch_data(data, "the data set")[0]
+        with self.recorder.span("update"):
+            means: Stats = {}
+            for number, micro_batch in enumerate(micro_batches):
+                loss, stats = self.micro_batch_loss(found, micro_batch)
+                value = float(loss.detach())
+                self.check_finite("loss", value, partial(_uids, found, micro_batch))
+                self.engine.backward(loss / step_weight, last=number == len(micro_batches) - 1)
+                means = {name: means.get(name, Mean()) + mean for name, mean in stats.items()}
+            done = self.engine.step()
+            self.check_finite(
+                "gradient norm",
+                done.grad_norm,
+                partial(_uids, found, [row for micro in micro_batches for row in micro]),
+            )
+        means["grad_norm"] = Mean(done.grad_norm, 1.0)
+        return UpdateReport(means, done.lr, 1, sum(len(micro) for micro in micro_batches), watch.seconds)
+
+    @torch.no_grad()
+    def evaluate(self, data: Sequence[ray.ObjectRef], micro_batches: Sequence[Sequence[int]]) -> Stats:
+        """What is logged of a step, for this rank's micro-batches and without learning from them."""
+        found = fetch_data(data, "the data set")[0]
+        means: Stats = {}
+        with self.recorder.span("evaluate"):
+            for micro_batch in micro_batches:
+                _, stats = self.micro_batch_loss(found, micro_batch)
+                means = {name: means.get(name, Mean()) + mean for name, mean in stats.items()}
+        return means
+
+
+def _uids(data: Any, rows: Sequence[int]) -> list[str]:
+    return [data.uids[row] for row in rows]
