@@ -224,6 +224,16 @@ def _check_epochs(role: EpochRole, rows_key: str, run: EpochRun, held_out: str |
         raise ValueError(f"{rows_key} ({role.rows_per_step}) is less than placement.{role.name}.ranks ({role.ranks})")
     if run.keep_best is not None and held_out is None and run.keep_best.metric.startswith("eval/"):
         raise ValueError(f"run.keep_best.metric is {run.keep_best.metric!r}, but data.eval is not set")
+    if run.patience is not None:
+        if run.keep_best is None or not run.keep_best.metric.startswith("eval/"):
+            found = "not set" if run.keep_best is None else f"{run.keep_best.metric!r}"
+            raise ValueError(
+                f"run.patience needs run.keep_best.metric to be of the evaluation, such as eval/loss, but it is {found}"
+            )
+        if run.eval_every == 0:
+            raise ValueError(
+                "run.patience counts evaluations, but run.eval_every is 0: there is one, after the last step"
+            )
 
 
 EpochJob = RewardModelJob | SFTJob

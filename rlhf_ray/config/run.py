@@ -96,3 +96,6 @@ class EpochRun(Run):
     """Passes over the training data."""
     eval_every: NonNegativeInt = 0
     """Optimizer steps between evaluations; 0 evaluates after the last step only."""
+    patience: PositiveInt | None = None
+    """End the run after so many evaluations in a row without a new best of `keep_best.metric`, and export the best
+    checkpoint instead of the last. Each new best gets a checkpoint. None goes on to the last epoch."""

@@ -1,5 +1,6 @@
 """Jobs that go over a data set in epochs: reward models and supervised fine-tuning."""
 
+import logging
 import math
 from typing import Any
 
@@ -10,6 +11,7 @@ from rlhf_ray.actors.group import ActorGroup
 from rlhf_ray.actors.trained import NonFiniteLossError
 from rlhf_ray.actors.waiting import wait_all
 from rlhf_ray.config.jobs import EpochJob, SFTJob
+from rlhf_ray.controllers.early_stop import EarlyStop
 from rlhf_ray.controllers.ppo_report import StepRecord, TrainingDiverged, write_failed_samples
 from rlhf_ray.controllers.preflight import EpochInputs, RowSet
 from rlhf_ray.controllers.run_folder import Checkpointing, RunFolder
@@ -17,6 +19,11 @@ from rlhf_ray.data.cursor import PromptCursor
 from rlhf_ray.data.packing import plan_micro_batches
 from rlhf_ray.data.seeds import derive_seed
 from rlhf_ray.telemetry.metrics import Metrics, reduce_means
+
+logger = logging.getLogger("rlhf_ray")
+
+# In a checkpoint's state: the run has no further steps, although it may have planned some.
+ENDED = "ended"
 
 
 class EpochController:
@@ -35,6 +42,8 @@ class EpochController:
         self.step = 0
         self.total = inputs.steps
         self.cursor = PromptCursor(len(inputs.train), derive_seed(config.seed, "rows"), shuffle=True)
+        run = config.run
+        self.early_stop = EarlyStop(run.keep_best, run.patience) if run.keep_best and run.patience else None
         self._train = [ray.put(inputs.train)]
         self._held_out = [ray.put(inputs.held_out)]
 
@@ -44,9 +53,13 @@ class EpochController:
             self.checkpointing.load(self.folder.resumed)
             self.step = self.folder.resumed.step
             self.cursor.load_state_dict(self.folder.resumed.state["cursor"])
+            if self.early_stop is not None and "early_stop" in self.folder.resumed.state:
+                self.early_stop.load_state_dict(self.folder.resumed.state["early_stop"])
         self.folder.start_progress()
-        while self.step < self.total:
+        while self.step < self.total and not self._over:
             self.train_step(self.step + 1)
+        if self.early_stop is not None:
+            self._go_back_to_the_best()
         if self.config.run.export:
             self.checkpointing.export(self.config.role.name, wait=True)
 
@@ -70,18 +83,38 @@ class EpochController:
         metrics["epoch"] = step * self.config.run.epochs / self.total
         metrics["throughput/train_tokens_per_s"] = float(lengths.sum()) / max(report.seconds for report in reports)
         last, every = step == self.total, self.config.run.eval_every
+        best = False
         if self.inputs.held_out is not None and (last or (every and step % every == 0)):
             metrics |= self._evaluate(self.inputs.held_out)
-        due = self.folder.checkpoint_due(step, last)
+            best = self.early_stop is not None and self.early_stop.is_best(metrics)
+        last = last or self._over
+        due = best or self.folder.checkpoint_due(step, last)
         if due:
             with record.timing("checkpoint"):
                 self.checkpointing.save(step)
         metrics |= record.timings(self.folder.collect_spans([self.group], self.config.run.timeouts.setup_s))
         self.folder.log_step(step, metrics)
         if due:
-            self.checkpointing.commit(step, {"cursor": self.cursor.state_dict()}, metrics)
+            self.checkpointing.commit(step, self._state(last), metrics)
             if self.config.run.export and not last:
                 self.checkpointing.export(self.config.role.name, wait=False)
+
+    @property
+    def _over(self) -> bool:
+        return self.early_stop is not None and self.early_stop.over
+
+    def _state(self, last: bool) -> dict[str, Any]:
+        state: dict[str, Any] = {"cursor": self.cursor.state_dict(), ENDED: last}
+        if self.early_stop is not None:
+            state["early_stop"] = self.early_stop.state_dict()
+        return state
+
+    def _go_back_to_the_best(self) -> None:
+        """Give the ranks the weights of the best checkpoint, which is what is exported."""
+        best = self.folder.checkpoints.best()
+        if best is not None and best.step != self.step:
+            logger.info("the model of step %d was the best: it is exported", best.step)
+            self.checkpointing.load(best)
 
     def _rows_of(self, step: int) -> int:
         """Rows of a step: epochs do not run into each other, so the last step of one takes what is left."""

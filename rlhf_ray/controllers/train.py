@@ -5,7 +5,7 @@ from pathlib import Path
 
 from rlhf_ray.cluster.session import ray_session
 from rlhf_ray.config.jobs import EpochJob, JobConfig, PPOJob
-from rlhf_ray.controllers.epochs import EpochController
+from rlhf_ray.controllers.epochs import ENDED, EpochController
 from rlhf_ray.controllers.ppo import PPOController
 from rlhf_ray.controllers.preflight import EpochInputs, PPOInputs, check
 from rlhf_ray.controllers.roles import epoch_role, ppo_roles
@@ -56,7 +56,7 @@ def _is_complete(config: JobConfig, steps: int) -> bool:
             "remove the folder, or set run.resume to 'auto'"
         )
     written = (folder / "curves.png").exists() and (not config.run.export or (folder / "export").exists())
-    return last is not None and last.step >= steps and written
+    return last is not None and (last.step >= steps or last.state.get(ENDED, False)) and written
 
 
 def _train_ppo(config: PPOJob, inputs: PPOInputs) -> None:

@@ -226,6 +226,14 @@ CONFLICTS: list[tuple[dict[str, Any], str]] = [
         sft(run={"dir": "d", "keep_best": {"metric": "eval/loss", "mode": "min"}}),
         "run.keep_best.metric is 'eval/loss', but data.eval is not set",
     ),
+    (
+        sft(run={"dir": "d", "patience": 2, "eval_every": 1}),
+        "run.patience needs run.keep_best.metric to be of the evaluation, such as eval/loss, but it is not set",
+    ),
+    (
+        sft(data={"train": "t", "eval": "e"}, run={"dir": "d", "patience": 2, "keep_best": {"metric": "eval/loss"}}),
+        "run.patience counts evaluations, but run.eval_every is 0: there is one, after the last step",
+    ),
 ]
 
 

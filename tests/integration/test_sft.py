@@ -104,6 +104,30 @@ def test_a_resumed_run_gives_the_same_rows(sft_run: Path, sft_config: MakeConfig
     assert all(mine[name].equal(tensor) for name, tensor in theirs.items())
 
 
+def test_a_run_that_gets_no_better_ends_and_exports_its_best(
+    sft_config: MakeConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    overrides = (
+        "policy.optimizer.lr=0.02",
+        "run.epochs=20",
+        "run.eval_every=1",
+        "run.patience=3",
+        "run.keep_last=1",
+        "run.keep_best={metric: eval/loss, mode: min}",
+    )
+    folder = train(sft_config(tmp_path / "run", *overrides))
+    rows = read_metrics(folder)
+    best = min(rows, key=lambda row: row["eval/loss"])
+    assert rows[-1]["step"] == best["step"] + 3 < 60
+    assert best["step"] > 1
+    exported = export_checkpoint(folder / f"checkpoints/step_{best['step']:06.0f}", tmp_path / "best")
+    mine, theirs = exported_weights(folder / "export"), exported_weights(exported.folder)
+    assert all(mine[name].equal(tensor) for name, tensor in theirs.items())
+    with caplog.at_level("INFO", "rlhf_ray"):
+        train(sft_config(folder, *overrides))
+    assert read_metrics(folder) == rows
+
+
 def test_two_sharded_ranks_learn_what_one_learns(sft_run: Path, sft_config: MakeConfig, tmp_path: Path) -> None:
     overrides = ("placement.policy.ranks=2", "policy.engine.zero_stage=3", "policy.engine.micro_batch_tokens=100")
     folder = train(sft_config(tmp_path / "run", *overrides))
