@@ -78,7 +78,6 @@ def main(
             done = update(group, data, optimizer_steps, micro_batch_tokens)
             ours.append(perf_counter() - began)
             inside.append(done.seconds)
-            inside.append(done.seconds)
             reference = process.call(_update_bare)
             bare.append(reference.seconds)
             say(f"{number}/{repeats}: ours {ours[-1]:.3f} s, bare {reference.seconds:.3f} s")

@@ -2,7 +2,9 @@
 
 from typing import Literal
 
-from rlhf_ray.config.base import PositiveInt, Section
+from pydantic import model_validator
+
+from rlhf_ray.config.base import PositiveFloat, PositiveInt, Section
 
 
 class PromptData(Section):
@@ -43,14 +45,23 @@ class PairData(Section):
     """What happens to a pair over the budget; `truncate` keeps the end of each text. Both are reported."""
 
 
+class ConversationSource(Section):
+    """One of several files of rows."""
+
+    path: str
+    """JSONL file."""
+    weight: PositiveFloat = 1.0
+    """How often an epoch has each row: 2 has all twice, 0.5 the first half of the file once."""
+
+
 class ConversationData(Section):
     """Texts and conversations to learn to write."""
 
-    train: str
-    """JSONL file; a row has `text`, or `messages` (a list of chat messages), or `prompt` and `completion` (both text or
-    both lists of chat messages), and optionally `uid`."""
+    train: str | tuple[ConversationSource, ...]
+    """JSONL file, or several with weights; a row has `text`, or `messages` (a list of chat messages), or `prompt` and
+    `completion` (both text or both lists of chat messages), and optionally `uid`."""
     train_rows: PositiveInt | None = None
-    """Rows of `train` that are used, from its beginning; by default all."""
+    """Rows of each file of `train` that are used, from its beginning; by default all."""
     eval: str | None = None
     """JSONL file of held-out rows."""
     eval_rows: PositiveInt | None = None
@@ -63,3 +74,14 @@ class ConversationData(Section):
     """Budget of one row."""
     overlong: Literal["drop", "truncate"] = "drop"
     """What happens to a row over the budget; `truncate` keeps its beginning. Both are counted and reported."""
+
+    @property
+    def sources(self) -> tuple[ConversationSource, ...]:
+        """The files to train on."""
+        return (ConversationSource(path=self.train),) if isinstance(self.train, str) else self.train
+
+    @model_validator(mode="after")
+    def _has_a_source(self) -> "ConversationData":
+        if not self.sources:
+            raise ValueError(".train is empty, but needs at least one file")
+        return self

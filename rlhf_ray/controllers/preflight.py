@@ -9,10 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_ray.config.jobs import EpochJob, JobConfig, PPOJob, RewardModelJob
+from rlhf_ray.config.jobs import EpochJob, JobConfig, PPOJob, RewardModelJob, SFTJob
 from rlhf_ray.config.loading import ConfigError
 from rlhf_ray.config.rewards import FunctionReward, HttpReward, ModelReward
-from rlhf_ray.data.conversations import load_conversations
+from rlhf_ray.data.conversations import ConversationSet, load_conversations, mix
 from rlhf_ray.data.errors import DataError
 from rlhf_ray.data.pairs import load_pairs
 from rlhf_ray.data.prompts import PromptSet, load_prompts
@@ -151,25 +151,36 @@ def _check_epochs(config: EpochJob, problems: list[str]) -> EpochInputs:
     with _collect(problems, f"{config.role.name}.model"):
         tokenizer = load_tokenizer(section.model, trust_remote_code=section.trust_remote_code)
         check_tokenizer_matches(section.model, tokenizer, trust_remote_code=section.trust_remote_code)
-    train, held_out = None, None
+    train: RowSet | None = None
+    held_out: RowSet | None = None
     if tokenizer is not None:
-        with _collect(problems, "data.train"):
-            train = _load(config, config.data.train, tokenizer)
+        if isinstance(config, SFTJob):
+            train = _mixed(config, tokenizer, problems)
+        else:
+            with _collect(problems, "data.train"):
+                train = load_pairs(config.data, config.data.train, tokenizer).first(config.data.train_pairs)
         if config.data.eval is not None:
             with _collect(problems, "data.eval"):
-                held_out = _load(config, config.data.eval, tokenizer)
+                held_out = _held_out(config, config.data.eval, tokenizer)
     if problems or train is None:
         raise ConfigError("preflight", problems)
     return EpochInputs(config.run.epochs * -(-len(train) // config.role.rows_per_step), train, held_out)
 
 
-def _load(config: EpochJob, path: str, tokenizer: PreTrainedTokenizerBase) -> RowSet:
-    held_out = path == config.data.eval
+def _mixed(config: SFTJob, tokenizer: PreTrainedTokenizerBase, problems: list[str]) -> ConversationSet | None:
+    """All files to train on, None when one of them can't be used."""
+    found = []
+    for index, source in enumerate(config.data.sources):
+        with _collect(problems, "data.train" if isinstance(config.data.train, str) else f"data.train.{index}.path"):
+            rows = load_conversations(config.data, source.path, tokenizer).first(config.data.train_rows)
+            found.append((rows, source.weight))
+    return mix(found) if len(found) == len(config.data.sources) else None
+
+
+def _held_out(config: EpochJob, path: str, tokenizer: PreTrainedTokenizerBase) -> RowSet:
     if isinstance(config, RewardModelJob):
-        pairs = config.data.eval_pairs if held_out else config.data.train_pairs
-        return load_pairs(config.data, path, tokenizer).first(pairs)
-    rows = config.data.eval_rows if held_out else config.data.train_rows
-    return load_conversations(config.data, path, tokenizer).first(rows)
+        return load_pairs(config.data, path, tokenizer).first(config.data.eval_pairs)
+    return load_conversations(config.data, path, tokenizer).first(config.data.eval_rows)
 
 
 @contextmanager

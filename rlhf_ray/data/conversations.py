@@ -21,7 +21,7 @@ class ConversationSet:
     """All rows that fit. Row i is `token_ids[offsets[i]:offsets[i + 1]]`.
 
     Attributes:
-        uids: `[rows]`, unique.
+        uids: `[rows]`, unique within a file. A row that is there twice has the same.
         token_ids: int32 `[tokens]`.
         learnt: bool `[tokens]`; the model learns to predict these. Never the first of a row, which nothing predicts.
         offsets: int64 `[rows + 1]`.
@@ -71,6 +71,22 @@ class ConversationSet:
         return np.flatnonzero(self.learnt[self.offsets[row] : self.offsets[row + 1]])
 
 
+def mix(sets: Sequence[tuple[ConversationSet, float]]) -> ConversationSet:
+    """One data set of several: of each `weight` times its rows, rounded and at least one, from its beginning on and
+    again from there when it is through."""
+    picked = [
+        (data, int(row)) for data, weight in sets for row in np.arange(max(1, round(weight * len(data)))) % len(data)
+    ]
+    return ConversationSet(
+        uids=tuple(data.uids[row] for data, row in picked),
+        token_ids=np.concatenate([data.tokens(row) for data, row in picked]),
+        learnt=np.concatenate([data.learnt[data.offsets[row] : data.offsets[row + 1]] for data, row in picked]),
+        offsets=offsets_of([len(data.tokens(row)) for data, row in picked]),
+        dropped=sum(data.dropped for data, _ in sets),
+        truncated=sum(data.truncated for data, _ in sets),
+    )
+
+
 def load_conversations(config: ConversationData, path: str | Path, tokenizer: Tokenizer) -> ConversationSet:
     """Read and tokenise a file.
 
@@ -88,7 +104,7 @@ def load_conversations(config: ConversationData, path: str | Path, tokenizer: To
 
     Args:
         config: the budget, what is learnt, and what happens to rows over the budget.
-        path: `config.train` or `config.eval`.
+        path: of one file of `config.train`, or `config.eval`.
         tokenizer: the model's.
 
     Raises:

@@ -227,6 +227,10 @@ CONFLICTS: list[tuple[dict[str, Any], str]] = [
         "run.keep_best.metric is 'eval/loss', but data.eval is not set",
     ),
     (
+        sft(data={"train": []}),
+        "data.train is empty, but needs at least one file",
+    ),
+    (
         sft(run={"dir": "d", "patience": 2, "eval_every": 1}),
         "run.patience needs run.keep_best.metric to be of the evaluation, such as eval/loss, but it is not set",
     ),

@@ -173,8 +173,12 @@ def test_bad_conversations_and_a_missing_model_are_listed(tiny: Path, tmp_path: 
     path = tmp_path / "chats.jsonl"
     path.write_text('{"text": "A film."}\n{"messages": []}\n')
 
-    def sft(model: Path, train: Path) -> SFTJob:
-        data = {"train": str(train), "eval": str(tiny / "data/tiny_chats_eval.jsonl"), "rows_per_step": 5}
+    def sft(model: Path, train: Any) -> SFTJob:
+        data = {
+            "train": train if isinstance(train, list) else str(train),
+            "eval": str(tiny / "data/tiny_chats_eval.jsonl"),
+            "rows_per_step": 5,
+        }
         sections = {"policy": {"model": str(model)}, "data": data, "run": {"dir": str(tmp_path / "run"), "epochs": 3}}
         return SFTJob.model_validate({"job": "sft", "name": "n", **sections})
 
@@ -187,6 +191,12 @@ def test_bad_conversations_and_a_missing_model_are_listed(tiny: Path, tmp_path: 
     assert f"{path}:2: 'messages' is an empty list" in problem
     [problem] = problems_of(sft(tmp_path / "nowhere", path))
     assert problem.startswith("policy.model: ")
+    good = {"path": str(tiny / "data/tiny_chats_train.jsonl"), "weight": 0.5}
+    mixed = check(sft(tiny / "models/tiny", [good, {"path": str(tiny / "data/tiny_chats_eval.jsonl")}]))
+    assert isinstance(mixed, EpochInputs)
+    assert len(mixed.train) == 24 + 16
+    [problem] = problems_of(sft(tiny / "models/tiny", [good, {"path": str(path)}]))
+    assert problem.startswith("data.train.1.path: ")
 
 
 def test_bad_pairs_and_a_missing_model_are_listed_together(pairs: MakeConfig, tmp_path: Path) -> None:

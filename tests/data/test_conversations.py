@@ -9,7 +9,7 @@ from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
 from rlhf_ray.config.data import ConversationData
-from rlhf_ray.data.conversations import ConversationSet, load_conversations
+from rlhf_ray.data.conversations import ConversationSet, load_conversations, mix
 from rlhf_ray.data.errors import DataError, DataErrors
 
 # As models of three families have them; each ends a turn in its own way.
@@ -113,6 +113,18 @@ def test_weights_count_the_learnt_tokens_of_each_row(file: Path, tokenizer: PreT
     assert found.first(2).weights.tolist() == found.weights[:2].tolist()
     assert found.first(2).uids == found.uids[:2]
     assert found.first(None) is found
+
+
+def test_weights_say_how_often_an_epoch_has_each_row(file: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    one = load(file, [{"text": f"Film {i}.", "uid": f"a{i}"} for i in range(4)], tokenizer)
+    two = load(file, [{"messages": TALK, "uid": "b0"}, {"messages": TALK[:2], "uid": "b1"}], tokenizer)
+    found = mix([(one, 0.5), (two, 2.5)])
+    assert found.uids == ("a0", "a1", "b0", "b1", "b0", "b1", "b0")
+    for row, (data, place) in enumerate([(one, 0), (one, 1), (two, 0), (two, 1), (two, 0), (two, 1), (two, 0)]):
+        assert found.tokens(row).tolist() == data.tokens(place).tolist()
+        assert found.learnt_places(row).tolist() == data.learnt_places(place).tolist()
+    assert mix([(one, 0.01)]).uids == ("a0",)
+    assert mix([(one, 1.0)]).token_ids.tolist() == one.token_ids.tolist()
 
 
 BAD_ROWS: list[tuple[Any, str]] = [
