@@ -32,7 +32,7 @@ def _sections(model: type[BaseModel], prefix: str) -> list[str]:
     for name, field in model.model_fields.items():
         inner = _models_in(field.annotation)
         for section in inner:
-            path = f"{prefix}{field.alias or name}" + (".N" if get_origin(field.annotation) is tuple else "")
+            path = f"{prefix}{field.alias or name}" + (".N" if _is_list(field.annotation) else "")
             title = f"### `{path}`" + (f" with `{_kind(section)}`" if len(inner) > 1 else "")
             parts.append(f"{title}\n\n{_one_paragraph(section.__doc__)}\n")
             parts.append(_table(section))
@@ -73,19 +73,23 @@ def _type(field: FieldInfo) -> str:
 
 def _type_name(annotation: Any) -> str:
     origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin in (Union, UnionType):
+        return " or ".join(dict.fromkeys(_type_name(argument) for argument in arguments if argument is not NoneType))
     if _models_in(annotation):
         return "sections" if origin is tuple else "section"
     if origin is Annotated:
         return _type_name(arguments[0])
     if origin is Literal:
         return ", ".join(f"`{argument}`" for argument in arguments)
-    if origin in (Union, UnionType):
-        return " or ".join(_type_name(argument) for argument in arguments if argument is not NoneType)
     if origin is tuple:
         return f"list of {_type_name(arguments[0])}"
     if origin is dict:
         return f"{_type_name(arguments[1])} by name"
     return str(annotation.__name__)
+
+
+def _is_list(annotation: Any) -> bool:
+    return any(get_origin(kind) is tuple for kind in (annotation, *get_args(annotation)))
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
