@@ -1,0 +1,196 @@
+"""Training tokens/s of a fine-tuning or reward-model job, against plain torch: `python -m benchmarks.epochs CONFIG`.
+
+Ours is the `step` of the job's actor, called as its controller calls it, on the first rows of the job's data. Bare is a
+loop in plain torch over the same packed micro-batches, which are ready before its clock starts. Both live side by side
+and take turns. The learning rate is so low that every repetition does the same.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+
+import numpy as np
+import ray
+import torch
+import torch.nn.functional as F
+import typer
+
+from benchmarks.bare_update import BareModel, BareReport, hidden_states
+from benchmarks.common import (
+    RESULTS,
+    ConfigArgument,
+    FreshProcess,
+    Machine,
+    Measure,
+    OverridesArgument,
+    RepeatsOption,
+    ResultsOption,
+    process_env,
+    report,
+    run_command,
+    say,
+    spread,
+)
+from rlhf_ray.actors.waiting import wait_all
+from rlhf_ray.cluster.session import ray_session
+from rlhf_ray.config.jobs import EpochJob, PPOJob, RewardModelJob
+from rlhf_ray.config.loading import load_config
+from rlhf_ray.config.training import Optimizer, TrainingEngine
+from rlhf_ray.controllers.preflight import EpochInputs, check
+from rlhf_ray.controllers.roles import epoch_role
+from rlhf_ray.data.conversations import ConversationSet
+from rlhf_ray.data.packing import plan_micro_batches
+from rlhf_ray.data.pairs import PairSet
+from rlhf_ray.models.packed import PackedSequences
+from rlhf_ray.platform import platform
+
+
+def main(
+    config: ConfigArgument,
+    overrides: OverridesArgument = None,
+    repeats: RepeatsOption = 5,
+    results: ResultsOption = RESULTS,
+) -> None:
+    """Tokens/s of an optimizer step, as a share of a bare torch loop's."""
+    arguments, machine = dict(locals()), Machine.here()
+    job, inputs, micro_batches = _first_step(config, overrides or [])
+    section = job.reward if isinstance(job, RewardModelJob) else job.policy
+    rows = [row for micro_batch in micro_batches for row in micro_batch]
+    tokens, weight = int(inputs.train.lengths[rows].sum()), int(inputs.train.weights[rows].sum())
+    threads = job.role.placement.threads or max(1, int(job.role.placement.cpus))
+    limit = job.run.timeouts.update_s
+    ours: list[float] = []
+    bare: list[float] = []
+    with (
+        ray_session(job.cluster, "benchmark"),
+        epoch_role(job, repeats + 1) as group,
+        FreshProcess(process_env(threads)) as process,
+    ):
+        process.call(
+            _start_bare,
+            threads,
+            job.seed if isinstance(job, RewardModelJob) else None,
+            section.model,
+            section.engine,
+            section.optimizer,
+            inputs.train,
+            micro_batches,
+            weight,
+        )
+        data = [ray.put(inputs.train)]
+        for number in range(repeats + 1):  # the first is the warm-up
+            began = perf_counter()
+            [done] = wait_all(group.call("step", data, micro_batches, weight), limit, "step", "run.timeouts.update_s")
+            ours.append(perf_counter() - began)
+            reference = process.call(_step_bare)
+            bare.append(reference.seconds)
+            say(f"{number}/{repeats}: ours {ours[-1]:.3f} s, bare {reference.seconds:.3f} s")
+    rate, rate_bare = (tokens / median(seconds[1:]) for seconds in (ours, bare))
+    report(
+        "epochs",
+        f"{config.name}, {section.engine.dtype}",
+        arguments,
+        [
+            Measure(name=f"{job.job} tokens/s ÷ bare torch", value=rate / rate_bare, asked="at least 0.90"),
+            Measure(name=job.job, value=rate, unit="tokens/s"),
+            Measure(name="bare torch", value=rate_bare, unit="tokens/s"),
+            Measure(name="tokens in one step", value=tokens),
+            Measure(name="micro-batches in one step", value=len(micro_batches)),
+            Measure(
+                name="relative difference of the gradient norms",
+                value=abs(done.means["grad_norm"].value / reference.grad_norm - 1),
+            ),
+            spread(ours[1:], bare[1:]),
+        ],
+        machine,
+        results,
+    )
+
+
+def _first_step(config: Path, overrides: Sequence[str]) -> tuple[EpochJob, EpochInputs, list[list[int]]]:
+    """The job with one rank and a low learning rate, its data, and the micro-batches of its first rows."""
+    job = load_config(config, overrides)
+    if isinstance(job, PPOJob):
+        raise typer.BadParameter("job: ppo has no epochs: see benchmarks.update", param_hint="CONFIG")
+    name = "reward" if isinstance(job, RewardModelJob) else "policy"
+    still = (f"placement.{name}.ranks=1", f"{name}.optimizer.lr=1e-8", f"{name}.optimizer.warmup_steps=0")
+    job = load_config(config, [*overrides, *still])
+    assert not isinstance(job, PPOJob)
+    inputs = check(job)
+    assert isinstance(inputs, EpochInputs)
+    lengths = inputs.train.lengths[: job.role.rows_per_step]
+    [plan] = plan_micro_batches(lengths, 1, job.role.engine.micro_batch_tokens)
+    return job, inputs, plan
+
+
+@dataclass(frozen=True)
+class _MicroBatch:
+    """A pack, the places that are looked at (those before learnt tokens, or ends of texts), and the learnt tokens."""
+
+    packed: PackedSequences
+    positions: torch.Tensor
+    targets: torch.Tensor
+
+
+class _BareLoop:
+    def __init__(
+        self,
+        scalar_seed: int | None,
+        model: str,
+        engine: TrainingEngine,
+        optimizer: Optimizer,
+        data: PairSet | ConversationSet,
+        micro_batches: Sequence[Sequence[int]],
+        weight: int,
+    ) -> None:
+        self._scalar, self._weight = scalar_seed is not None, weight
+        self._bare = BareModel(model, engine, optimizer, scalar_seed=scalar_seed)
+        self._micro_batches = [_pack(data, rows) for rows in micro_batches]
+
+    def step(self) -> BareReport:
+        began = perf_counter()
+        for micro_batch in self._micro_batches:
+            (self._loss(micro_batch) / self._weight).backward()
+        norm = self._bare.step()
+        return BareReport(norm, perf_counter() - began)
+
+    def _loss(self, micro_batch: _MicroBatch) -> torch.Tensor:
+        model = self._bare.model
+        hidden = hidden_states(model, micro_batch.packed)[micro_batch.positions]
+        if self._scalar:
+            chosen, rejected = model.score(hidden)[:, 0].float().chunk(2)
+            return -F.logsigmoid(chosen - rejected).sum()
+        logits = model.get_output_embeddings()(hidden).float()
+        return -logits.log_softmax(-1).gather(-1, micro_batch.targets[:, None]).sum()
+
+
+def _pack(data: PairSet | ConversationSet, rows: Sequence[int]) -> _MicroBatch:
+    device = platform().device
+    if isinstance(data, PairSet):
+        packed = PackedSequences.of([*map(data.chosen, rows), *map(data.rejected, rows)], device)
+        return _MicroBatch(packed, packed.cu_seqlens[1:].long() - 1, torch.empty(0))
+    packed = PackedSequences.of([data.tokens(row) for row in rows], device)
+    starts = packed.cu_seqlens.tolist()
+    learnt = np.concatenate([start + data.learnt_places(row) for start, row in zip(starts, rows, strict=False)])
+    places = torch.from_numpy(learnt).to(device)
+    return _MicroBatch(packed, places - 1, packed.input_ids[0][places])
+
+
+_bare: _BareLoop
+
+
+def _start_bare(threads: int, *arguments: object) -> None:
+    """`arguments` are `_BareLoop`'s."""
+    global _bare
+    torch.set_num_threads(threads)
+    _bare = _BareLoop(*arguments)  # type: ignore[arg-type]
+
+
+def _step_bare() -> BareReport:
+    return _bare.step()
+
+
+if __name__ == "__main__":
+    run_command(main)
