@@ -190,7 +190,13 @@ class RewardModelJob(_Job):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> "RewardModelJob":
-        _check_epochs(self.role, "data.pairs_per_step", self.run, self.data.eval)
+        _check_epochs(
+            self.role,
+            "data.pairs_per_step",
+            self.run,
+            self.data.eval,
+            {"eval/loss", "eval/accuracy", "eval/margin"},
+        )
         return self
 
 
@@ -215,25 +221,38 @@ class SFTJob(_Job):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> "SFTJob":
-        _check_epochs(self.role, "data.rows_per_step", self.run, self.data.eval)
+        _check_epochs(
+            self.role,
+            "data.rows_per_step",
+            self.run,
+            self.data.eval,
+            {"eval/loss", "eval/entropy", "eval/perplexity"},
+        )
         return self
 
 
-def _check_epochs(role: EpochRole, rows_key: str, run: EpochRun, held_out: str | None) -> None:
+def _check_epochs(role: EpochRole, rows_key: str, run: EpochRun, held_out: str | None, measures: set[str]) -> None:
+    """`measures` are the metrics of an evaluation."""
     if role.rows_per_step < role.ranks:
         raise ValueError(f"{rows_key} ({role.rows_per_step}) is less than placement.{role.name}.ranks ({role.ranks})")
-    if run.keep_best is not None and held_out is None and run.keep_best.metric.startswith("eval/"):
-        raise ValueError(f"run.keep_best.metric is {run.keep_best.metric!r}, but data.eval is not set")
-    if run.patience is not None:
-        if run.keep_best is None or not run.keep_best.metric.startswith("eval/"):
-            found = "not set" if run.keep_best is None else f"{run.keep_best.metric!r}"
+    metric = "" if run.keep_best is None else run.keep_best.metric
+    if metric.startswith("eval/"):
+        assert run.keep_best is not None
+        if held_out is None:
+            raise ValueError(f"run.keep_best.metric is {metric!r}, but data.eval is not set")
+        if metric not in measures:
             raise ValueError(
-                f"run.patience needs run.keep_best.metric to be of the evaluation, such as eval/loss, but it is {found}"
+                f"run.keep_best.metric is {metric!r}, but an evaluation measures {', '.join(sorted(measures))}"
             )
-        if run.eval_every == 0:
-            raise ValueError(
-                "run.patience counts evaluations, but run.eval_every is 0: there is one, after the last step"
-            )
+        if metric in ("eval/loss", "eval/perplexity") and run.keep_best.mode == "max":
+            raise ValueError(f"run.keep_best.mode is 'max', but less {metric} is better: set it to 'min'")
+    if run.patience is not None and not metric.startswith("eval/"):
+        raise ValueError(
+            "run.patience needs run.keep_best.metric to be of the evaluation, such as eval/loss, but it is "
+            f"{repr(metric) if metric else 'not set'}"
+        )
+    if run.patience is not None and run.eval_every == 0:
+        raise ValueError("run.patience counts evaluations, but run.eval_every is 0: one, after the last step")
 
 
 EpochJob = RewardModelJob | SFTJob

@@ -235,8 +235,19 @@ CONFLICTS: list[tuple[dict[str, Any], str]] = [
         "run.patience needs run.keep_best.metric to be of the evaluation, such as eval/loss, but it is not set",
     ),
     (
-        sft(data={"train": "t", "eval": "e"}, run={"dir": "d", "patience": 2, "keep_best": {"metric": "eval/loss"}}),
-        "run.patience counts evaluations, but run.eval_every is 0: there is one, after the last step",
+        sft(
+            data={"train": "t", "eval": "e"},
+            run={"dir": "d", "patience": 2, "keep_best": {"metric": "eval/loss", "mode": "min"}},
+        ),
+        "run.patience counts evaluations, but run.eval_every is 0: one, after the last step",
+    ),
+    (
+        sft(data={"train": "t", "eval": "e"}, run={"dir": "d", "keep_best": {"metric": "eval/loss"}}),
+        "run.keep_best.mode is 'max', but less eval/loss is better: set it to 'min'",
+    ),
+    (
+        sft(data={"train": "t", "eval": "e"}, run={"dir": "d", "keep_best": {"metric": "eval/accuracy"}}),
+        "run.keep_best.metric is 'eval/accuracy', but an evaluation measures eval/entropy, eval/loss, eval/perplexity",
     ),
 ]
 
