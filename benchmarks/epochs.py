@@ -11,7 +11,6 @@ from pathlib import Path
 from statistics import median
 from time import perf_counter
 
-import numpy as np
 import ray
 import torch
 import torch.nn.functional as F
@@ -33,6 +32,7 @@ from benchmarks.common import (
     say,
     spread,
 )
+from rlhf_ray.actors.sft import pack_learnt
 from rlhf_ray.actors.waiting import wait_all
 from rlhf_ray.cluster.session import ray_session
 from rlhf_ray.config.jobs import EpochJob, PPOJob, RewardModelJob
@@ -56,7 +56,7 @@ def main(
     """Tokens/s of an optimizer step, as a share of a bare torch loop's."""
     arguments, machine = dict(locals()), Machine.here()
     job, inputs, micro_batches = _first_step(config, overrides or [])
-    section = job.reward if isinstance(job, RewardModelJob) else job.policy
+    section = job.role.trained
     rows = [row for micro_batch in micro_batches for row in micro_batch]
     tokens, weight = int(inputs.train.lengths[rows].sum()), int(inputs.train.weights[rows].sum())
     threads = job.role.placement.threads or max(1, int(job.role.placement.cpus))
@@ -114,14 +114,14 @@ def _first_step(config: Path, overrides: Sequence[str]) -> tuple[EpochJob, Epoch
     job = load_config(config, overrides)
     if isinstance(job, PPOJob):
         raise typer.BadParameter("job: ppo has no epochs: see benchmarks.update", param_hint="CONFIG")
-    name = "reward" if isinstance(job, RewardModelJob) else "policy"
+    name = job.role.name
     still = (f"placement.{name}.ranks=1", f"{name}.optimizer.lr=1e-8", f"{name}.optimizer.warmup_steps=0")
     job = load_config(config, [*overrides, *still])
     assert not isinstance(job, PPOJob)
     inputs = check(job)
     assert isinstance(inputs, EpochInputs)
     lengths = inputs.train.lengths[: job.role.rows_per_step]
-    [plan] = plan_micro_batches(lengths, 1, job.role.engine.micro_batch_tokens)
+    [plan] = plan_micro_batches(lengths, 1, job.role.trained.engine.micro_batch_tokens)
     return job, inputs, plan
 
 
@@ -171,11 +171,7 @@ def _pack(data: PairSet | ConversationSet, rows: Sequence[int]) -> _MicroBatch:
     if isinstance(data, PairSet):
         packed = PackedSequences.of([*map(data.chosen, rows), *map(data.rejected, rows)], device)
         return _MicroBatch(packed, packed.cu_seqlens[1:].long() - 1, torch.empty(0))
-    packed = PackedSequences.of([data.tokens(row) for row in rows], device)
-    starts = packed.cu_seqlens.tolist()
-    learnt = np.concatenate([start + data.learnt_places(row) for start, row in zip(starts, rows, strict=False)])
-    places = torch.from_numpy(learnt).to(device)
-    return _MicroBatch(packed, places - 1, packed.input_ids[0][places])
+    return _MicroBatch(*pack_learnt(data, rows, device))
 
 
 _bare: _BareLoop

@@ -16,8 +16,8 @@ from rlhf_ray.actors.columns import (
     on_device,
     response_column,
 )
-from rlhf_ray.actors.ppo_update import PPOTrainedWorker, Stats, token_mean
-from rlhf_ray.actors.trained import UpdateReport
+from rlhf_ray.actors.ppo_update import PPOTrainedWorker, token_mean
+from rlhf_ray.actors.trained import Stats, UpdateReport
 from rlhf_ray.actors.waiting import fetch_data
 from rlhf_ray.algorithms.advantages import gae, shaped_rewards
 from rlhf_ray.algorithms.kl import kl_estimate

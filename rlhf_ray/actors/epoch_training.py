@@ -8,11 +8,9 @@ from typing import Any
 import ray
 import torch
 
-from rlhf_ray.actors.trained import Stopwatch, TrainedWorker, UpdateReport
+from rlhf_ray.actors.trained import Stats, Stopwatch, TrainedWorker, UpdateReport
 from rlhf_ray.actors.waiting import fetch_data
-from rlhf_ray.telemetry.metrics import Mean
-
-Stats = dict[str, Mean]
+from rlhf_ray.telemetry.metrics import Mean, sum_means
 
 
 class EpochTrainedWorker(TrainedWorker):
@@ -43,7 +41,7 @@ class EpochTrainedWorker(TrainedWorker):
                 value = float(loss.detach())
                 self.check_finite("loss", value, partial(_uids, found, micro_batch))
                 self.engine.backward(loss / step_weight, last=number == len(micro_batches) - 1)
-                means = {name: means.get(name, Mean()) + mean for name, mean in stats.items()}
+                means = sum_means((means, stats))
             done = self.engine.step()
             self.check_finite(
                 "gradient norm",
@@ -61,7 +59,7 @@ class EpochTrainedWorker(TrainedWorker):
         with self.recorder.span("evaluate"):
             for micro_batch in micro_batches:
                 _, stats = self.micro_batch_loss(found, micro_batch)
-                means = {name: means.get(name, Mean()) + mean for name, mean in stats.items()}
+                means = sum_means((means, stats))
         return means
 
 

@@ -5,16 +5,14 @@ from typing import Any
 import torch
 
 from rlhf_ray.actors.columns import ColumnPart, TrainingColumns, on_device, response_column
-from rlhf_ray.actors.ppo_update import PPOTrainedWorker, Stats, token_mean
-from rlhf_ray.actors.trained import UpdateReport, sum_over_ranks
+from rlhf_ray.actors.ppo_update import PPOTrainedWorker, token_mean
+from rlhf_ray.actors.trained import Stats, UpdateReport, sum_over_ranks
 from rlhf_ray.actors.weight_sync import EngineClient
 from rlhf_ray.algorithms.moments import Moments, whiten
 from rlhf_ray.algorithms.policy_loss import PolicyLossInputs, clipped_policy_loss
 from rlhf_ray.config import training as config
 from rlhf_ray.config.algorithm import PPO
 from rlhf_ray.data.trajectory import TrajectoryBatch
-from rlhf_ray.engines.training import DTYPES, TrainingEngine
-from rlhf_ray.models.heads import load_causal
 from rlhf_ray.models.responses import ResponsePack
 from rlhf_ray.platform import platform
 
@@ -28,15 +26,8 @@ class PolicyWorker(PPOTrainedWorker):
         import rlhf_ray.engines.weight_transfer.sender  # noqa: F401
 
         self.policy, self.ppo, self.temperature = policy, ppo, temperature
-        self.model_source, self.trust_remote_code = policy.model, policy.trust_remote_code
         self._whitening: Moments | None = None
-        model = load_causal(
-            policy.model,
-            dtype=DTYPES[policy.engine.dtype],
-            vocab_chunk_tokens=policy.engine.vocab_chunk_tokens,
-            trust_remote_code=policy.trust_remote_code,
-        )
-        self.engine = TrainingEngine(model, policy.engine, policy.optimizer, total_steps)
+        self.load_language_model(policy, total_steps)
 
     @torch.no_grad()
     def logprobs(self, batch: TrajectoryBatch) -> ColumnPart:

@@ -8,15 +8,13 @@ import ray
 import torch
 
 from rlhf_ray.actors.columns import RankBatch, TrainingColumns
-from rlhf_ray.actors.trained import Stopwatch, TrainedWorker, UpdateReport
+from rlhf_ray.actors.trained import Stats, Stopwatch, TrainedWorker, UpdateReport
 from rlhf_ray.actors.waiting import fetch_data
 from rlhf_ray.algorithms.aggregation import token_weights
 from rlhf_ray.config.algorithm import PPO
 from rlhf_ray.data.minibatches import OptimizerStep
 from rlhf_ray.models.responses import ResponsePack
-from rlhf_ray.telemetry.metrics import Mean
-
-Stats = dict[str, Mean]
+from rlhf_ray.telemetry.metrics import Mean, sum_means
 
 
 class PPOTrainedWorker(TrainedWorker):
@@ -64,7 +62,7 @@ class PPOTrainedWorker(TrainedWorker):
                 partial(data.names, [sample for micro in step.micro_batches for sample in micro]),
             )
             stats["grad_norm"] = Mean(done.grad_norm, 1.0)
-            total = {name: total.get(name, Mean()) + mean for name, mean in stats.items()}
+            total = sum_means((total, stats))
             lr, steps = done.lr, steps + 1
             samples += sum(len(micro) for micro in step.micro_batches)
             if not self.after_step(stats):
@@ -82,7 +80,7 @@ class PPOTrainedWorker(TrainedWorker):
             self.engine.backward(loss, last=number == len(step.micro_batches) - 1)
             # The loss is this micro-batch's share of the step's: shares add up, and steps average.
             found["loss"] = Mean(value, 1.0 / (len(step.micro_batches) * self.world_size))
-            stats = {name: stats.get(name, Mean()) + mean for name, mean in found.items()}
+            stats = sum_means((stats, found))
         return stats
 
 

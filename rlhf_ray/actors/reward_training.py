@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 import torch
 
-from rlhf_ray.actors.epoch_training import EpochTrainedWorker, Stats
+from rlhf_ray.actors.epoch_training import EpochTrainedWorker
+from rlhf_ray.actors.trained import Stats
 from rlhf_ray.algorithms.preference_loss import bradley_terry_loss
 from rlhf_ray.config.jobs import RewardModel
 from rlhf_ray.data.pairs import PairSet

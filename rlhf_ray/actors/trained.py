@@ -13,9 +13,12 @@ import torch.distributed as dist
 from torch import nn
 
 from rlhf_ray.actors.worker import Worker, load_rng, save_rng
-from rlhf_ray.engines.training import TrainingEngine, full_weights
-from rlhf_ray.models.heads import load_tokenizer
+from rlhf_ray.config.training import Policy
+from rlhf_ray.engines.training import DTYPES, TrainingEngine, full_weights
+from rlhf_ray.models.heads import load_causal, load_tokenizer
 from rlhf_ray.telemetry.metrics import Mean
+
+Stats = dict[str, Mean]
 
 
 class NonFiniteLossError(Exception):
@@ -66,6 +69,17 @@ class TrainedWorker(Worker):
     engine: TrainingEngine
     model_source: str
     trust_remote_code: bool
+
+    def load_language_model(self, policy: Policy, total_steps: int) -> None:
+        """Load a causal model and build its training engine; collective."""
+        self.model_source, self.trust_remote_code = policy.model, policy.trust_remote_code
+        model = load_causal(
+            policy.model,
+            dtype=DTYPES[policy.engine.dtype],
+            vocab_chunk_tokens=policy.engine.vocab_chunk_tokens,
+            trust_remote_code=policy.trust_remote_code,
+        )
+        self.engine = TrainingEngine(model, policy.engine, policy.optimizer, total_steps)
 
     def save(self, folder: str) -> None:
         """Write this rank's part of a checkpoint."""

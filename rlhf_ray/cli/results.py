@@ -75,14 +75,12 @@ def _ppo_lines(config: PPOJob) -> Iterator[Line]:
 
 def _epoch_lines(config: EpochJob, inputs: "EpochInputs | None") -> Iterator[Line]:
     role = config.role
-    model, rows = (
-        (config.reward.model, "pairs") if isinstance(config, RewardModelJob) else (config.policy.model, "rows")
-    )
+    rows = "pairs" if isinstance(config, RewardModelJob) else "rows"
     epochs = _several(config.run.epochs, "epoch")
     steps = epochs if inputs is None else f"{inputs.steps} ({epochs})"
     yield "steps", f"{steps}, {role.rows_per_step} {rows} a step"
     held = _held(role.ranks, "rank", role.placement.cpus, role.placement.gpus)
-    yield role.name, f"{model} · {_engine(role.engine)} · {held}"
+    yield role.name, f"{role.trained.model} · {_engine(role.trained.engine)} · {held}"
     if inputs is not None:
         yield rows, _counts(inputs.train)
         if inputs.held_out is not None:

@@ -134,28 +134,6 @@ class PPOJob(_Job):
         return self
 
 
-@dataclass(frozen=True)
-class EpochRole:
-    """The role of a job that goes over a data set in epochs.
-
-    Attributes:
-        name: of the role.
-        engine: how its model is held and trained.
-        placement: where its ranks sit.
-        rows_per_step: rows of the data set in one optimizer step.
-    """
-
-    name: Literal["policy", "reward"]
-    engine: TrainingEngine
-    placement: RolePlacement
-    rows_per_step: int
-
-    @property
-    def ranks(self) -> int:
-        """Processes that train the model."""
-        return self.placement.ranks or 1
-
-
 class RewardModel(Section):
     """The model that learns to score."""
 
@@ -167,6 +145,28 @@ class RewardModel(Section):
     """How it is held and trained."""
     optimizer: SupervisedOptimizer = SupervisedOptimizer()
     """How it is updated."""
+
+
+@dataclass(frozen=True)
+class EpochRole:
+    """The role of a job that goes over a data set in epochs.
+
+    Attributes:
+        name: of the role.
+        trained: its model.
+        placement: where its ranks sit.
+        rows_per_step: rows of the data set in one optimizer step.
+    """
+
+    name: Literal["policy", "reward"]
+    trained: RewardModel | SFTPolicy
+    placement: RolePlacement
+    rows_per_step: int
+
+    @property
+    def ranks(self) -> int:
+        """Processes that train the model."""
+        return self.placement.ranks or 1
 
 
 class RewardModelJob(_Job):
@@ -186,7 +186,7 @@ class RewardModelJob(_Job):
     @property
     def role(self) -> EpochRole:
         """The one role."""
-        return EpochRole("reward", self.reward.engine, self.placement.reward, self.data.pairs_per_step)
+        return EpochRole("reward", self.reward, self.placement.reward, self.data.pairs_per_step)
 
     @model_validator(mode="after")
     def _sections_agree(self) -> "RewardModelJob":
@@ -217,7 +217,7 @@ class SFTJob(_Job):
     @property
     def role(self) -> EpochRole:
         """The one role."""
-        return EpochRole("policy", self.policy.engine, self.placement.policy, self.data.rows_per_step)
+        return EpochRole("policy", self.policy, self.placement.policy, self.data.rows_per_step)
 
     @model_validator(mode="after")
     def _sections_agree(self) -> "SFTJob":

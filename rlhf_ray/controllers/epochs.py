@@ -69,7 +69,7 @@ class EpochController:
         role, data = self.config.role, self.inputs.train
         rows = np.array([ticket.index for ticket in self.cursor.take(self._rows_of(step))])
         lengths, weight = data.lengths[rows], int(data.weights[rows].sum())
-        plan = plan_micro_batches(lengths, len(self.group), role.engine.micro_batch_tokens)
+        plan = plan_micro_batches(lengths, len(self.group), role.trained.engine.micro_batch_tokens)
         per_rank = [(self._train, [rows[micro].tolist() for micro in mine], weight) for mine in plan]
         try:
             reports = self._wait(self.group.call_each("step", per_rank), "step", "update_s")
@@ -123,7 +123,7 @@ class EpochController:
 
     def _evaluate(self, held_out: RowSet) -> Metrics:
         role = self.config.role
-        plan = plan_micro_batches(held_out.lengths, len(self.group), role.engine.micro_batch_tokens)
+        plan = plan_micro_batches(held_out.lengths, len(self.group), role.trained.engine.micro_batch_tokens)
         refs = self.group.call_each("evaluate", [(self._held_out, mine) for mine in plan])
         found = reduce_means(self._wait(refs, "evaluate", "score_s"))
         if isinstance(self.config, SFTJob):

@@ -146,7 +146,7 @@ def _check_ppo(config: PPOJob, problems: list[str]) -> PPOInputs:
 
 
 def _check_epochs(config: EpochJob, problems: list[str]) -> EpochInputs:
-    section = config.reward if isinstance(config, RewardModelJob) else config.policy
+    section = config.role.trained
     tokenizer = None
     with _collect(problems, f"{config.role.name}.model"):
         tokenizer = load_tokenizer(section.model, trust_remote_code=section.trust_remote_code)

@@ -12,7 +12,7 @@ from rlhf_ray.config.data import ConversationData
 from rlhf_ray.data.chat import ChatRenderer, Messages, check_chat
 from rlhf_ray.data.errors import DataError, DataErrors
 from rlhf_ray.data.rows import RowProblem, Uids, kind_of, parse_rows, text_of
-from rlhf_ray.data.tokens import Tokenizer, flat_tokens, report_overlong, tokenise
+from rlhf_ray.data.tokens import Tokenizer, flat_tokens, rows_within_budget, tokenise
 from rlhf_ray.data.trajectory import Offsets, Tokens, offsets_of
 
 
@@ -74,6 +74,8 @@ class ConversationSet:
 def mix(sets: Sequence[tuple[ConversationSet, float]]) -> ConversationSet:
     """One data set of several: of each `weight` times its rows, rounded and at least one, from its beginning on and
     again from there when it is through."""
+    if len(sets) == 1 and sets[0][1] == 1:
+        return sets[0][0]
     picked = [
         (data, int(row)) for data, weight in sets for row in np.arange(max(1, round(weight * len(data)))) % len(data)
     ]
@@ -129,30 +131,18 @@ def load_conversations(config: ConversationData, path: str | Path, tokenizer: To
     budget = config.max_tokens
     over = [len(ids) > budget for ids, _ in found]
     # Cut to its beginning, a row can end before the first thing to learn.
-    drop = [
-        is_over and (config.overlong == "drop" or not learnt[:budget].any())
-        for is_over, (_, learnt) in zip(over, found, strict=True)
-    ]
-    cut = [is_over and not is_dropped for is_over, is_dropped in zip(over, drop, strict=True)]
-    report_overlong(file, "rows", "dropped", [row.uid for row, gone in zip(rows, drop, strict=True) if gone])
-    report_overlong(
-        file, "rows", "truncated to their beginning", [row.uid for row, short in zip(rows, cut, strict=True) if short]
+    useless = [not learnt[:budget].any() for _, learnt in found]
+    kept, dropped, truncated = rows_within_budget(
+        file, "rows", "beginning", [row.uid for row in rows], over, useless, config
     )
-    kept = [i for i in range(len(rows)) if not drop[i]]
-    if not kept:
-        raise DataError(
-            file,
-            None,
-            f"none of {len(rows)} rows fits data.max_tokens ({budget}): raise it, or set data.overlong to truncate",
-        )
     ids = [found[i][0][:budget] for i in kept]
     return ConversationSet(
         uids=tuple(rows[i].uid for i in kept),
         token_ids=flat_tokens(ids),
         learnt=np.concatenate([found[i][1][:budget] for i in kept]),
         offsets=offsets_of([len(row) for row in ids]),
-        dropped=sum(drop),
-        truncated=sum(cut),
+        dropped=dropped,
+        truncated=truncated,
     )
 
 
@@ -187,7 +177,7 @@ class _Parser:
         if "text" in row:
             return _Row(line, uid, text_of(row, "text"), is_chat=False)
         if "messages" in row:
-            return self._conversation(line, uid, _list_of(row, "messages"), "messages", given=0)
+            return self._conversation(line, uid, check_chat(_list_of(row, "messages"), "messages"), "messages", given=0)
         if "completion" not in row:
             raise RowProblem("has 'prompt', but no 'completion'")
         if isinstance(row["prompt"], list) != isinstance(row["completion"], list):
@@ -204,7 +194,6 @@ class _Parser:
 
     def _conversation(self, line: int, uid: str, messages: Messages, key: str, *, given: int) -> _Row:
         """`given` messages at the beginning are not learnt."""
-        check_chat(messages, key)
         turns = [i for i in range(given, len(messages)) if messages[i]["role"] == "assistant"]
         if not turns and not self._learn_all:
             raise RowProblem(f"{key!r} has no assistant message, so there is nothing to learn")
@@ -265,7 +254,7 @@ def _marked(row: _Row, texts: list[list[int]], tokenizer: Tokenizer) -> tuple[li
         if ids[-1:] != [eos]:
             ids = [*ids, eos]
     learnt = np.zeros(len(ids), bool)
-    for number, (before, after) in enumerate(parts):
+    for before, after in parts:
         if ids[: len(before)] != before or ids[: len(after)] != after:
             same = next((i for i, pair in enumerate(zip(before, ids, strict=False)) if pair[0] != pair[1]), len(before))
             raise RowProblem(
@@ -273,9 +262,8 @@ def _marked(row: _Row, texts: list[list[int]], tokenizer: Tokenizer) -> tuple[li
                 "model would learn to answer a prompt that it never gets: let the prompt end where a token ends, such "
                 "as before a space"
             )
-        # A text's own end is where the end-of-sequence token was added.
-        is_last = not row.is_chat and number == len(parts) - 1
-        learnt[len(before) : len(ids) if is_last else len(after)] = True
+        # A text has one part at most, which ends with the end-of-sequence token that was added.
+        learnt[len(before) : len(after) if row.is_chat else len(ids)] = True
     if not parts:
         learnt[:] = True
     learnt[:1] = False

@@ -1,7 +1,6 @@
 """Pairs of texts of which a human liked one better, from a JSONL file, as tokens."""
 
 from dataclasses import dataclass, replace
-from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from numpy.typing import NDArray
 from rlhf_ray.config.data import PairData
 from rlhf_ray.data.errors import DataError, DataErrors
 from rlhf_ray.data.rows import RowProblem, Uids, parse_rows, text_of
-from rlhf_ray.data.tokens import Tokenizer, flat_tokens, report_overlong, tokenise
+from rlhf_ray.data.tokens import Tokenizer, flat_tokens, rows_within_budget, tokenise
 from rlhf_ray.data.trajectory import Offsets, Tokens, offsets_of
 
 
@@ -102,21 +101,10 @@ def load_pairs(config: PairData, path: str | Path, tokenizer: Tokenizer) -> Pair
     budget = config.max_tokens
     over = [max(len(good), len(bad)) > budget for good, bad in zip(chosen, rejected, strict=True)]
     # Cut to their ends, two texts can become the same, and then there is nothing left to learn from.
-    drop = [
-        is_over and (config.overlong == "drop" or good[-budget:] == bad[-budget:])
-        for is_over, good, bad in zip(over, chosen, rejected, strict=True)
-    ]
-    cut = [is_over and not is_dropped for is_over, is_dropped in zip(over, drop, strict=True)]
-    uid_list = [pair.uid for pair in pairs]
-    report_overlong(file, "pairs", "dropped", list(compress(uid_list, drop)))
-    report_overlong(file, "pairs", "truncated to their end", list(compress(uid_list, cut)))
-    kept = [i for i in range(len(pairs)) if not drop[i]]
-    if not kept:
-        raise DataError(
-            file,
-            None,
-            f"none of {len(pairs)} pairs fits data.max_tokens ({budget}): raise it, or set data.overlong to truncate",
-        )
+    same = [good[-budget:] == bad[-budget:] for good, bad in zip(chosen, rejected, strict=True)]
+    kept, dropped, truncated = rows_within_budget(
+        file, "pairs", "end", [pair.uid for pair in pairs], over, same, config
+    )
     chosen_rows = [chosen[i][-budget:] for i in kept]
     rejected_rows = [rejected[i][-budget:] for i in kept]
     return PairSet(
@@ -125,8 +113,8 @@ def load_pairs(config: PairData, path: str | Path, tokenizer: Tokenizer) -> Pair
         chosen_offsets=offsets_of([len(row) for row in chosen_rows]),
         rejected_tokens=flat_tokens(rejected_rows),
         rejected_offsets=offsets_of([len(row) for row in rejected_rows]),
-        dropped=sum(drop),
-        truncated=sum(cut),
+        dropped=dropped,
+        truncated=truncated,
     )
 
 

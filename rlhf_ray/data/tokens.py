@@ -2,11 +2,13 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from itertools import chain
-from typing import Any, Protocol
+from itertools import chain, compress
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from rlhf_ray.config.data import ConversationData, PairData
+from rlhf_ray.data.errors import DataError
 from rlhf_ray.data.trajectory import Tokens
 
 _LOG = logging.getLogger(__name__)
@@ -43,6 +45,44 @@ def tokenise(tokenizer: Tokenizer, texts: Sequence[str], **options: bool) -> lis
 def flat_tokens(rows: Sequence[Sequence[int]]) -> Tokens:
     """All rows one after the other, int32 `[tokens]`."""
     return np.fromiter(chain.from_iterable(rows), np.int32, count=sum(map(len, rows)))
+
+
+def rows_within_budget(
+    file: str,
+    what: str,
+    end: Literal["beginning", "end"],
+    uids: Sequence[str],
+    over: Sequence[bool],
+    useless: Sequence[bool],
+    config: PairData | ConversationData,
+) -> tuple[list[int], int, int]:
+    """Drop rows that are over `config.max_tokens`, or let them be cut, and report both.
+
+    Args:
+        what: the rows' name in messages.
+        end: the end of a row that stays when it is cut.
+        over: which rows are over the budget.
+        useless: which of them would have nothing to learn from when cut.
+
+    Returns:
+        Numbers of the rows to keep, and how many are dropped and cut.
+
+    Raises:
+        DataError: none is kept.
+    """
+    drop = [is_over and (config.overlong == "drop" or cut) for is_over, cut in zip(over, useless, strict=True)]
+    cut = [is_over and not is_dropped for is_over, is_dropped in zip(over, drop, strict=True)]
+    report_overlong(file, what, "dropped", list(compress(uids, drop)))
+    report_overlong(file, what, f"truncated to their {end}", list(compress(uids, cut)))
+    kept = [row for row, is_dropped in enumerate(drop) if not is_dropped]
+    if not kept:
+        raise DataError(
+            file,
+            None,
+            f"none of {len(uids)} {what} fits data.max_tokens ({config.max_tokens}): raise it, or set data.overlong to "
+            "truncate",
+        )
+    return kept, sum(drop), sum(cut)
 
 
 def report_overlong(file: str, what: str, done: str, uids: Sequence[str]) -> None:

@@ -41,13 +41,18 @@ class Mean:
         return Mean(self.total + other.total, self.weight + other.weight)
 
 
-def reduce_means(parts: Iterable[Mapping[str, Mean]]) -> Metrics:
-    """The mean of each name over all parts (ranks or micro-batches); a name without any weight is left out."""
+def sum_means(parts: Iterable[Mapping[str, Mean]]) -> dict[str, Mean]:
+    """Each name over all parts; not every part has every name."""
     sums: dict[str, Mean] = {}
     for part in parts:
         for name, mean in part.items():
             sums[name] = sums.get(name, Mean()) + mean
-    return {name: mean.value for name, mean in sums.items() if mean.weight}
+    return sums
+
+
+def reduce_means(parts: Iterable[Mapping[str, Mean]]) -> Metrics:
+    """The mean of each name over all parts (ranks or micro-batches); a name without any weight is left out."""
+    return {name: mean.value for name, mean in sum_means(parts).items() if mean.weight}
 
 
 class MetricsLog:

@@ -12,7 +12,7 @@ from ray.util import placement_group_table
 from safetensors.torch import load_file
 
 from rlhf_ray.config.jobs import PPOJob
-from rlhf_ray.telemetry.metrics import Metrics
+from rlhf_ray.telemetry.metrics import Metrics, read_metrics
 from rlhf_ray.telemetry.names import find_metric
 
 MakeConfig = Callable[..., PPOJob]
@@ -26,6 +26,14 @@ def without_clock(row: Metrics) -> Metrics:
 def exported_weights(folder: Path) -> dict[str, Any]:
     """Tensors of a Hugging Face folder by name."""
     return load_file(folder / "model.safetensors")
+
+
+def assert_same_run(found: Path, wanted: Path) -> None:
+    """The same rows of metrics, times aside, and the same exported weights."""
+    rows, wanted_rows = ([without_clock(row) for row in read_metrics(run)] for run in (found, wanted))
+    assert rows == wanted_rows
+    mine, theirs = exported_weights(found / "export"), exported_weights(wanted / "export")
+    assert all(mine[name].equal(tensor) for name, tensor in theirs.items())
 
 
 # In the environment of all processes that these tests start, and so a way to tell them from others.

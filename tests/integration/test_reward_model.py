@@ -13,7 +13,7 @@ from rlhf_ray.controllers.train import train
 from rlhf_ray.models.heads import load_scalar
 from rlhf_ray.telemetry.metrics import read_metrics
 from rlhf_ray.telemetry.names import find_metric
-from runs import exported_weights, without_clock
+from runs import assert_same_run, exported_weights
 
 STEPS = 8
 
@@ -51,10 +51,7 @@ def test_a_resumed_run_gives_the_same_rows(reward_run: Path, reward_config: Make
     for step in (6, STEPS):
         shutil.rmtree(folder / f"checkpoints/step_{step:06d}")
     train(reward_config(folder, "run.checkpoint_every=3", "run.keep_last=9"))
-    found, wanted = ([without_clock(row) for row in read_metrics(run)] for run in (folder, reward_run))
-    assert found == wanted
-    mine, theirs = exported_weights(folder / "export"), exported_weights(reward_run / "export")
-    assert all(mine[name].equal(tensor) for name, tensor in theirs.items())
+    assert_same_run(folder, reward_run)
 
 
 def test_two_sharded_ranks_learn_what_one_learns(reward_run: Path, reward_config: MakeConfig, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from rlhf_ray.config.run import Run
 from rlhf_ray.telemetry.errors import DamagedFileError, NonFiniteError, StepOrderError, TelemetryError
-from rlhf_ray.telemetry.metrics import Mean, MetricsLog, read_metrics, reduce_means
+from rlhf_ray.telemetry.metrics import Mean, MetricsLog, read_metrics, reduce_means, sum_means
 from rlhf_ray.telemetry.trackers import Tracker
 
 
@@ -179,3 +179,8 @@ def test_means_of_ranks_add_up_to_the_mean_of_all_values(ranks: list[list[tuple[
 def test_the_mean_of_nothing_has_no_value() -> None:
     with pytest.raises(TelemetryError, match="mean of no values"):
         _ = Mean().value
+
+
+def test_a_part_without_a_name_leaves_the_sum_of_the_others() -> None:
+    parts = [{"loss": Mean(3.0, 1.0), "kl": Mean(1.0, 1.0)}, {}, {"loss": Mean(5.0, 1.0)}, {}]
+    assert sum_means(parts) == {"loss": Mean(8.0, 2.0), "kl": Mean(1.0, 1.0)}
