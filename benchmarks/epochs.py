@@ -40,9 +40,9 @@ from rlhf_ray.config.loading import load_config
 from rlhf_ray.config.training import Optimizer, TrainingEngine
 from rlhf_ray.controllers.preflight import EpochInputs, check
 from rlhf_ray.controllers.roles import epoch_role
+from rlhf_ray.data.comparisons import ComparisonSet
 from rlhf_ray.data.conversations import ConversationSet
 from rlhf_ray.data.packing import plan_micro_batches
-from rlhf_ray.data.pairs import PairSet
 from rlhf_ray.models.packed import PackedSequences
 from rlhf_ray.platform import platform
 
@@ -141,9 +141,9 @@ class _BareLoop:
         model: str,
         engine: TrainingEngine,
         optimizer: Optimizer,
-        data: PairSet | ConversationSet,
+        data: ComparisonSet | ConversationSet,
         micro_batches: Sequence[Sequence[int]],
-        weight: int,
+        weight: float,
     ) -> None:
         self._scalar, self._weight = scalar_seed is not None, weight
         self._bare = BareModel(model, engine, optimizer, scalar_seed=scalar_seed)
@@ -160,16 +160,16 @@ class _BareLoop:
         model = self._bare.model
         hidden = hidden_states(model, micro_batch.packed)[micro_batch.positions]
         if self._scalar:
-            chosen, rejected = model.score(hidden)[:, 0].float().chunk(2)
+            chosen, rejected = model.score(hidden)[:, 0].float().unflatten(0, (-1, 2)).unbind(1)
             return -F.logsigmoid(chosen - rejected).sum()
         logits = model.get_output_embeddings()(hidden).float()
         return -logits.log_softmax(-1).gather(-1, micro_batch.targets[:, None]).sum()
 
 
-def _pack(data: PairSet | ConversationSet, rows: Sequence[int]) -> _MicroBatch:
+def _pack(data: ComparisonSet | ConversationSet, rows: Sequence[int]) -> _MicroBatch:
     device = platform().device
-    if isinstance(data, PairSet):
-        packed = PackedSequences.of([*map(data.chosen, rows), *map(data.rejected, rows)], device)
+    if isinstance(data, ComparisonSet):
+        packed = PackedSequences.of([data.tokens(candidate) for candidate in data.candidates(rows)], device)
         return _MicroBatch(packed, packed.cu_seqlens[1:].long() - 1, torch.empty(0))
     return _MicroBatch(*pack_learnt(data, rows, device))
 

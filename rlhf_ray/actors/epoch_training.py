@@ -21,7 +21,7 @@ class EpochTrainedWorker(TrainedWorker):
         """Sum of the losses of some rows, and what to log. No rows are a dummy pass, for ZeRO-3."""
 
     def step(
-        self, data: Sequence[ray.ObjectRef], micro_batches: Sequence[Sequence[int]], step_weight: int
+        self, data: Sequence[ray.ObjectRef], micro_batches: Sequence[Sequence[int]], step_weight: float
     ) -> UpdateReport:
         """One optimizer step on this rank's micro-batches.
 

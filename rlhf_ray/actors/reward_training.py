@@ -8,7 +8,7 @@ from rlhf_ray.actors.epoch_training import EpochTrainedWorker
 from rlhf_ray.actors.trained import Stats
 from rlhf_ray.algorithms.preference_loss import bradley_terry_loss
 from rlhf_ray.config.jobs import RewardModel
-from rlhf_ray.data.pairs import PairSet
+from rlhf_ray.data.comparisons import ComparisonSet
 from rlhf_ray.engines.training import DTYPES, TrainingEngine
 from rlhf_ray.models.heads import load_scalar
 from rlhf_ray.models.packed import PackedSequences
@@ -27,15 +27,14 @@ class RewardTrainingWorker(EpochTrainedWorker):
         )
         self.engine = TrainingEngine(model, reward.engine, reward.optimizer, total_steps)
 
-    def micro_batch_loss(self, data: PairSet, rows: Sequence[int]) -> tuple[torch.Tensor, Stats]:
+    def micro_batch_loss(self, data: ComparisonSet, rows: Sequence[int]) -> tuple[torch.Tensor, Stats]:
         """Sum of the Bradley–Terry losses of some pairs."""
         device = platform().device
-        texts = [data.chosen(pair) for pair in rows] + [data.rejected(pair) for pair in rows]
-        if not texts:
-            packed = PackedSequences.of([data.chosen(0)[:1]], device)
+        if not rows:
+            packed = PackedSequences.of([data.tokens(0)[:1]], device)
             return self.engine(packed, torch.zeros(1, dtype=torch.int64, device=device)).sum() * 0.0, {}
-        packed = PackedSequences.of(texts, device)
-        chosen, rejected = self.engine(packed, packed.cu_seqlens[1:].long() - 1).chunk(2)
+        packed = PackedSequences.of([data.tokens(candidate) for candidate in data.candidates(rows)], device)
+        chosen, rejected = self.engine(packed, packed.cu_seqlens[1:].long() - 1).unflatten(0, (-1, 2)).unbind(1)
         losses = bradley_terry_loss(chosen, rejected)
         margins = (chosen - rejected).detach()
         found = {

@@ -26,18 +26,18 @@ class PromptData(Section):
     """New order in each epoch, from the run's seed."""
 
 
-class PairData(Section):
+class ComparisonData(Section):
     """Pairs of texts of which a human liked one better."""
 
     train: str
     """JSONL file; a row has `chosen` and `rejected` (text) and optionally `prompt` and `uid`."""
-    train_pairs: PositiveInt | None = None
+    train_rows: PositiveInt | None = None
     """Pairs of `train` that are used, from its beginning; by default all."""
     eval: str | None = None
     """JSONL file of held-out pairs."""
-    eval_pairs: PositiveInt | None = None
+    eval_rows: PositiveInt | None = None
     """Pairs of `eval` that are used, from its beginning; by default all."""
-    pairs_per_step: PositiveInt = 32
+    rows_per_step: PositiveInt = 32
     """Pairs in one optimizer step."""
     max_tokens: PositiveInt = 1024
     """Budget of one text with its prompt."""

@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 
 from rlhf_ray.config.algorithm import PPO
 from rlhf_ray.config.base import NonNegativeInt, Section
-from rlhf_ray.config.data import ConversationData, PairData, PromptData
+from rlhf_ray.config.data import ComparisonData, ConversationData, PromptData
 from rlhf_ray.config.placement import Cluster, PPOPlacement, RewardModelPlacement, RolePlacement, SFTPlacement
 from rlhf_ray.config.rewards import ModelReward, RewardPart, part_name
 from rlhf_ray.config.rollout import Rollout
@@ -176,7 +176,7 @@ class RewardModelJob(_Job):
     """The job type."""
     reward: RewardModel
     """The model that is trained."""
-    data: PairData
+    data: ComparisonData
     """The pairs."""
     placement: RewardModelPlacement = RewardModelPlacement()
     """Where actors sit."""
@@ -186,13 +186,13 @@ class RewardModelJob(_Job):
     @property
     def role(self) -> EpochRole:
         """The one role."""
-        return EpochRole("reward", self.reward, self.placement.reward, self.data.pairs_per_step)
+        return EpochRole("reward", self.reward, self.placement.reward, self.data.rows_per_step)
 
     @model_validator(mode="after")
     def _sections_agree(self) -> "RewardModelJob":
         _check_epochs(
             self.role,
-            "data.pairs_per_step",
+            "data.rows_per_step",
             self.run,
             self.data.eval,
             {"eval/loss", "eval/accuracy", "eval/margin"},

@@ -68,7 +68,7 @@ class EpochController:
         record = StepRecord(step, self.folder.recorder)
         role, data = self.config.role, self.inputs.train
         rows = np.array([ticket.index for ticket in self.cursor.take(self._rows_of(step))])
-        lengths, weight = data.lengths[rows], int(data.weights[rows].sum())
+        lengths, weight = data.lengths[rows], float(data.weights[rows].sum())
         plan = plan_micro_batches(lengths, len(self.group), role.trained.engine.micro_batch_tokens)
         per_rank = [(self._train, [rows[micro].tolist() for micro in mine], weight) for mine in plan]
         try:

@@ -12,9 +12,9 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_ray.config.jobs import EpochJob, JobConfig, PPOJob, RewardModelJob, SFTJob
 from rlhf_ray.config.loading import ConfigError
 from rlhf_ray.config.rewards import FunctionReward, HttpReward, ModelReward
+from rlhf_ray.data.comparisons import load_comparisons
 from rlhf_ray.data.conversations import ConversationSet, load_conversations, mix
 from rlhf_ray.data.errors import DataError
-from rlhf_ray.data.pairs import load_pairs
 from rlhf_ray.data.prompts import PromptSet, load_prompts
 from rlhf_ray.models.heads import (
     ModelError,
@@ -53,7 +53,7 @@ class PPOInputs:
 
 
 class RowSet(Protocol):
-    """A data set as the controller sees it: `PairSet` or `ConversationSet`."""
+    """A data set as the controller sees it: `ComparisonSet` or `ConversationSet`."""
 
     dropped: int
     truncated: int
@@ -65,8 +65,8 @@ class RowSet(Protocol):
         """Tokens of each row, int64 `[rows]`."""
 
     @property
-    def weights(self) -> NDArray[np.int64]:
-        """What each row counts in the mean that is the loss, int64 `[rows]`."""
+    def weights(self) -> NDArray[np.floating | np.integer]:
+        """What each row counts in the mean that is the loss, `[rows]`."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ def _check_epochs(config: EpochJob, problems: list[str]) -> EpochInputs:
             train = _mixed(config, tokenizer, problems)
         else:
             with _collect(problems, "data.train"):
-                train = load_pairs(config.data, config.data.train, tokenizer).first(config.data.train_pairs)
+                train = load_comparisons(config.data, config.data.train, tokenizer).first(config.data.train_rows)
         if config.data.eval is not None:
             with _collect(problems, "data.eval"):
                 held_out = _held_out(config, config.data.eval, tokenizer)
@@ -179,7 +179,7 @@ def _mixed(config: SFTJob, tokenizer: PreTrainedTokenizerBase, problems: list[st
 
 def _held_out(config: EpochJob, path: str, tokenizer: PreTrainedTokenizerBase) -> RowSet:
     if isinstance(config, RewardModelJob):
-        return load_pairs(config.data, path, tokenizer).first(config.data.eval_pairs)
+        return load_comparisons(config.data, path, tokenizer).first(config.data.eval_rows)
     return load_conversations(config.data, path, tokenizer).first(config.data.eval_rows)
 
 

@@ -7,7 +7,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from rlhf_ray.config.data import ConversationData, PairData
+from rlhf_ray.config.data import ComparisonData, ConversationData
 from rlhf_ray.data.errors import DataError
 from rlhf_ray.data.trajectory import Tokens
 
@@ -54,7 +54,7 @@ def rows_within_budget(
     uids: Sequence[str],
     over: Sequence[bool],
     useless: Sequence[bool],
-    config: PairData | ConversationData,
+    config: ComparisonData | ConversationData,
 ) -> tuple[list[int], int, int]:
     """Drop rows that are over `config.max_tokens`, or let them be cut, and report both.
 

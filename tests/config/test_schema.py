@@ -207,8 +207,8 @@ CONFLICTS: list[tuple[dict[str, Any], str]] = [
         "placement.reward.colocate is 'policy', but this job has no other role",
     ),
     (
-        reward_model(data={"train": "t", "pairs_per_step": 2}, placement={"reward": {"ranks": 3}}),
-        "data.pairs_per_step (2) is less than placement.reward.ranks (3)",
+        reward_model(data={"train": "t", "rows_per_step": 2}, placement={"reward": {"ranks": 3}}),
+        "data.rows_per_step (2) is less than placement.reward.ranks (3)",
     ),
     (
         reward_model(run={"dir": "d", "keep_best": {"metric": "eval/accuracy"}}),

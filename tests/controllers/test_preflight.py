@@ -58,7 +58,7 @@ def pairs(tiny: Path) -> MakeConfig:
             "job": "reward_model",
             "name": "x",
             "reward": {"model": str(tiny / "models/tiny")},
-            "data": {**data, "pairs_per_step": 16},
+            "data": {**data, "rows_per_step": 16},
             "run": {"dir": "runs/x", "epochs": 2},
         }
         return parse_config(raw | sections)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_ray.config.data import PairData
+from rlhf_ray.config.data import ComparisonData
 from rlhf_ray.config.jobs import JobConfig, RewardModel, RewardModelJob
 from rlhf_ray.config.run import EpochRun
 from rlhf_ray.telemetry.errors import DamagedFileError
@@ -21,7 +21,7 @@ def _config() -> JobConfig:
         name="demo",
         seed=7,
         reward=RewardModel(model="models/tiny"),
-        data=PairData(train="pairs.jsonl"),
+        data=ComparisonData(train="pairs.jsonl"),
         run=EpochRun(dir="runs/demo"),
     )
 

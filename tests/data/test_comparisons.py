@@ -9,9 +9,9 @@ import pytest
 from tokenizers import normalizers
 from transformers import PreTrainedTokenizerFast
 
-from rlhf_ray.config.data import PairData
+from rlhf_ray.config.data import ComparisonData
+from rlhf_ray.data.comparisons import ComparisonSet, load_comparisons
 from rlhf_ray.data.errors import DataError, DataErrors
-from rlhf_ray.data.pairs import PairSet, load_pairs
 
 GOOD = "A warm and funny film with a wonderful cast."
 BAD = "A dull and ugly film with a terrible cast."
@@ -22,27 +22,32 @@ def file(tmp_path: Path) -> Path:
     return tmp_path / "pairs.jsonl"
 
 
-def load(path: Path, lines: list[Any], tokenizer: PreTrainedTokenizerFast, **config: Any) -> PairSet:
+def load(path: Path, lines: list[Any], tokenizer: PreTrainedTokenizerFast, **config: Any) -> ComparisonSet:
     path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
-    return load_pairs(PairData(**{"train": str(path), **config}), path, tokenizer)
+    return load_comparisons(ComparisonData(**{"train": str(path), **config}), path, tokenizer)
 
 
 def test_both_texts_of_a_pair_become_tokens(file: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     pairs = load(file, [{"chosen": GOOD, "rejected": BAD}, {"chosen": "Yes", "rejected": "No", "uid": "x"}], tokenizer)
     assert len(pairs) == 2
     assert pairs.uids == ("pairs:1", "x")
-    assert pairs.chosen(0).tolist() == tokenizer(GOOD)["input_ids"]
-    assert pairs.rejected(0).tolist() == tokenizer(BAD)["input_ids"]
-    assert pairs.chosen(1).tolist() == tokenizer("Yes")["input_ids"]
-    assert pairs.rejected(1).tolist() == tokenizer("No")["input_ids"]
-    assert pairs.chosen_tokens.dtype == pairs.rejected_tokens.dtype == np.int32
+    assert pairs.tokens(0).tolist() == tokenizer(GOOD)["input_ids"]
+    assert pairs.tokens(1).tolist() == tokenizer(BAD)["input_ids"]
+    assert pairs.tokens(2).tolist() == tokenizer("Yes")["input_ids"]
+    assert pairs.tokens(3).tolist() == tokenizer("No")["input_ids"]
+    assert pairs.token_ids.dtype == np.int32
+    assert pairs.ranks.tolist() == [0, 1, 0, 1]
+    assert pairs.candidates([1, 0]).tolist() == [2, 3, 0, 1]
+    assert pairs.lengths[0] == sum(len(tokenizer(text)["input_ids"]) for text in (GOOD, BAD))
+    assert pairs.first(1).tokens(1).tolist() == tokenizer(BAD)["input_ids"]
+    assert len(pairs.first(1).token_ids) == pairs.lengths[0]
     assert (pairs.dropped, pairs.truncated) == (0, 0)
 
 
 def test_the_prompt_is_prepended_to_both_texts(file: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     pairs = load(file, [{"prompt": "Is it good?", "chosen": " Yes", "rejected": " No"}], tokenizer)
-    assert pairs.chosen(0).tolist() == tokenizer("Is it good? Yes")["input_ids"]
-    assert pairs.rejected(0).tolist() == tokenizer("Is it good? No")["input_ids"]
+    assert pairs.tokens(0).tolist() == tokenizer("Is it good? Yes")["input_ids"]
+    assert pairs.tokens(1).tolist() == tokenizer("Is it good? No")["input_ids"]
 
 
 BAD_ROWS: list[tuple[Any, str]] = [
@@ -96,8 +101,8 @@ def test_a_pair_over_the_budget_is_dropped_whole_counted_and_reported(
 def test_truncation_keeps_the_end_of_each_text(file: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     rows = [{"chosen": "Yes", "rejected": BAD}, {"chosen": "Yes", "rejected": "No"}]
     pairs = load(file, rows, tokenizer, max_tokens=5, overlong="truncate")
-    assert pairs.chosen(0).tolist() == tokenizer("Yes")["input_ids"]
-    assert pairs.rejected(0).tolist() == tokenizer(BAD)["input_ids"][-5:]
+    assert pairs.tokens(0).tolist() == tokenizer("Yes")["input_ids"]
+    assert pairs.tokens(1).tolist() == tokenizer(BAD)["input_ids"][-5:]
     assert (pairs.dropped, pairs.truncated) == (0, 1)
 
 
@@ -117,8 +122,8 @@ def test_a_file_without_a_usable_pair_is_an_error(file: Path, tokenizer: PreTrai
 
 
 def test_a_missing_file_names_the_setting_that_named_it(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    config = PairData(train=str(tmp_path / "train.jsonl"), eval=str(tmp_path / "eval.jsonl"))
+    config = ComparisonData(train=str(tmp_path / "train.jsonl"), eval=str(tmp_path / "eval.jsonl"))
     with pytest.raises(DataError, match=r"train.jsonl: can't be read .* see data.train"):
-        load_pairs(config, config.train, tokenizer)
+        load_comparisons(config, config.train, tokenizer)
     with pytest.raises(DataError, match=r"eval.jsonl: can't be read .* see data.eval"):
-        load_pairs(config, str(config.eval), tokenizer)
+        load_comparisons(config, str(config.eval), tokenizer)

@@ -1,5 +1,6 @@
 """Pairs of texts of which a human liked one better, from a JSONL file, as tokens."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -7,30 +8,44 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rlhf_ray.config.data import PairData
+from rlhf_ray.config.data import ComparisonData
 from rlhf_ray.data.errors import DataError, DataErrors
 from rlhf_ray.data.rows import RowProblem, Uids, parse_rows, text_of
 from rlhf_ray.data.tokens import Tokenizer, flat_tokens, rows_within_budget, tokenise
-from rlhf_ray.data.trajectory import Offsets, Tokens, offsets_of
+from rlhf_ray.data.trajectory import Offsets, Tokens, offsets_of, take_rows
 
 
 @dataclass(frozen=True)
-class PairSet:
-    """All pairs that fit. The chosen text of pair i is `chosen_tokens[chosen_offsets[i]:chosen_offsets[i + 1]]`.
+class ComparisonSet:
+    """Texts in groups, with what people thought of the members of each.
+
+    Row i has the candidates `candidate_offsets[i]` to `candidate_offsets[i + 1]` (without the last), and candidate c is
+    `token_ids[token_offsets[c]:token_offsets[c + 1]]`: its prompt and its answer. A pair is a row of two candidates, a
+    ranking one of several, a judgement of a single answer one of one.
 
     Attributes:
-        uids: `[pairs]`, unique.
-        chosen_tokens, chosen_offsets: int32 `[tokens]`, int64 `[pairs + 1]`; prompt and chosen text.
-        rejected_tokens, rejected_offsets: the same of the rejected text.
-        dropped: pairs left out because a text was over the budget, or because cut to the budget both were the same.
-        truncated: pairs with a text of which only the end is here, because it was over the budget.
+        uids: `[rows]`, unique within a file.
+        token_ids: int32 `[tokens]`.
+        token_offsets: int64 `[candidates + 1]`.
+        answer_starts: int64 `[candidates]`, tokens of the prompt that each candidate begins with.
+        candidate_offsets: int64 `[rows + 1]`.
+        ranks: int64 `[candidates]`, 0 for the best of its row; equal numbers are ties. Of a row with one candidate, 0
+            is wanted and 1 unwanted.
+        margins: float32 `[rows]`, by how much the best is better than the next; 0 where the file does not say.
+        weights: float64 `[rows]`, what each row counts in a mean over rows; 1 where the file does not say.
+        dropped: rows left out because a candidate was over the budget, or because nothing was left to prefer after
+            the cut.
+        truncated: rows with a candidate that was cut to the budget.
     """
 
     uids: tuple[str, ...]
-    chosen_tokens: Tokens
-    chosen_offsets: Offsets
-    rejected_tokens: Tokens
-    rejected_offsets: Offsets
+    token_ids: Tokens
+    token_offsets: Offsets
+    answer_starts: NDArray[np.int64]
+    candidate_offsets: Offsets
+    ranks: NDArray[np.int64]
+    margins: NDArray[np.float32]
+    weights: NDArray[np.float64]
     dropped: int
     truncated: int
 
@@ -39,37 +54,36 @@ class PairSet:
 
     @property
     def lengths(self) -> NDArray[np.int64]:
-        """Tokens of both texts of each pair, int64 `[pairs]`."""
-        return np.diff(self.chosen_offsets) + np.diff(self.rejected_offsets)
+        """Tokens of all candidates of each row, int64 `[rows]`."""
+        return np.diff(self.token_offsets[self.candidate_offsets])
 
-    @property
-    def weights(self) -> NDArray[np.int64]:
-        """What each pair counts in a mean over pairs, int64 `[pairs]`."""
-        return np.ones(len(self), np.int64)
-
-    def first(self, pairs: int | None) -> "PairSet":
-        """The first `pairs` pairs; None takes all."""
-        if pairs is None or pairs >= len(self):
+    def first(self, rows: int | None) -> "ComparisonSet":
+        """The first `rows` rows; None takes all."""
+        if rows is None or rows >= len(self):
             return self
+        candidates = self.candidate_offsets[rows]
         return replace(
             self,
-            uids=self.uids[:pairs],
-            chosen_tokens=self.chosen_tokens[: self.chosen_offsets[pairs]],
-            chosen_offsets=self.chosen_offsets[: pairs + 1],
-            rejected_tokens=self.rejected_tokens[: self.rejected_offsets[pairs]],
-            rejected_offsets=self.rejected_offsets[: pairs + 1],
+            uids=self.uids[:rows],
+            token_ids=self.token_ids[: self.token_offsets[candidates]],
+            token_offsets=self.token_offsets[: candidates + 1],
+            answer_starts=self.answer_starts[:candidates],
+            candidate_offsets=self.candidate_offsets[: rows + 1],
+            ranks=self.ranks[:candidates],
+            margins=self.margins[:rows],
+            weights=self.weights[:rows],
         )
 
-    def chosen(self, index: int) -> Tokens:
-        """Tokens of one pair's prompt and chosen text."""
-        return self.chosen_tokens[self.chosen_offsets[index] : self.chosen_offsets[index + 1]]
+    def candidates(self, rows: Sequence[int]) -> NDArray[np.int64]:
+        """Numbers of the candidates of some rows, row by row, int64."""
+        return take_rows(self.candidate_offsets, rows)
 
-    def rejected(self, index: int) -> Tokens:
-        """Tokens of one pair's prompt and rejected text."""
-        return self.rejected_tokens[self.rejected_offsets[index] : self.rejected_offsets[index + 1]]
+    def tokens(self, candidate: int) -> Tokens:
+        """Prompt and answer of one candidate."""
+        return self.token_ids[self.token_offsets[candidate] : self.token_offsets[candidate + 1]]
 
 
-def load_pairs(config: PairData, path: str | Path, tokenizer: Tokenizer) -> PairSet:
+def load_comparisons(config: ComparisonData, path: str | Path, tokenizer: Tokenizer) -> ComparisonSet:
     """Read and tokenise a file of pairs.
 
     The prompt of a row, where there is one, is prepended to both texts as it is; each text is then tokenised whole,
@@ -105,14 +119,16 @@ def load_pairs(config: PairData, path: str | Path, tokenizer: Tokenizer) -> Pair
     kept, dropped, truncated = rows_within_budget(
         file, "pairs", "end", [pair.uid for pair in pairs], over, same, config
     )
-    chosen_rows = [chosen[i][-budget:] for i in kept]
-    rejected_rows = [rejected[i][-budget:] for i in kept]
-    return PairSet(
+    texts = [text[i][-budget:] for i in kept for text in (chosen, rejected)]
+    return ComparisonSet(
         uids=tuple(pairs[i].uid for i in kept),
-        chosen_tokens=flat_tokens(chosen_rows),
-        chosen_offsets=offsets_of([len(row) for row in chosen_rows]),
-        rejected_tokens=flat_tokens(rejected_rows),
-        rejected_offsets=offsets_of([len(row) for row in rejected_rows]),
+        token_ids=flat_tokens(texts),
+        token_offsets=offsets_of([len(text) for text in texts]),
+        answer_starts=np.zeros(len(texts), np.int64),
+        candidate_offsets=np.arange(0, len(texts) + 1, 2),
+        ranks=np.tile([0, 1], len(kept)),
+        margins=np.zeros(len(kept), np.float32),
+        weights=np.ones(len(kept)),
         dropped=dropped,
         truncated=truncated,
     )
