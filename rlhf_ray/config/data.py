@@ -45,6 +45,17 @@ class ComparisonData(Section):
     """What happens to a pair over the budget; `truncate` keeps the end of each text. Both are reported."""
 
 
+class PreferenceData(ComparisonData):
+    """Answers that people preferred to others, or judged one by one."""
+
+    train: str
+    """JSONL file; a row has `chosen` and `rejected` and mostly `prompt`, or `prompt`, `completion` and `label`."""
+    max_tokens: PositiveInt = 1024
+    """Budget of one answer with its prompt."""
+    overlong: Literal["drop", "truncate"] = "drop"
+    """What happens to a row over the budget; `truncate` keeps the beginning of each answer. Both are reported."""
+
+
 class ConversationSource(Section):
     """One of several files of rows."""
 

@@ -190,6 +190,14 @@ def _describe(root: type[BaseModel], detail: dict[str, Any]) -> str:
         return f"{path}: is required"
     if detail["type"] == "value_error":
         return _with_full_paths(detail["msg"].removeprefix("Value error, "), path)
+    if detail["type"] == "union_tag_not_found":
+        return f"{path}: needs the key type"
+    if detail["type"] == "union_tag_invalid":
+        known = detail["ctx"]["expected_tags"].replace("'", "").split(", ")
+        tag = detail["ctx"]["tag"]
+        close = _nearest(tag, known)
+        said = f"did you mean {close!r}?" if close else f"known: {', '.join(known)}"
+        return f"{path}.type: {tag!r} is not known; {said}"
     message = {
         "tuple_type": "should be a list",
         "model_type": "should be a section",
@@ -221,9 +229,15 @@ def _section_at(root: type[BaseModel], location: Sequence[int | str]) -> type[Ba
             members = _sections_in(section.model_fields[part].annotation)
             section = members[0] if len(members) == 1 else None
         elif members:
-            section = next((member for member in members if part in member.model_fields), None)
+            section = next((member for member in members if part in _tags_of(member)), None)
             members = []
     return section
+
+
+def _tags_of(member: type[BaseModel]) -> Iterable[str]:
+    """What tells a member of a union from the others: a value of its `type`, else the names of its keys."""
+    kind = member.model_fields.get("type")
+    return member.model_fields if kind is None else get_args(kind.annotation)
 
 
 def _sections_in(annotation: Any) -> list[type[BaseModel]]:

@@ -63,7 +63,7 @@ def _default(field: FieldInfo) -> str:
     if isinstance(value, str):
         return f"`{value}`" if value else '`""`'
     if isinstance(value, tuple):
-        value = list(value)
+        value = [entry.model_dump(exclude_unset=True) if isinstance(entry, BaseModel) else entry for entry in value]
     return f"`{str(value).lower() if isinstance(value, bool) else value!r}`"
 
 
@@ -99,6 +99,9 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
 
 
 def _kind(section: type[BaseModel]) -> str:
+    """What tells a member of a union from the others."""
+    if "type" in section.model_fields:
+        return f"type: {_type_name(section.model_fields['type'].annotation).replace('`', '')}"
     return next(kind for kind in ("model", "function", "url") if kind in section.model_fields)
 
 

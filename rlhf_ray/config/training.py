@@ -4,7 +4,15 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from rlhf_ray.config.base import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
+from rlhf_ray.config.base import (
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveFraction,
+    PositiveInt,
+    Section,
+)
 
 Dtype = Literal["bfloat16", "float32"]
 
@@ -132,3 +140,26 @@ class Reference(Section):
     """`policy` is the policy as it was before training; else a model folder with the same tokenizer."""
     engine: ScoringEngine = ScoringEngine()
     """How it is held and fed."""
+
+
+class PreferenceReference(Reference):
+    """The model that the policy's log-probs are compared with."""
+
+    cache: str | None = None
+    """Folder for the log-probs of whole data sets: they are computed once, and read by every run with the same model,
+    data and template. None computes those of each step when it comes."""
+    update_every: NonNegativeInt = 0
+    """Optimizer steps between updates of the reference from the policy (TR-DPO); 0 leaves it as it is."""
+    update_mix: PositiveFraction = 1.0
+    """Share of the policy in an update: 1 replaces the reference, less mixes weight by weight."""
+
+    @model_validator(mode="after")
+    def _cached_is_fixed(self) -> "PreferenceReference":
+        if self.cache is not None and self.update_every:
+            raise ValueError(
+                f".cache holds log-probs of a reference that stays as it is, but .update_every is {self.update_every}: "
+                "leave one of them out"
+            )
+        if self.update_mix != 1.0 and not self.update_every:
+            raise ValueError(".update_mix has no effect while .update_every is 0")
+        return self

@@ -57,6 +57,11 @@ class ComparisonSet:
         """Tokens of all candidates of each row, int64 `[rows]`."""
         return np.diff(self.token_offsets[self.candidate_offsets])
 
+    @property
+    def answer_lengths(self) -> NDArray[np.int64]:
+        """Tokens of the answer of each candidate, int64 `[candidates]`."""
+        return np.diff(self.token_offsets) - self.answer_starts
+
     def first(self, rows: int | None) -> "ComparisonSet":
         """The first `rows` rows; None takes all."""
         if rows is None or rows >= len(self):
@@ -77,6 +82,11 @@ class ComparisonSet:
     def candidates(self, rows: Sequence[int]) -> NDArray[np.int64]:
         """Numbers of the candidates of some rows, row by row, int64."""
         return take_rows(self.candidate_offsets, rows)
+
+    def rows_of(self, candidates: Sequence[int]) -> list[int]:
+        """The row of each candidate."""
+        rows: list[int] = (np.searchsorted(self.candidate_offsets, candidates, side="right") - 1).tolist()
+        return rows
 
     def tokens(self, candidate: int) -> Tokens:
         """Prompt and answer of one candidate."""

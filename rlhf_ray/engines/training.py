@@ -1,13 +1,14 @@
 """One rank of a DeepSpeed engine: forward, backward, step, checkpoint, and the weights it can send."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -98,6 +99,7 @@ class ForwardEngine:
 
     def __init__(self, model: nn.Module, engine: config.ScoringEngine) -> None:
         model.eval().requires_grad_(False).to(platform().device)
+        self.model = model
         self._forward: Callable[..., Any] = model
         if engine.zero_stage == 3:
             self._forward, *_ = deepspeed.initialize(model=model, config=_deepspeed_config(engine))
@@ -107,6 +109,34 @@ class ForwardEngine:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward pass, without gradients."""
         return self._forward(*args, **kwargs)
+
+    def mix(self, weights: Mapping[str, torch.Tensor], share: float) -> None:
+        """Move weights, by Hugging Face name, by `share` of their way to these; collective, the same on every rank."""
+        own = dict(named_weights(self.model))
+        for name, weight in weights.items():
+            parameter = own[name]
+            sharded = [parameter] if hasattr(parameter, "ds_id") else []
+            with deepspeed.zero.GatheredParameters(sharded, modifier_rank=0):
+                # In float32: a small share of a small difference is less than a step of bfloat16.
+                mixed = torch.lerp(parameter.data.float(), weight.to(parameter.device).float(), share)
+                parameter.data.copy_(mixed)
+
+    def save(self, folder: Path, *, write: bool) -> None:
+        """Write the weights whole; collective, one rank writes."""
+        weights = {}
+        for name, weight in full_weights(self.model, bucket_bytes=256 * 2**20):
+            if write:
+                weights[name] = weight.to("cpu", copy=True)
+        if write:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(weights, folder / _REFERENCE_FILE)
+
+    def load(self, folder: Path) -> None:
+        """Read what `save` wrote; collective."""
+        self.mix(load_file(folder / _REFERENCE_FILE), share=1.0)
+
+
+_REFERENCE_FILE = "weights.safetensors"
 
 
 def lr_factor(optimizer: config.Optimizer, total_steps: int) -> Callable[[int], float]:

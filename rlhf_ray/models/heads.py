@@ -17,7 +17,7 @@ from transformers import (
 
 from rlhf_ray.models.attention import PACKED_ATTENTION
 from rlhf_ray.models.packed import PackedSequences
-from rlhf_ray.models.token_logprobs import TokenLogProbs
+from rlhf_ray.models.token_logprobs import Beside, TokenLogProbs
 
 
 class ModelError(Exception):
@@ -46,11 +46,17 @@ class CausalModel(nn.Module):
         self.token_logprobs = TokenLogProbs(model.get_output_embeddings(), vocab_chunk_tokens)
 
     def forward(
-        self, packed: PackedSequences, positions: torch.Tensor, targets: torch.Tensor, temperature: float
+        self,
+        packed: PackedSequences,
+        positions: torch.Tensor,
+        targets: torch.Tensor,
+        temperature: float,
+        beside: Beside = "entropy",
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probs of `targets` `[positions]` as predicted at `positions` of the pack, and entropies there."""
+        """Log-probs of `targets` `[positions]` as predicted at `positions` of the pack, and what `TokenLogProbs`
+        measures beside them."""
         hidden = _hidden_states(self.model, packed)
-        out = self.token_logprobs(hidden[positions], targets, temperature)
+        out = self.token_logprobs(hidden[positions], targets, temperature, beside)
         return out
 
 
