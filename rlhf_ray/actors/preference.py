@@ -78,10 +78,14 @@ class PreferenceWorker(EpochTrainedWorker):
 
     def load_model(self, policy: Policy, algorithm: Preference, total_steps: int) -> None:
         """Load the model and build its training engine; collective."""
+        self.use(algorithm)
+        self.load_language_model(policy, total_steps)
+
+    def use(self, algorithm: Preference) -> None:
+        """Learn by these losses."""
         self.algorithm = algorithm
         self._alone = [loss for loss in algorithm.loss if not isinstance(loss, TransportLoss)]
         self._together = [loss for loss in algorithm.loss if isinstance(loss, TransportLoss)]
-        self.load_language_model(policy, total_steps)
 
     @torch.no_grad()
     def answer_logprobs(self, data: Refs, micro_batches: Sequence[Sequence[int]]) -> AnswerLogProbs:
@@ -108,11 +112,28 @@ class PreferenceWorker(EpochTrainedWorker):
             return [*refs, ray.put(bucket)] if bucket else refs
 
     def prepare_losses(self, data: ComparisonSet, context: StepContext) -> None:
-        """Fetch the reference's log-probs, and find what depends on all rows of the step."""
-        self._shift = context.shift
-        self._reference = _fetch(context.reference)
-        self._kl = _mismatched_kl(*map(_fetch, context.mismatched))
-        self._slopes = self._slopes_of(data, _fetch(context.policy)) if self._together else None
+        """Fetch what the losses take as given."""
+        reference, policy, *others = map(_fetch, (context.reference, context.policy, *context.mismatched))
+        self.take_as_given(data, reference, policy, _mismatched_kl(*others), context.shift)
+
+    def take_as_given(
+        self,
+        data: ComparisonSet,
+        reference: AnswerLogProbs | None,
+        policy: AnswerLogProbs | None,
+        kl: float,
+        shift: float,
+    ) -> None:
+        """What the losses of a step depend on beside the policy's present log-probs of a row.
+
+        Args:
+            reference: of the step's rows, None when there is no reference.
+            policy: of all rows of the step before it, None when no loss couples them.
+            kl: of KTO.
+            shift: of BCO.
+        """
+        self._reference, self._kl, self._shift = reference, kl, shift
+        self._slopes = None if policy is None else self._slopes_of(data, policy)
 
     def micro_batch_loss(self, data: ComparisonSet, rows: Sequence[int]) -> tuple[torch.Tensor, Stats]:
         """Sum of the losses of some rows, each times the row's weight."""
@@ -154,8 +175,7 @@ class PreferenceWorker(EpochTrainedWorker):
             logprobs, reference = logprobs * weights, reference * weights
         return Answers(sum_by_answer(logprobs, lengths), sum_by_answer(reference, lengths), lengths)
 
-    def _slopes_of(self, data: ComparisonSet, before: AnswerLogProbs | None) -> Slopes:
-        assert before is not None
+    def _slopes_of(self, data: ComparisonSet, before: AnswerLogProbs) -> Slopes:
         candidates = sorted(before.candidates)
         device = platform().device
         lengths = torch.from_numpy(data.answer_lengths[candidates]).to(device)
