@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from rich.text import Text
 
-from rlhf_ray.config.jobs import EpochJob, JobConfig, PPOJob, RewardModelJob
+from rlhf_ray.config.jobs import EpochJob, JobConfig, PPOJob, PreferenceJob, RewardModelJob, SFTJob
 from rlhf_ray.config.placement import RolePlacement
 from rlhf_ray.config.rewards import FunctionReward, HttpReward, ModelReward, part_name
 from rlhf_ray.config.training import ScoringEngine, TrainingEngine
@@ -81,10 +81,28 @@ def _epoch_lines(config: EpochJob, inputs: "EpochInputs | None") -> Iterator[Lin
     yield "steps", f"{steps}, {role.rows_per_step} {rows} a step"
     held = _held(role.ranks, "rank", role.placement.cpus, role.placement.gpus)
     yield role.name, f"{role.trained.model} · {_engine(role.trained.engine)} · {held}"
+    if isinstance(config, PreferenceJob):
+        yield from _preference_lines(config)
     if inputs is not None:
         yield rows, _counts(inputs.train)
         if inputs.held_out is not None:
             yield f"held-out {rows}", _counts(inputs.held_out)
+
+
+def _preference_lines(config: PreferenceJob) -> Iterator[Line]:
+    yield (
+        "loss",
+        " + ".join(loss.type if loss.weight == 1 else f"{loss.weight:g} {loss.type}" for loss in config.algorithm.loss),
+    )
+    if not config.algorithm.needs_reference:
+        return
+    place = config.placement.reference
+    ranks = config.placement.reference_ranks
+    beside = (
+        f"{_several(ranks, 'rank')} beside policy" if place.colocate else _held(ranks, "rank", place.cpus, place.gpus)
+    )
+    cache = "" if config.reference.cache is None else f" · log-probs kept in {config.reference.cache}"
+    yield "reference", f"{config.reference_model} · {_engine(config.reference.engine)} · {beside}{cache}"
 
 
 def _engine(engine: TrainingEngine | ScoringEngine) -> str:
@@ -140,7 +158,7 @@ def run_lines(config: JobConfig, folder: Path) -> Iterator[Line]:
     if isinstance(config, PPOJob):
         yield from _reward_lines(config, rows)
     else:
-        yield _held_out_line(rows, "accuracy" if isinstance(config, RewardModelJob) else "perplexity")
+        yield _held_out_line(rows, _headline(config))
     files = {
         "metrics": "metrics.jsonl",
         "curves": "curves.png",
@@ -168,6 +186,13 @@ def _reward_lines(config: PPOJob, rows: Sequence[Metrics]) -> Iterator[Line]:
             found = reward_summary(rows, name)
             note = " (never trained on)" if part.weight == 0 else ""
             yield name, f"{found.first:.3f} → {found.last:.3f} ({found.last - found.first:+.3f}){note}"
+
+
+def _headline(config: EpochJob) -> str:
+    """The metric of an evaluation that says most."""
+    if isinstance(config, SFTJob):
+        return "perplexity"
+    return "loss" if isinstance(config, PreferenceJob) and config.algorithm.unpaired else "accuracy"
 
 
 def _held_out_line(rows: Sequence[Metrics], what: str) -> Line:
