@@ -6,7 +6,7 @@ import torch
 
 from rlhf_ray.actors.epoch_training import EpochTrainedWorker
 from rlhf_ray.actors.trained import Stats
-from rlhf_ray.algorithms.preference_loss import bradley_terry_loss
+from rlhf_ray.algorithms.reward_model.pairwise import bradley_terry_loss
 from rlhf_ray.config.jobs import RewardModel
 from rlhf_ray.data.comparisons import ComparisonSet
 from rlhf_ray.engines.training import DTYPES, TrainingEngine
