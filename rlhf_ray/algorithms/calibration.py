@@ -101,9 +101,7 @@ def clustered_share(correct: Bools, clusters: NDArray[np.integer]) -> Share:
     return Share(p, low, high, count)
 
 
-def accuracy_by_bucket(
-    values: Floats, correct: Bools, clusters: NDArray[np.integer], buckets: int = 4
-) -> list[Bucket]:
+def accuracy_by_bucket(values: Floats, correct: Bools, clusters: NDArray[np.integer], buckets: int = 4) -> list[Bucket]:
     """Pairs in buckets of about equally many by some value of theirs, and how many of each bucket are right.
 
     Equal values stay together. Where there are no more of them than buckets, each has its own.

@@ -99,6 +99,9 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
 
 
 def _kind(section: type[BaseModel]) -> str:
+    """What tells a member of a union from the others."""
+    if "type" in section.model_fields:
+        return f"type: {_type_name(section.model_fields['type'].annotation).replace('`', '')}"
     return next(kind for kind in ("model", "function", "url") if kind in section.model_fields)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import ray
+from numpy.typing import NDArray
 
 from rlhf_ray.actors.group import ActorGroup
 from rlhf_ray.actors.trained import NonFiniteLossError
@@ -13,11 +14,12 @@ from rlhf_ray.actors.waiting import wait_all
 from rlhf_ray.config.jobs import EpochJob, SFTJob
 from rlhf_ray.controllers.early_stop import EarlyStop
 from rlhf_ray.controllers.ppo_report import StepRecord, TrainingDiverged, write_failed_samples
-from rlhf_ray.controllers.preflight import EpochInputs, RowSet
+from rlhf_ray.controllers.preflight import EpochInputs
 from rlhf_ray.controllers.run_folder import Checkpointing, RunFolder
 from rlhf_ray.data.cursor import PromptCursor
 from rlhf_ray.data.packing import plan_micro_batches
 from rlhf_ray.data.seeds import derive_seed
+from rlhf_ray.models.score_scale import ScoreScale
 from rlhf_ray.telemetry.metrics import Metrics, reduce_means
 
 logger = logging.getLogger("rlhf_ray")
@@ -41,6 +43,8 @@ class EpochController:
         self.checkpointing = checkpointing
         self.step = 0
         self.total = inputs.steps
+        # Of the step whose weights the ranks hold.
+        self.metrics: Metrics = {}
         self.cursor = PromptCursor(len(inputs.train), derive_seed(config.seed, "rows"), shuffle=True)
         run = config.run
         self.early_stop = EarlyStop(run.keep_best, run.patience) if run.keep_best and run.patience else None
@@ -51,7 +55,7 @@ class EpochController:
         """All steps from where the run stands."""
         if self.folder.resumed is not None:
             self.checkpointing.load(self.folder.resumed)
-            self.step = self.folder.resumed.step
+            self.step, self.metrics = self.folder.resumed.step, self.folder.resumed.metrics
             self.cursor.load_state_dict(self.folder.resumed.state["cursor"])
             if self.early_stop is not None and "early_stop" in self.folder.resumed.state:
                 self.early_stop.load_state_dict(self.folder.resumed.state["early_stop"])
@@ -61,7 +65,7 @@ class EpochController:
         if self.early_stop is not None:
             self._go_back_to_the_best()
         if self.config.run.export:
-            self.checkpointing.export(self.config.role.name, wait=True)
+            self._export(wait=True)
 
     def train_step(self, step: int) -> None:
         """One optimizer step, with evaluation and checkpoint when due."""
@@ -84,8 +88,8 @@ class EpochController:
         metrics["throughput/train_tokens_per_s"] = float(lengths.sum()) / max(report.seconds for report in reports)
         last, every = step == self.total, self.config.run.eval_every
         best = False
-        if self.inputs.held_out is not None and (last or (every and step % every == 0)):
-            metrics |= self._evaluate(self.inputs.held_out)
+        if last or (every and step % every == 0):
+            metrics |= self.evaluate()
             best = self.early_stop is not None and self.early_stop.is_best(metrics)
         last = last or self._over
         due = best or self.folder.checkpoint_due(step, last)
@@ -94,10 +98,20 @@ class EpochController:
                 self.checkpointing.save(step)
         metrics |= record.timings(self.folder.collect_spans([self.group], self.config.run.timeouts.setup_s))
         self.folder.log_step(step, metrics)
+        self.metrics = metrics
         if due:
             self.checkpointing.commit(step, self._state(last), metrics)
             if self.config.run.export and not last:
-                self.checkpointing.export(self.config.role.name, wait=False)
+                self._export(wait=False)
+
+    def evaluate(self) -> Metrics:
+        """Metrics of the held-out rows, none without them."""
+        if self.inputs.held_out is None:
+            return {}
+        found = reduce_means(self._on_rows("evaluate", self.inputs.held_out.lengths, self._held_out))
+        if isinstance(self.config, SFTJob):
+            found["perplexity"] = math.exp(found["loss"])
+        return {f"eval/{name}": value for name, value in found.items()}
 
     @property
     def _over(self) -> bool:
@@ -109,26 +123,30 @@ class EpochController:
             state["early_stop"] = self.early_stop.state_dict()
         return state
 
-    def _go_back_to_the_best(self) -> None:
-        """Give the ranks the weights of the best checkpoint, which is what is exported."""
+    def _go_back_to_the_best(self) -> bool:
+        """Give the ranks the weights of the best checkpoint, which is what is exported; False if they have them."""
         best = self.folder.checkpoints.best()
-        if best is not None and best.step != self.step:
-            logger.info("the model of step %d was the best: it is exported", best.step)
-            self.checkpointing.load(best)
+        if best is None or best.step == self.step:
+            return False
+        logger.info("the model of step %d was the best: it is exported", best.step)
+        self.checkpointing.load(best)
+        self.step, self.metrics = best.step, best.metrics
+        return True
 
     def _rows_of(self, step: int) -> int:
         """Rows of a step: epochs do not run into each other, so the last step of one takes what is left."""
         per_step, per_epoch = self.config.role.rows_per_step, self.total // self.config.run.epochs
         return min(per_step, len(self.inputs.train) - (step - 1) % per_epoch * per_step)
 
-    def _evaluate(self, held_out: RowSet) -> Metrics:
+    def _on_rows(self, method: str, lengths: NDArray[np.int64], data: list[ray.ObjectRef]) -> list[Any]:
+        """What a method that learns nothing gives for the rows of a data set, by rank."""
         role = self.config.role
-        plan = plan_micro_batches(held_out.lengths, len(self.group), role.trained.engine.micro_batch_tokens)
-        refs = self.group.call_each("evaluate", [(self._held_out, mine) for mine in plan])
-        found = reduce_means(self._wait(refs, "evaluate", "score_s"))
-        if isinstance(self.config, SFTJob):
-            found["perplexity"] = math.exp(found["loss"])
-        return {f"eval/{name}": value for name, value in found.items()}
+        plan = plan_micro_batches(lengths, len(self.group), role.trained.engine.micro_batch_tokens)
+        return self._wait(self.group.call_each(method, [(data, mine) for mine in plan]), method, "score_s")
+
+    def _export(self, *, wait: bool) -> None:
+        scale = ScoreScale.of_metrics(self.metrics)
+        self.checkpointing.export(self.config.role.name, wait=wait, scale=scale)
 
     def _wait(self, refs: list[ray.ObjectRef], what: str, limit: str) -> list[Any]:
         timeout_s = getattr(self.config.run.timeouts, limit)

@@ -123,7 +123,7 @@ def epoch_role(config: EpochJob, total_steps: int) -> Iterator[ActorGroup]:
     seating = Seating(config.placement.placement_timeout_s)
     role = config.role
     worker, arguments = (
-        (RewardTrainingWorker, (config.reward, total_steps, config.seed))
+        (RewardTrainingWorker, (config.reward, config.loss, total_steps, config.seed))
         if isinstance(config, RewardModelJob)
         else (SFTWorker, (config.policy, total_steps))
     )

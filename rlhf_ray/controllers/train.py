@@ -4,14 +4,16 @@ import logging
 from pathlib import Path
 
 from rlhf_ray.cluster.session import ray_session
-from rlhf_ray.config.jobs import EpochJob, JobConfig, PPOJob
+from rlhf_ray.config.jobs import EpochJob, JobConfig, PPOJob, RewardModelJob
 from rlhf_ray.controllers.epochs import ENDED, EpochController
 from rlhf_ray.controllers.ppo import PPOController
 from rlhf_ray.controllers.preflight import EpochInputs, PPOInputs, check
+from rlhf_ray.controllers.reward_model import RewardModelController
 from rlhf_ray.controllers.roles import epoch_role, ppo_roles
 from rlhf_ray.controllers.run_folder import Checkpointing, RunFolder
 from rlhf_ray.recovery.checkpoints import CheckpointStore
 from rlhf_ray.telemetry.plots import plot_curves
+from rlhf_ray.telemetry.reliability_plot import plot_reliability
 
 logger = logging.getLogger("rlhf_ray")
 
@@ -34,6 +36,8 @@ def train(config: JobConfig) -> Path:
             _train_ppo(config, inputs)
         elif not isinstance(config, PPOJob) and isinstance(inputs, EpochInputs):
             _train_epochs(config, inputs)
+    if isinstance(config, RewardModelJob):
+        plot_reliability(folder)
     plot_curves(folder)
     return folder
 
@@ -69,4 +73,5 @@ def _train_ppo(config: PPOJob, inputs: PPOInputs) -> None:
 def _train_epochs(config: EpochJob, inputs: EpochInputs) -> None:
     with RunFolder(config, inputs.steps) as folder, epoch_role(config, inputs.steps) as group:
         checkpointing = Checkpointing(folder, {config.role.name: group}, config.run.timeouts.checkpoint_s)
-        EpochController(config, inputs, group, folder, checkpointing).train()
+        controller = RewardModelController if isinstance(config, RewardModelJob) else EpochController
+        controller(config, inputs, group, folder, checkpointing).train()
