@@ -11,6 +11,7 @@ from rlhf_ray.data.trajectory import Floats, TrajectoryBatch, offsets_of
 from rlhf_ray.engines.training import DTYPES, ForwardEngine
 from rlhf_ray.models.heads import load_scalar, load_tokenizer
 from rlhf_ray.models.responses import ResponsePack
+from rlhf_ray.models.score_scale import scale_of
 from rlhf_ray.platform import platform
 from rlhf_ray.rewards.errors import RewardError
 from rlhf_ray.rewards.function import FunctionScorer
@@ -48,6 +49,7 @@ class RewardModelWorker(Worker):
         self.part, self.name = part, name
         model = load_scalar(part.model, dtype=DTYPES[part.engine.dtype], trust_remote_code=part.trust_remote_code)
         self.engine = ForwardEngine(model, part.engine)
+        self._scale = scale_of(part.model, trust_remote_code=part.trust_remote_code) if part.normalise else None
         self._tokenizers = (
             None
             if same_tokens
@@ -68,7 +70,8 @@ class RewardModelWorker(Worker):
                 pack = ResponsePack.of(batch, micro_batch, platform().device)
                 scores.append(self.engine(pack.packed, pack.last).float().cpu().numpy())
                 samples += micro_batch
-            found = ScorePart(tuple(samples), np.concatenate(scores))
+            together = np.concatenate(scores)
+            found = ScorePart(tuple(samples), self._scale.normalise(together) if self._scale else together)
         bad = [batch.uids[s] for s, score in zip(samples, found.scores, strict=True) if not np.isfinite(score)]
         if bad:
             raise RewardError(self.name, f"the reward model {self.part.model!r} gave NaN or infinity", bad)

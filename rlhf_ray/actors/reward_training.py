@@ -1,26 +1,45 @@
 """A rank of a reward model in training."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+import numpy as np
+import ray
 import torch
+from numpy.typing import NDArray
 
 from rlhf_ray.actors.epoch_training import EpochTrainedWorker
+from rlhf_ray.actors.reward_losses import Judgements, row_losses, row_stats
 from rlhf_ray.actors.trained import Stats
-from rlhf_ray.algorithms.preference_loss import bradley_terry_loss
+from rlhf_ray.actors.waiting import fetch_data
 from rlhf_ray.config.jobs import RewardModel
+from rlhf_ray.config.reward_loss import RewardLoss
 from rlhf_ray.data.comparisons import ComparisonSet
 from rlhf_ray.engines.training import DTYPES, TrainingEngine
 from rlhf_ray.models.heads import load_scalar
 from rlhf_ray.models.packed import PackedSequences
 from rlhf_ray.platform import platform
-from rlhf_ray.telemetry.metrics import Mean
+
+
+@dataclass(frozen=True)
+class CandidateScores:
+    """What one rank scored of a data set.
+
+    Attributes:
+        candidates: int64 `[scored]`, numbers of the candidates within the data set.
+        scores: float32 `[scored]`.
+    """
+
+    candidates: NDArray[np.int64]
+    scores: NDArray[np.float32]
 
 
 class RewardTrainingWorker(EpochTrainedWorker):
     """One rank of the reward model."""
 
-    def load_model(self, reward: RewardModel, total_steps: int, seed: int) -> None:
+    def load_model(self, reward: RewardModel, loss: RewardLoss, total_steps: int, seed: int) -> None:
         """Load the model and build its training engine; collective."""
+        self.loss = loss
         self.model_source, self.trust_remote_code = reward.model, reward.trust_remote_code
         model = load_scalar(
             reward.model, dtype=DTYPES[reward.engine.dtype], seed=seed, trust_remote_code=reward.trust_remote_code
@@ -28,18 +47,31 @@ class RewardTrainingWorker(EpochTrainedWorker):
         self.engine = TrainingEngine(model, reward.engine, reward.optimizer, total_steps)
 
     def micro_batch_loss(self, data: ComparisonSet, rows: Sequence[int]) -> tuple[torch.Tensor, Stats]:
-        """Sum of the Bradley–Terry losses of some pairs."""
-        device = platform().device
+        """Weighted sum of the losses of some rows."""
+        scores = self._scores(data, rows)
         if not rows:
-            packed = PackedSequences.of([data.tokens(0)[:1]], device)
-            return self.engine(packed, torch.zeros(1, dtype=torch.int64, device=device)).sum() * 0.0, {}
-        packed = PackedSequences.of([data.tokens(candidate) for candidate in data.candidates(rows)], device)
-        chosen, rejected = self.engine(packed, packed.cu_seqlens[1:].long() - 1).unflatten(0, (-1, 2)).unbind(1)
-        losses = bradley_terry_loss(chosen, rejected)
-        margins = (chosen - rejected).detach()
-        found = {
-            "loss": Mean(float(losses.detach().sum()), len(rows)),
-            "accuracy": Mean(float((margins > 0).sum()), len(rows)),
-            "margin": Mean(float(margins.sum()), len(rows)),
-        }
-        return losses.sum(), found
+            return scores.sum() * 0.0, {}
+        judged = Judgements.of(data, rows, scores.device)
+        losses = row_losses(self.loss, scores, judged)
+        return (losses * judged.weights).sum(), row_stats(losses, scores, judged)
+
+    @torch.no_grad()
+    def score(self, data: Sequence[ray.ObjectRef], micro_batches: Sequence[Sequence[int]]) -> CandidateScores:
+        """Scores of the candidates of this rank's rows, without learning from them.
+
+        Args:
+            data: reference to the data set, in a list so that it stays in the object store.
+        """
+        found: ComparisonSet = fetch_data(data, "the data set")[0]
+        with self.recorder.span("evaluate"):
+            # An empty micro-batch is a forward pass too, which ZeRO-3's collectives need.
+            scores = [self._scores(found, rows)[: len(found.candidates(rows))].cpu() for rows in micro_batches]
+        candidates = [found.candidates(rows) for rows in micro_batches]
+        return CandidateScores(np.concatenate(candidates), torch.cat(scores).numpy())
+
+    def _scores(self, data: ComparisonSet, rows: Sequence[int]) -> torch.Tensor:
+        """Scores of all candidates of some rows, row by row; without rows, that of a dummy."""
+        texts = [data.tokens(candidate) for candidate in data.candidates(rows)] if rows else [data.tokens(0)[:1]]
+        packed = PackedSequences.of(texts, platform().device)
+        scores: torch.Tensor = self.engine(packed, packed.cu_seqlens[1:].long() - 1)
+        return scores

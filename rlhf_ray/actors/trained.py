@@ -16,6 +16,7 @@ from rlhf_ray.actors.worker import Worker, load_rng, save_rng
 from rlhf_ray.config.training import Policy
 from rlhf_ray.engines.training import DTYPES, TrainingEngine, full_weights
 from rlhf_ray.models.heads import load_causal, load_tokenizer
+from rlhf_ray.models.score_scale import ScoreScale, write_scale
 from rlhf_ray.telemetry.metrics import Mean
 
 Stats = dict[str, Mean]
@@ -94,13 +95,17 @@ class TrainedWorker(Worker):
             self.engine.load(Path(folder))
             load_rng(Path(folder) / f"rng_rank{self.rank}.pt")
 
-    def start_export(self, folder: str) -> None:
-        """Copy the weights to host memory and write them in Hugging Face format from a thread, on rank 0."""
+    def start_export(self, folder: str, scale: ScoreScale | None = None) -> None:
+        """Copy the weights to host memory and write them in Hugging Face format from a thread, on rank 0.
+
+        Args:
+            scale: of the scores, for the config.json of a reward model.
+        """
         self.finish_export()
         with self.recorder.span("export"):
             weights = _host_copy(self.engine.model, keep=self.rank == 0)
         if self.rank == 0:
-            self._export = threading.Thread(target=self._write_export, args=(weights, Path(folder)), daemon=True)
+            self._export = threading.Thread(target=self._write_export, args=(weights, Path(folder), scale), daemon=True)
             self._export_error: Exception | None = None
             self._export.start()
 
@@ -118,12 +123,13 @@ class TrainedWorker(Worker):
         if self._export_error is not None:
             raise self._export_error
 
-    def _write_export(self, weights: dict[str, torch.Tensor], folder: Path) -> None:
+    def _write_export(self, weights: dict[str, torch.Tensor], folder: Path, scale: ScoreScale | None) -> None:
         try:
             partial = folder.with_name(folder.name + ".partial")
             shutil.rmtree(partial, ignore_errors=True)
             model: Any = self.engine.model.model
             model.save_pretrained(partial, state_dict=weights, safe_serialization=True)
+            write_scale(partial, scale)
             load_tokenizer(self.model_source, trust_remote_code=self.trust_remote_code).save_pretrained(partial)
             self.finish_export_folder(partial)
             previous = folder.with_name(folder.name + ".previous")

@@ -162,6 +162,8 @@ def run_lines(config: JobConfig, folder: Path) -> Iterator[Line]:
     files = {
         "metrics": "metrics.jsonl",
         "curves": "curves.png",
+        "report": "reward_report.md",
+        "reliability": "reliability.png",
         "samples": "samples.jsonl",
         "before and after": "before_after.md",
         "trace": "timeline.json",

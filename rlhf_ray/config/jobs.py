@@ -17,6 +17,7 @@ from rlhf_ray.config.placement import (
     SFTPlacement,
 )
 from rlhf_ray.config.preference import Preference
+from rlhf_ray.config.reward_loss import BradleyTerry, RewardLoss
 from rlhf_ray.config.rewards import ModelReward, RewardPart, part_name
 from rlhf_ray.config.rollout import Rollout
 from rlhf_ray.config.run import EpochRun, PPORun
@@ -186,14 +187,16 @@ class EpochRole:
 
 
 class RewardModelJob(_Job):
-    """Bradley–Terry training of a reward model on pairs."""
+    """Training of a reward model on pairs, choices or rankings."""
 
     job: Literal["reward_model"]
     """The job type."""
     reward: RewardModel
     """The model that is trained."""
+    loss: RewardLoss = BradleyTerry(type="bradley_terry")
+    """What it learns from a row."""
     data: ComparisonData
-    """The pairs."""
+    """The rows."""
     placement: RewardModelPlacement = RewardModelPlacement()
     """Where actors sit."""
     run: EpochRun

@@ -181,7 +181,7 @@ def _parse_scalar(text: str, override: str) -> Any:
 
 
 def _describe(root: type[BaseModel], detail: dict[str, Any]) -> str:
-    path = ".".join(str(part) for part in _without_tags(detail["loc"]))
+    path = ".".join(str(part) for part in _without_tags(root, detail["loc"]))
     if detail["type"] == "extra_forbidden":
         section = _section_at(root, detail["loc"][:-1])
         known = [field.alias or name for name, field in section.model_fields.items()] if section else []
@@ -201,15 +201,26 @@ def _describe(root: type[BaseModel], detail: dict[str, Any]) -> str:
     message = {
         "tuple_type": "should be a list",
         "model_type": "should be a section",
+        "model_attributes_type": "should be a section",
         "dict_type": "should be a section",
     }
     text = message.get(detail["type"], f"{detail['msg'][0].lower()}{detail['msg'][1:]}")
     return f"{path}: {text} (got {detail['input']!r})"
 
 
-def _without_tags(location: Sequence[int | str]) -> list[int | str]:
-    """The path as it stands in the file: pydantic puts the tag of a reward part's kind behind its index."""
-    return [part for i, part in enumerate(location) if i == 0 or not isinstance(location[i - 1], int)]
+def _without_tags(root: type[BaseModel], location: Sequence[int | str]) -> list[int | str]:
+    """The path as it stands in the file: pydantic puts the tag of a union's member behind its key or list index."""
+    return [part for i, part in enumerate(location) if isinstance(part, int) or not _is_tag(root, location[:i])]
+
+
+def _is_tag(root: type[BaseModel], before: Sequence[int | str]) -> bool:
+    """Whether what follows `before` is the tag of a member of a union of sections."""
+    keys = list(before)
+    while keys and isinstance(keys[-1], int):
+        keys.pop()
+    section = _section_at(root, keys[:-1]) if keys else None
+    field = section.model_fields.get(str(keys[-1])) if section else None
+    return field is not None and len(_sections_in(field.annotation)) > 1
 
 
 def _with_full_paths(message: str, path: str) -> str:

@@ -24,6 +24,9 @@ class ModelReward(_RewardPart):
     """Run Python code that comes with this model. Off unless you have read that code."""
     engine: ScoringEngine = ScoringEngine()
     """How it is held and fed."""
+    normalise: bool = False
+    """Make its scores (score − `score_mean`) ÷ `score_std`, which stand in the `config.json` of a model trained here:
+    mean and standard deviation over the texts that it was evaluated on."""
 
 
 class FunctionReward(_RewardPart):

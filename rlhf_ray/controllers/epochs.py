@@ -20,6 +20,7 @@ from rlhf_ray.controllers.run_folder import Checkpointing, RunFolder
 from rlhf_ray.data.cursor import PromptCursor
 from rlhf_ray.data.packing import plan_micro_batches
 from rlhf_ray.data.seeds import derive_seed
+from rlhf_ray.models.score_scale import ScoreScale
 from rlhf_ray.telemetry.metrics import Metrics, reduce_means
 
 logger = logging.getLogger("rlhf_ray")
@@ -57,6 +58,8 @@ class EpochController:
         self.checkpointing = checkpointing
         self.step = 0
         self.total = inputs.steps
+        # Of the step whose weights the ranks hold.
+        self.metrics: Metrics = {}
         self.cursor = PromptCursor(len(inputs.train), derive_seed(config.seed, "rows"), shuffle=True)
         run = config.run
         self.early_stop = EarlyStop(run.keep_best, run.patience) if run.keep_best and run.patience else None
@@ -67,7 +70,7 @@ class EpochController:
         """All steps from where the run stands."""
         if self.folder.resumed is not None:
             self.checkpointing.load(self.folder.resumed)
-            self.step = self.folder.resumed.step
+            self.step, self.metrics = self.folder.resumed.step, self.folder.resumed.metrics
             self.load_state_dict(self.folder.resumed.state)
         self.folder.start_progress()
         while self.step < self.total and not self._over:
@@ -75,7 +78,7 @@ class EpochController:
         if self.early_stop is not None:
             self._go_back_to_the_best()
         if self.config.run.export:
-            self.checkpointing.export(self.config.role.name, wait=True)
+            self._export(wait=True)
 
     def train_step(self, step: int) -> None:
         """One optimizer step, with evaluation and checkpoint when due."""
@@ -100,8 +103,8 @@ class EpochController:
         metrics["throughput/train_tokens_per_s"] = float(lengths.sum()) / max(report.seconds for report in reports)
         last, every = step == self.total, self.config.run.eval_every
         best = False
-        if self.held_out is not None and (last or (every and step % every == 0)):
-            metrics |= self._evaluate(self.held_out)
+        if last or (every and step % every == 0):
+            metrics |= self.evaluate()
             best = self.early_stop is not None and self.early_stop.is_best(metrics)
         last = last or self._over
         due = best or self.folder.checkpoint_due(step, last)
@@ -110,10 +113,21 @@ class EpochController:
                 self.checkpointing.save(step)
         metrics |= record.timings(self.folder.collect_spans(self.groups, self.config.run.timeouts.setup_s))
         self.folder.log_step(step, metrics)
+        self.metrics = metrics
         if due:
             self.checkpointing.commit(step, self.state_dict() | {ENDED: last}, metrics)
             if self.config.run.export and not last:
-                self.checkpointing.export(self.config.role.name, wait=False)
+                self._export(wait=False)
+
+    def evaluate(self) -> Metrics:
+        """Metrics of the held-out rows, none without them."""
+        if self.held_out is None:
+            return {}
+        context = self.context(self.held_out, np.arange(len(self.held_out.rows)))
+        found = reduce_means(self.on_rows("evaluate", self.held_out, context))
+        if isinstance(self.config, SFTJob):
+            found["perplexity"] = math.exp(found["loss"])
+        return {f"eval/{name}": value for name, value in found.items()}
 
     @property
     def _over(self) -> bool:
@@ -145,27 +159,31 @@ class EpochController:
         if self.early_stop is not None and "early_stop" in state:
             self.early_stop.load_state_dict(state["early_stop"])
 
-    def _go_back_to_the_best(self) -> None:
-        """Give the ranks the weights of the best checkpoint, which is what is exported."""
+    def _go_back_to_the_best(self) -> bool:
+        """Give the ranks the weights of the best checkpoint, which is what is exported; False if they have them."""
         best = self.folder.checkpoints.best()
-        if best is not None and best.step != self.step:
-            logger.info("the model of step %d was the best: it is exported", best.step)
-            self.checkpointing.load(best)
+        if best is None or best.step == self.step:
+            return False
+        logger.info("the model of step %d was the best: it is exported", best.step)
+        self.checkpointing.load(best)
+        self.step, self.metrics = best.step, best.metrics
+        return True
 
     def _rows_of(self, step: int) -> int:
         """Rows of a step: epochs do not run into each other, so the last step of one takes what is left."""
         per_step, per_epoch = self.config.role.rows_per_step, self.total // self.config.run.epochs
         return min(per_step, len(self.inputs.train) - (step - 1) % per_epoch * per_step)
 
-    def _evaluate(self, split: "Split") -> Metrics:
-        role, data = self.config.role, split.rows
-        plan = plan_micro_batches(data.lengths, len(self.group), role.trained.engine.micro_batch_tokens)
-        context = self.context(split, np.arange(len(data)))
-        refs = self.group.call_each("evaluate", [(split.ref, mine, context) for mine in plan])
-        found = reduce_means(self._wait(refs, "evaluate", "score_s"))
-        if isinstance(self.config, SFTJob):
-            found["perplexity"] = math.exp(found["loss"])
-        return {f"eval/{name}": value for name, value in found.items()}
+    def on_rows(self, method: str, split: "Split", *context: Any) -> list[Any]:
+        """What a method that learns nothing gives for the rows of a data set, by rank."""
+        max_tokens = self.config.role.trained.engine.micro_batch_tokens
+        plan = plan_micro_batches(split.rows.lengths, len(self.group), max_tokens)
+        refs = self.group.call_each(method, [(split.ref, mine, *context) for mine in plan])
+        return self._wait(refs, method, "score_s")
+
+    def _export(self, *, wait: bool) -> None:
+        scale = ScoreScale.of_metrics(self.metrics)
+        self.checkpointing.export(self.config.role.name, wait=wait, scale=scale)
 
     def _wait(self, refs: list[ray.ObjectRef], what: str, limit: str) -> list[Any]:
         timeout_s = getattr(self.config.run.timeouts, limit)

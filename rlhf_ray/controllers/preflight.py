@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_ray.config.jobs import EpochJob, JobConfig, PPOJob, PreferenceJob, SFTJob
+from rlhf_ray.config.jobs import EpochJob, JobConfig, PPOJob, PreferenceJob, RewardModelJob, SFTJob
 from rlhf_ray.config.loading import ConfigError
+from rlhf_ray.config.reward_loss import BradleyTerry
 from rlhf_ray.config.rewards import FunctionReward, HttpReward, ModelReward
 from rlhf_ray.data.comparisons import ComparisonSet, load_comparisons
 from rlhf_ray.data.conversations import ConversationSet, load_conversations, mix
@@ -25,6 +26,7 @@ from rlhf_ray.models.heads import (
     load_tokenizer,
     longest_sequence,
 )
+from rlhf_ray.models.score_scale import scale_of
 from rlhf_ray.rewards.errors import RewardError
 from rlhf_ray.rewards.function import FunctionScorer
 from rlhf_ray.rewards.http import HttpScorer
@@ -151,6 +153,11 @@ def _check_ppo(config: PPOJob, problems: list[str]) -> PPOInputs:
         with _collect(problems, f"reward.{index}"):
             if isinstance(part, ModelReward):
                 check_scores(part.model, trust_remote_code=part.trust_remote_code)
+                if part.normalise and scale_of(part.model, trust_remote_code=part.trust_remote_code) is None:
+                    problems.append(
+                        f"reward.{index}.normalise: the config.json of {part.model!r} has no score_mean and score_std: "
+                        "export a checkpoint that was evaluated, or leave this key out"
+                    )
                 if tokenizer is not None:
                     same_tokens.append(
                         _same_vocabulary(part.model, tokenizer, trust_remote_code=part.trust_remote_code)
@@ -182,9 +189,13 @@ def _check_epochs(config: EpochJob, problems: list[str]) -> EpochInputs:
         else:
             with _collect(problems, "data.train"):
                 train = load_comparisons(config.data, config.data.train, tokenizer).first(config.data.train_rows)
+                if isinstance(config, RewardModelJob):
+                    problems += _unfit_rows(config, "data.train", train)
         if config.data.eval is not None:
             with _collect(problems, "data.eval"):
                 held_out = _held_out(config, config.data.eval, tokenizer)
+                if isinstance(config, RewardModelJob) and isinstance(held_out, ComparisonSet):
+                    problems += _unfit_rows(config, "data.eval", held_out)
     if isinstance(config, PreferenceJob) and tokenizer is not None:
         _check_reference(config, tokenizer, problems)
     if problems or train is None:
@@ -224,6 +235,25 @@ def _held_out(config: EpochJob, path: str, tokenizer: PreTrainedTokenizerBase) -
     if isinstance(config, SFTJob):
         return load_conversations(config.data, path, tokenizer).first(config.data.eval_rows)
     return load_comparisons(config.data, path, tokenizer).first(config.data.eval_rows)
+
+
+def _unfit_rows(config: RewardModelJob, setting: str, rows: ComparisonSet) -> Iterator[str]:
+    """What of judged rows the loss of a reward model can't learn from."""
+    counts = np.diff(rows.candidate_offsets)
+    single = np.flatnonzero(counts == 1)
+    if len(single):
+        yield (
+            f"{setting}: {len(single)} rows, the first of them {rows.uids[single[0]]!r}, have one candidate: a reward "
+            "model learns from comparisons of at least two"
+        )
+    several = np.flatnonzero(counts > 2)
+    if len(several) and isinstance(config.loss, BradleyTerry):
+        yield (
+            f"{setting}: {len(several)} rows, the first of them {rows.uids[several[0]]!r}, have more than two "
+            "candidates, but loss.type is 'bradley_terry': set it to 'softmax', 'plackett_luce' or 'all_pairs'"
+        )
+    if not rows.ranks.any():
+        yield f"{setting}: every row is a tie: there is nothing to prefer"
 
 
 @contextmanager

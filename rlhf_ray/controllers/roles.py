@@ -125,7 +125,7 @@ def epoch_role(config: RewardModelJob | SFTJob, total_steps: int) -> Iterator[Ac
     seating = Seating(config.placement.placement_timeout_s)
     role = config.role
     worker, arguments = (
-        (RewardTrainingWorker, (config.reward, total_steps, config.seed))
+        (RewardTrainingWorker, (config.reward, config.loss, total_steps, config.seed))
         if isinstance(config, RewardModelJob)
         else (SFTWorker, (config.policy, total_steps))
     )

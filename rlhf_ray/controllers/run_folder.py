@@ -13,6 +13,7 @@ from rlhf_ray.actors.waiting import wait_all
 from rlhf_ray.cluster.session import cluster_facts
 from rlhf_ray.config.jobs import JobConfig
 from rlhf_ray.config.loading import dump_config
+from rlhf_ray.models.score_scale import ScoreScale
 from rlhf_ray.recovery.checkpoints import Checkpoint, CheckpointStore
 from rlhf_ray.telemetry.manifest import write_manifest
 from rlhf_ray.telemetry.metrics import MetricsLog
@@ -115,12 +116,14 @@ class Checkpointing:
         ]
         wait_all(refs, self._timeout_s, f"loading {checkpoint.folder}", "run.timeouts.checkpoint_s")
 
-    def export(self, role: str, *, wait: bool) -> None:
-        """Have a role write its model in Hugging Face format to `export/`, in the background unless `wait`."""
+    def export(self, role: str, *, wait: bool, scale: ScoreScale | None = None) -> None:
+        """Have a role write its model in Hugging Face format to `export/`, in the background unless `wait`.
+
+        Args:
+            scale: of the scores of a reward model, where it is known.
+        """
         group = self._trained[role]
-        setting = "run.timeouts.checkpoint_s"
-        group.run(
-            "start_export", str((self._folder.path / "export").absolute()), timeout_s=self._timeout_s, setting=setting
-        )
+        limit = {"timeout_s": self._timeout_s, "setting": "run.timeouts.checkpoint_s"}
+        group.run("start_export", str((self._folder.path / "export").absolute()), scale, **limit)
         if wait:
-            group.run("finish_export", timeout_s=self._timeout_s, setting=setting)
+            group.run("finish_export", **limit)

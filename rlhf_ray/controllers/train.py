@@ -10,10 +10,12 @@ from rlhf_ray.controllers.ppo import PPOController
 from rlhf_ray.controllers.preference import PreferenceController
 from rlhf_ray.controllers.preflight import EpochInputs, PPOInputs, PreferenceInputs, check
 from rlhf_ray.controllers.reference_columns import reference_cache
+from rlhf_ray.controllers.reward_model import RewardModelController
 from rlhf_ray.controllers.roles import epoch_role, ppo_roles, preference_roles
 from rlhf_ray.controllers.run_folder import Checkpointing, RunFolder
 from rlhf_ray.recovery.checkpoints import CheckpointStore
 from rlhf_ray.telemetry.plots import plot_curves
+from rlhf_ray.telemetry.reliability_plot import plot_reliability
 
 logger = logging.getLogger("rlhf_ray")
 
@@ -38,6 +40,8 @@ def train(config: JobConfig) -> Path:
             _train_preference(config, inputs)
         elif isinstance(config, RewardModelJob | SFTJob) and isinstance(inputs, EpochInputs):
             _train_epochs(config, inputs)
+    if isinstance(config, RewardModelJob):
+        plot_reliability(folder)
     plot_curves(folder)
     return folder
 
@@ -87,4 +91,5 @@ def _train_preference(config: PreferenceJob, inputs: PreferenceInputs) -> None:
 def _train_epochs(config: RewardModelJob | SFTJob, inputs: EpochInputs) -> None:
     with RunFolder(config, inputs.steps) as folder, epoch_role(config, inputs.steps) as group:
         checkpointing = Checkpointing(folder, {config.role.name: group}, config.run.timeouts.checkpoint_s)
-        EpochController(config, inputs, group, folder, checkpointing).train()
+        controller = RewardModelController if isinstance(config, RewardModelJob) else EpochController
+        controller(config, inputs, group, folder, checkpointing).train()

@@ -162,6 +162,15 @@ class CheckpointStore:
         return sorted(int(name[1]) for name in names if name)
 
 
+def checkpoint_metrics(folder: Path) -> dict[str, float]:
+    """The metrics of the step that a checkpoint was taken after.
+
+    Raises:
+        CheckpointError: they can't be read.
+    """
+    return _read_controller(folder).metrics
+
+
 def _read_controller(folder: Path) -> _Controller:
     try:
         # Not by pydantic's own parser, which refuses the lone surrogates that sampled text may have.

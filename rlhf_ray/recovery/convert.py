@@ -23,7 +23,8 @@ from rlhf_ray.config.training import Dtype
 from rlhf_ray.engines.saved_weights import saved_weights
 from rlhf_ray.models import heads
 from rlhf_ray.models.heads import ModelError
-from rlhf_ray.recovery.checkpoints import CheckpointStore
+from rlhf_ray.models.score_scale import ScoreScale, write_scale
+from rlhf_ray.recovery.checkpoints import CheckpointStore, checkpoint_metrics
 from rlhf_ray.recovery.seal import CheckpointError, verify
 
 _DTYPES: dict[Dtype, torch.dtype] = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -87,7 +88,8 @@ def export_checkpoint(source: Path, out: Path, role: str | None = None) -> Expor
     if not (checkpoint / role).is_dir():
         raise CheckpointError(checkpoint, f"holds no {role}, although the run's config.yaml trains one")
     model = _rebuild(trained[role], checkpoint, role)
-    _write(model, trained[role], out)
+    scale = ScoreScale.of_metrics(checkpoint_metrics(checkpoint)) if role == "reward" else None
+    _write(model, trained[role], scale, out)
     return Exported(out, checkpoint, role, trained[role].scalar)
 
 
@@ -176,11 +178,12 @@ def _fill(model: PreTrainedModel, weights: Mapping[str, torch.Tensor], checkpoin
         raise CheckpointError(checkpoint, f"does not fit the {what}: it {' and '.join(lacks + has)}")
 
 
-def _write(model: PreTrainedModel, trained: _TrainedModel, out: Path) -> None:
+def _write(model: PreTrainedModel, trained: _TrainedModel, scale: ScoreScale | None, out: Path) -> None:
     partial = out.with_name(f"{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         model.save_pretrained(partial)
+        write_scale(partial, scale)
         tokenizer = heads.load_tokenizer(trained.source, trust_remote_code=trained.trust_remote_code)
         tokenizer.save_pretrained(partial)
         os.rename(partial, out)  # an empty folder is replaced

@@ -46,18 +46,18 @@ _ALL = (
     MetricName("staleness/mean", "versions that the sampling policy was behind the trained one, mean over tokens"),
     MetricName(
         "train/loss",
-        "reward_model and preference: sum of the losses, mean over rows by their weights; sft: −log-prob in nats, mean "
-        "over learnt tokens",
+        "reward_model: the configured loss, preference: the sum of the losses, weighted mean over rows; sft: −log-prob "
+        "in nats, mean over learnt tokens",
     ),
     MetricName(
         "train/accuracy",
-        "reward_model: share of training pairs in which the chosen text scores higher; preference: in which its "
-        "log-ratio is higher",
+        "reward_model: share of the pairs within rows, ties left out, in which the better candidate scores higher; "
+        "preference: share of the pairs in which the chosen answer has the higher log-ratio",
     ),
     MetricName(
         "train/margin",
-        "chosen − rejected, mean over pairs; reward_model: of the scores; preference: of the log-ratios in nats (of "
-        "the log-probs where there is no reference)",
+        "better − worse, mean over the same pairs; reward_model: of the scores; preference: of the log-ratios in nats "
+        "(of the log-probs where there is no reference)",
     ),
     MetricName("train/chosen_ratio", "preference: log-ratio of policy to reference of the chosen answer in nats, mean"),
     MetricName("train/rejected_ratio", "preference: the same of the rejected answer"),
@@ -82,6 +82,11 @@ _ALL = (
     MetricName("eval/wanted_ratio", "the same as train/wanted_ratio on the held-out rows"),
     MetricName("eval/unwanted_ratio", "the same as train/unwanted_ratio on the held-out rows"),
     MetricName("eval/kl", "the same as train/kl on the held-out rows"),
+    MetricName(
+        "score/mean",
+        "reward_model: score of the held-out texts (without data.eval of training texts, at the end), mean",
+    ),
+    MetricName("score/std", "standard deviation of these scores"),
     MetricName("time/step_s", "seconds of the whole step", wall_clock=True),
     MetricName("time/generate_s", "seconds from the first prompt sent to the last response received", wall_clock=True),
     MetricName("time/score_s", "seconds of rewards, log-probs and values, generation overlapped", wall_clock=True),

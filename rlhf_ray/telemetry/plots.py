@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 Series = NDArray[np.float64]
 
 # Okabe and Ito's colours, which people with any colour vision can tell apart.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
-_STYLE: "dict[RcKeyType, Any]" = {
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+STYLE: "dict[RcKeyType, Any]" = {
     "font.size": 12,
     "axes.titlesize": 13,
     "axes.titleweight": "bold",
@@ -93,7 +93,7 @@ def plot_curves(run_dir: Path) -> Path:
     drawn = [(panel, names) for panel in PANELS if (names := _present(panel, rows))]
     if not drawn:
         raise TelemetryError(f"{run_dir / 'metrics.jsonl'} has none of the metrics that are drawn: finish a step first")
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = _figure(len(drawn))
         window = _window(len(rows))
         for axes, (panel, names) in zip(_grid(figure, len(drawn)), drawn, strict=True):
@@ -133,7 +133,7 @@ def _draw(axes: "Axes", panel: Panel, names: Sequence[str], rows: Sequence[Metri
     axes.set_xlabel("step")
     axes.locator_params(axis="x", integer=True, nbins=7)
     axes.locator_params(axis="y", nbins=5)
-    for name, colour in zip(names, _cycle(_COLOURS, len(names)), strict=True):
+    for name, colour in zip(names, _cycle(COLOURS, len(names)), strict=True):
         steps, values = _series(rows, name)
         # A curve with few points of its own, such as an evaluation, is not averaged over its neighbours.
         width = window if panel.smooth and len(values) >= len(rows) // 2 else 1

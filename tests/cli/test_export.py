@@ -12,6 +12,7 @@ from typer.testing import Result
 
 from rlhf_ray.config.loading import dump_config, load_config
 from rlhf_ray.models.heads import load_causal, load_scalar
+from rlhf_ray.models.score_scale import ScoreScale, scale_of, write_scale
 from rlhf_ray.recovery.checkpoints import CheckpointStore
 
 REPOSITORY = Path(__file__).parents[2]
@@ -52,7 +53,9 @@ def changed(module: torch.nn.Module, seed: int) -> Weights:
     return {name: tensor.detach() for name, tensor in module.state_dict().items() if "token_logprobs" not in name}
 
 
-def write_checkpoint(run_dir: Path, step: int, commit: bool = True, **roles: Weights) -> Path:
+def write_checkpoint(
+    run_dir: Path, step: int, commit: bool = True, metrics: dict[str, float] | None = None, **roles: Weights
+) -> Path:
     """A checkpoint as ZeRO stages 0 to 2 write it: the whole model in one file."""
     store = CheckpointStore(run_dir, keep_last=9, keep_best=None)
     folder = store.begin(step)
@@ -61,7 +64,7 @@ def write_checkpoint(run_dir: Path, step: int, commit: bool = True, **roles: Wei
         state.mkdir(parents=True)
         torch.save({"module": weights}, state / "mp_rank_00_model_states.pt")
     if commit:
-        store.commit(step, {}, {})
+        store.commit(step, {}, metrics or {})
     return folder
 
 
@@ -164,6 +167,25 @@ def test_a_reward_model_has_the_number_format_of_its_run(cli: RunCli, tiny_model
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
     assert model.dtype == torch.bfloat16
     check_equal(model, weights)
+
+
+@pytest.mark.parametrize(
+    ("metrics", "scale"), [({"score/mean": 0.5, "score/std": 2.0}, ScoreScale(0.5, 2.0)), ({"train/loss": 1.0}, None)]
+)
+def test_a_reward_model_has_the_scale_of_its_own_step_and_no_other(
+    cli: RunCli,
+    tiny_model_dir: Path,
+    as_reward_model: Callable[[Path], Path],
+    tmp_path: Path,
+    metrics: dict[str, float],
+    scale: ScoreScale | None,
+) -> None:
+    source = shutil.copytree(as_reward_model(tiny_model_dir), tmp_path / "source")
+    write_scale(source, ScoreScale(9.0, 9.0))
+    run_dir = make_run(tmp_path / "run", "tiny_reward", source)
+    write_checkpoint(run_dir, 3, metrics=metrics, reward=critic_weights(tiny_model_dir))
+    assert cli("export", run_dir, tmp_path / "out").exit_code == 0
+    assert scale_of(str(tmp_path / "out")) == scale
 
 
 @pytest.mark.parametrize("ranks", [1, 3])

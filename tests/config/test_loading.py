@@ -66,7 +66,7 @@ def test_the_example_of_the_design_is_valid(tmp_path: Path) -> None:
     assert config.samples_per_step == 16
 
 
-@pytest.mark.parametrize("text", [EXAMPLE, REWARD_MODEL])
+@pytest.mark.parametrize("text", [EXAMPLE, REWARD_MODEL, REWARD_MODEL + "loss: {type: plackett_luce}\n"])
 def test_a_dumped_config_loads_to_the_same_config(tmp_path: Path, text: str) -> None:
     config = load(tmp_path, text)
     assert load(tmp_path, dump_config(config)) == config
@@ -150,6 +150,28 @@ def test_an_unknown_key_suggests_the_nearest(tmp_path: Path, override: str, prob
 )
 def test_a_wrong_value_names_its_path_and_itself(tmp_path: Path, override: str, problem: str) -> None:
     assert problems_of(tmp_path, EXAMPLE, override) == [problem]
+
+
+@pytest.mark.parametrize(
+    ("override", "problem"),
+    [
+        ("loss.type=softmx", "loss.type: 'softmx' is not known; did you mean 'softmax'?"),
+        (
+            "loss.type=hinge",
+            "loss.type: 'hinge' is not known; known: bradley_terry, softmax, plackett_luce, all_pairs",
+        ),
+        ("loss.centering=0.01", "loss: needs the key type"),
+        ("loss=x", "loss: should be a section (got 'x')"),
+        ("loss={type: softmax, margin: 1}", "loss.margin: unknown key; known keys: type"),
+        ("loss={type: bradley_terry, margn: 1}", "loss.margn: unknown key; did you mean 'margin'?"),
+        (
+            "loss={type: bradley_terry, margin: -1}",
+            "loss.margin: input should be greater than or equal to 0 (got -1)",
+        ),
+    ],
+)
+def test_a_section_of_several_kinds_is_told_apart_by_its_type(tmp_path: Path, override: str, problem: str) -> None:
+    assert problems_of(tmp_path, REWARD_MODEL, override) == [problem]
 
 
 def test_all_problems_are_listed_at_once(tmp_path: Path) -> None:

@@ -6,12 +6,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from rlhf_ray.config.jobs import JobConfig, PPOJob, RewardModelJob, SFTJob
 from rlhf_ray.config.loading import ConfigError, parse_config
 from rlhf_ray.controllers.preflight import EpochInputs, PPOInputs, check
+from rlhf_ray.data.comparisons import ComparisonSet
 from rlhf_ray.data.prepare import prepare
+from rlhf_ray.models.score_scale import ScoreScale, write_scale
 from rlhf_ray.models.tiny import build_tiny_model
 
 MakeConfig = Callable[..., PPOJob | RewardModelJob]
@@ -207,3 +210,53 @@ def test_bad_pairs_and_a_missing_model_are_listed_together(pairs: MakeConfig, tm
     assert f"{path}:1: " in problem
     [problem] = problems_of(pairs(reward={"model": str(tmp_path / "nowhere")}))
     assert problem.startswith("reward.model: ")
+
+
+def judged(*ranks: list[int]) -> ComparisonSet:
+    flat = [rank for row in ranks for rank in row]
+    return ComparisonSet(
+        uids=tuple(f"row{number}" for number in range(len(ranks))),
+        token_ids=np.ones(len(flat), np.int32),
+        token_offsets=np.arange(len(flat) + 1),
+        answer_starts=np.zeros(len(flat), np.int64),
+        candidate_offsets=np.cumsum([0, *map(len, ranks)]),
+        ranks=np.array(flat),
+        margins=np.zeros(len(ranks), np.float32),
+        weights=np.ones(len(ranks)),
+        dropped=0,
+        truncated=0,
+    )
+
+
+def test_rows_that_the_loss_of_a_reward_model_cannot_learn_from_are_refused(
+    pairs: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = judged([0, 1], [0, 1, 2], [0, 1, 1])
+    monkeypatch.setattr("rlhf_ray.controllers.preflight.load_comparisons", lambda *_: rows)
+    said = (
+        "2 rows, the first of them 'row1', have more than two candidates, but loss.type is 'bradley_terry': set it to "
+        "'softmax', 'plackett_luce' or 'all_pairs'"
+    )
+    assert problems_of(pairs()) == [f"data.train: {said}", f"data.eval: {said}"]
+    for loss in ("softmax", "plackett_luce", "all_pairs"):
+        assert isinstance(check(pairs(loss={"type": loss})), EpochInputs)
+    rows = judged([0, 1], [0])
+    assert problems_of(pairs())[0] == (
+        "data.train: 1 rows, the first of them 'row1', have one candidate: a reward model learns from comparisons of "
+        "at least two"
+    )
+    rows = judged([0, 0])
+    assert problems_of(pairs())[0] == "data.train: every row is a tie: there is nothing to prefer"
+
+
+def test_a_reward_can_be_normalised_only_by_a_model_that_has_a_scale(
+    ppo: MakeConfig, tiny: Path, tmp_path: Path
+) -> None:
+    model = shutil.copytree(tiny / "models/tiny-reward", tmp_path / "reward")
+    config = ppo(reward=[{"model": str(model), "normalise": True}])
+    assert problems_of(config) == [
+        f"reward.0.normalise: the config.json of '{model}' has no score_mean and score_std: export a checkpoint that "
+        "was evaluated, or leave this key out"
+    ]
+    write_scale(model, ScoreScale(0.5, 2.0))
+    assert isinstance(check(config), PPOInputs)
