@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Literal
 
 from rich.text import Text
 
-from rlhf_ray.config.jobs import EpochJob, JobConfig, PPOJob, RewardModelJob
+from rlhf_ray.config.jobs import EpochJob, JobConfig, PPOJob, RewardModel, RewardModelJob
 from rlhf_ray.config.placement import RolePlacement
 from rlhf_ray.config.rewards import FunctionReward, HttpReward, ModelReward, part_name
-from rlhf_ray.config.training import ScoringEngine, TrainingEngine
+from rlhf_ray.config.training import Critic, Policy, ScoringEngine, TrainingEngine
 from rlhf_ray.recovery.checkpoints import CheckpointStore
 from rlhf_ray.telemetry.metrics import Metrics, read_metrics
 from rlhf_ray.telemetry.progress import QuietConsole
@@ -63,8 +63,8 @@ def _ppo_lines(config: PPOJob) -> Iterator[Line]:
     place = config.placement
     critic = config.reward_models[0].model if config.critic.init_from == "reward" else config.critic.init_from
     reference = config.policy.model if config.reference.from_model == "policy" else config.reference.from_model
-    yield "policy", f"{config.policy.model} · {_engine(config.policy.engine)} · {_ranks(config, 'policy')}"
-    yield "critic", f"from {critic} · {_engine(config.critic.engine)} · {_ranks(config, 'critic')}"
+    yield "policy", f"{config.policy.model} · {_trained(config.policy)} · {_ranks(config, 'policy')}"
+    yield "critic", f"from {critic} · {_trained(config.critic)} · {_ranks(config, 'critic')}"
     yield "reference", f"{reference} · {_engine(config.reference.engine)} · {_ranks(config, 'reference')}"
     for part in config.reward:
         yield f"reward/{part_name(part)}", f"{_part(config, part)} · weight {part.weight:g}"
@@ -80,11 +80,18 @@ def _epoch_lines(config: EpochJob, inputs: "EpochInputs | None") -> Iterator[Lin
     steps = epochs if inputs is None else f"{inputs.steps} ({epochs})"
     yield "steps", f"{steps}, {role.rows_per_step} {rows} a step"
     held = _held(role.ranks, "rank", role.placement.cpus, role.placement.gpus)
-    yield role.name, f"{role.trained.model} · {_engine(role.trained.engine)} · {held}"
+    yield role.name, f"{role.trained.model} · {_trained(role.trained)} · {held}"
     if inputs is not None:
         yield rows, _counts(inputs.train)
         if inputs.held_out is not None:
             yield f"held-out {rows}", _counts(inputs.held_out)
+
+
+def _trained(section: Policy | Critic | RewardModel) -> str:
+    lora, engine = section.lora, _engine(section.engine)
+    if lora is None:
+        return engine
+    return f"LoRA of rank {lora.rank}{'' if lora.base == 'as_model' else f' on {lora.base}'} · {engine}"
 
 
 def _engine(engine: TrainingEngine | ScoringEngine) -> str:
@@ -149,6 +156,7 @@ def run_lines(config: JobConfig, folder: Path) -> Iterator[Line]:
         "trace": "timeline.json",
         "TensorBoard": "tensorboard",
         "model": "export",
+        "adapter": "export/adapter",
     }
     yield from ((what, str(folder / file)) for what, file in files.items() if _has_content(folder / file))
     if steps := checkpointed_steps(config):

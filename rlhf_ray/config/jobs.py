@@ -12,7 +12,7 @@ from rlhf_ray.config.placement import Cluster, PPOPlacement, RewardModelPlacemen
 from rlhf_ray.config.rewards import ModelReward, RewardPart, part_name
 from rlhf_ray.config.rollout import Rollout
 from rlhf_ray.config.run import EpochRun, PPORun
-from rlhf_ray.config.training import Critic, Policy, Reference, SFTPolicy, SupervisedOptimizer, TrainingEngine
+from rlhf_ray.config.training import Critic, Lora, Policy, Reference, SFTPolicy, SupervisedOptimizer, TrainingEngine
 
 TRAINED: tuple[Literal["policy", "critic"], ...] = ("policy", "critic")
 SCORING: tuple[Literal["policy", "critic", "reference", "reward"], ...] = ("policy", "critic", "reference", "reward")
@@ -143,6 +143,8 @@ class RewardModel(Section):
     """Run Python code that comes with this model. Off unless you have read that code."""
     engine: TrainingEngine = TrainingEngine()
     """How it is held and trained."""
+    lora: Lora | None = None
+    """Train low-rank adapters beside frozen weights; by default all weights are trained."""
     optimizer: SupervisedOptimizer = SupervisedOptimizer()
     """How it is updated."""
 
