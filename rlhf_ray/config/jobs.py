@@ -23,6 +23,7 @@ from rlhf_ray.config.rollout import Rollout
 from rlhf_ray.config.run import EpochRun, PPORun
 from rlhf_ray.config.training import (
     Critic,
+    Lora,
     Policy,
     PreferenceReference,
     Reference,
@@ -160,6 +161,8 @@ class RewardModel(Section):
     """Run Python code that comes with this model. Off unless you have read that code."""
     engine: TrainingEngine = TrainingEngine()
     """How it is held and trained."""
+    lora: Lora | None = None
+    """Train low-rank adapters beside frozen weights; by default all weights are trained."""
     optimizer: SupervisedOptimizer = SupervisedOptimizer()
     """How it is updated."""
 

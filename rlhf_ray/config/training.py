@@ -67,6 +67,26 @@ class TrainingEngine(Section):
         return self
 
 
+class Lora(Section):
+    """Low-rank adapters (Hu et al. 2021): linear layers compute with W + (alpha / rank) · B·A, of which W is frozen."""
+
+    rank: PositiveInt = 16
+    """Rows of A and columns of B."""
+    alpha: PositiveFloat = 32.0
+    """The change B·A counts alpha / rank times."""
+    targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    """Names of the linear layers that get adapters, such as `[q_proj, v_proj]`; `all-linear` are all within the
+    decoder. The vocabulary head never gets one, a scalar head is trained whole."""
+    base: Literal["as_model", "nf4"] = "as_model"
+    """How the frozen weights are held: in `engine.dtype`, or in 4 bits, which needs a GPU and bitsandbytes."""
+
+    @model_validator(mode="after")
+    def _names_a_layer(self) -> "Lora":
+        if not self.targets:
+            raise ValueError(".targets is empty: name layers, such as q_proj, or leave it out for all-linear")
+        return self
+
+
 class Optimizer(Section):
     """AdamW and its learning-rate schedule."""
 
@@ -109,6 +129,8 @@ class Policy(Section):
     """Run Python code that comes with this model. Off unless you have read that code."""
     engine: TrainingEngine = TrainingEngine()
     """How it is held and trained."""
+    lora: Lora | None = None
+    """Train low-rank adapters beside frozen weights; by default all weights are trained."""
     optimizer: Optimizer = Optimizer()
     """How it is updated."""
 
@@ -129,6 +151,8 @@ class Critic(Section):
     """Run Python code that comes with this model. Off unless you have read that code."""
     engine: TrainingEngine = TrainingEngine()
     """How it is held and trained."""
+    lora: Lora | None = None
+    """Train low-rank adapters beside frozen weights; by default all weights are trained."""
     optimizer: CriticOptimizer = CriticOptimizer()
     """How it is updated."""
 

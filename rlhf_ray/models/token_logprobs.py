@@ -87,7 +87,10 @@ class _ChunkedLogProbs(torch.autograd.Function):
         chunks = _chunks(len(hidden), ctx.chunk)
         # Several chunks add up in float32: a sum kept in bfloat16 would lose what each adds.
         wide = len(chunks) > 1 and weight.dtype != torch.float64
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32 if wide else weight.dtype)
+        # A head that is not trained, as beside adapters, needs no gradient as large as itself.
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = torch.zeros_like(weight, dtype=torch.float32 if wide else weight.dtype)
         for part in chunks:
             logits = _logits(hidden[part], weight, ctx.temperature)
             log_p = logits.sub_(normalisers[part, None])
@@ -100,8 +103,9 @@ class _ChunkedLogProbs(torch.autograd.Function):
             grad.scatter_add_(-1, targets[part, None], grad_logprobs[part, None].to(grad.dtype))
             grad = grad.div_(ctx.temperature).to(weight.dtype)
             grad_hidden[part] = grad @ weight
-            grad_weight += grad.T @ hidden[part]
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
+            if grad_weight is not None:
+                grad_weight += grad.T @ hidden[part]
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None, None
 
 
 def _logits(hidden: torch.Tensor, weight: torch.Tensor, temperature: float) -> torch.Tensor:
