@@ -23,6 +23,7 @@ from rlhf_ray.config.training import Policy
 from rlhf_ray.data.comparisons import ComparisonSet
 from rlhf_ray.engines.training import full_weights
 from rlhf_ray.models.answers import AnswerPack
+from rlhf_ray.models.lora import adapters_off
 from rlhf_ray.platform import platform
 from rlhf_ray.telemetry.metrics import Mean
 
@@ -97,6 +98,12 @@ class PreferenceWorker(EpochTrainedWorker):
                 micro_batches,
                 lambda pack: self.engine(pack.packed, pack.positions, pack.targets, 1.0, "nothing")[0],
             )
+
+    @torch.no_grad()
+    def base_logprobs(self, data: Refs, micro_batches: Sequence[Sequence[int]]) -> AnswerLogProbs:
+        """The same of the policy's base model, with its adapters off: the reference of a policy with LoRA."""
+        with adapters_off(self.engine.model):
+            return self.answer_logprobs(data, micro_batches)
 
     def share_weights(self) -> list[ray.ObjectRef]:
         """Put the present weights into the object store, in buckets by name; collective, rank 0 has them."""

@@ -94,6 +94,9 @@ def _preference_lines(config: PreferenceJob) -> Iterator[Line]:
     yield "loss", " + ".join(losses)
     if not config.algorithm.needs_reference:
         return
+    if config.reference_is_base:
+        yield "reference", "the policy with its adapters off"
+        return
     place, ranks = config.placement.reference, config.placement.reference_ranks
     own = _held(ranks, "rank", place.cpus, place.gpus)
     held = f"{_several(ranks, 'rank')} beside policy" if place.colocate else own

@@ -281,18 +281,35 @@ class PreferenceJob(_Job):
         """Folder of the reference model."""
         return self.policy.model if self.reference.from_model == "policy" else self.reference.from_model
 
+    @property
+    def reference_is_base(self) -> bool:
+        """Whether the reference is the policy with its adapters off, which needs no second copy of the model."""
+        return self.policy.lora is not None and self.reference.from_model == "policy"
+
     @model_validator(mode="after")
     def _sections_agree(self) -> "PreferenceJob":
         measures = {f"eval/{name}" for name in self.algorithm.measures}
         _check_epochs(self.role, "data.rows_per_step", self.run, self.data.eval, measures)
         if not self.algorithm.needs_reference and self.reference != PreferenceReference():
             raise ValueError("reference has no effect: algorithm.loss and algorithm.reference_free compare with none")
+        if self.algorithm.needs_reference and self.reference_is_base:
+            self._check_base()
         ranks = self.placement.reference_ranks
         if self.algorithm.needs_reference and self.data.rows_per_step < ranks:
             raise ValueError(
                 f"data.rows_per_step ({self.data.rows_per_step}) is less than placement.reference.ranks ({ranks})"
             )
         return self
+
+    def _check_base(self) -> None:
+        reference, defaults = self.reference, PreferenceReference()
+        why = "with policy.lora the reference is the policy with its adapters off"
+        if reference.update_every:
+            raise ValueError(f"reference.update_every is {reference.update_every}, but {why}, which stay as they are")
+        if reference.engine != defaults.engine:
+            raise ValueError(f"reference.engine has no effect: {why}, held as policy.engine says")
+        if self.placement.reference != PreferencePlacement().reference:
+            raise ValueError(f"placement.reference has no effect: {why}")
 
 
 def _check_epochs(role: EpochRole, rows_key: str, run: EpochRun, held_out: str | None, measures: set[str]) -> None:

@@ -42,14 +42,16 @@ class PreferenceController(EpochController):
         self._shift = RewardShift()
         self._others = {name: Split(f"{name}, mismatched", rows) for name, rows in inputs.mismatched.items()}
         splits = [split for split in (self.training, self.held_out, *self._others.values()) if split is not None]
-        live = None if roles.reference is None else LiveReference(config, roles.reference)
+        live = LiveReference.with_roles(config, roles)
         self._live = live if cache is None else None
         self._reference = live if cache is None else CachedReference(cache, live, splits)
+        if cache is not None and roles.reference is not None:
+            roles.reference.kill()  # its work is done
 
     @property
     def groups(self) -> list[ActorGroup]:
         """All roles."""
-        return [self.group] if self._live is None else [self.group, self._live.group]
+        return list(dict.fromkeys([self.group, *([] if self._live is None else [self._live.group])]))
 
     def context(self, split: Split, rows: NDArray[np.int64]) -> StepContext:
         """Log-probs of reference and policy that the losses of these rows take as given."""

@@ -20,7 +20,9 @@ from rlhf_ray.actors.group import ActorGroup
 from rlhf_ray.actors.preference import Refs
 from rlhf_ray.actors.waiting import wait_all
 from rlhf_ray.config.jobs import PreferenceJob
+from rlhf_ray.config.run import Timeouts
 from rlhf_ray.controllers.epochs import Split
+from rlhf_ray.controllers.roles import PreferenceRoles
 from rlhf_ray.data.comparisons import ComparisonSet
 from rlhf_ray.data.packing import plan_micro_batches
 from rlhf_ray.data.trajectory import Floats, offsets_of
@@ -41,19 +43,30 @@ class ReferenceColumns(ABC):
 
 
 class LiveReference(ReferenceColumns):
-    """Asks the reference's actors for each step's rows.
+    """Asks actors for each step's rows.
 
-    Attributes:
-        group: these actors.
+    Args:
+        group: the reference's actors, or with LoRA the policy's.
+        method: of these actors.
+        max_tokens: in one micro-batch.
     """
 
-    def __init__(self, config: PreferenceJob, group: ActorGroup) -> None:
+    def __init__(self, group: ActorGroup, method: str, max_tokens: int, timeouts: Timeouts) -> None:
         self.group = group
-        self._max_tokens = config.reference.engine.micro_batch_tokens
-        self._timeouts = config.run.timeouts
+        self._method, self._max_tokens, self._timeouts = method, max_tokens, timeouts
+
+    @classmethod
+    def with_roles(cls, config: PreferenceJob, roles: PreferenceRoles) -> "LiveReference | None":
+        """The reference of a job; None when none is needed."""
+        timeouts = config.run.timeouts
+        if roles.reference is not None:
+            return cls(roles.reference, "answer_logprobs", config.reference.engine.micro_batch_tokens, timeouts)
+        if config.algorithm.needs_reference and config.reference_is_base:
+            return cls(roles.policy, "base_logprobs", config.policy.engine.micro_batch_tokens, timeouts)
+        return None
 
     def of(self, split: Split, rows: NDArray[np.int64]) -> Refs:
-        return self.group.call_each("answer_logprobs", plan_answers(split, rows, len(self.group), self._max_tokens))
+        return self.group.call_each(self._method, plan_answers(split, rows, len(self.group), self._max_tokens))
 
     def mix(self, shared: Sequence[Refs], share: float) -> None:
         """Move the reference's weights by `share` of their way to those that the policy's ranks shared."""
@@ -66,7 +79,7 @@ class LiveReference(ReferenceColumns):
             # A last call with fewer rows than ranks could not be shared out.
             end = len(split.rows) if len(split.rows) - start < 2 * _ROWS_PER_CALL else start + _ROWS_PER_CALL
             refs = self.of(split, np.arange(start, end))
-            parts += wait_all(refs, self._timeouts.score_s, "reference: answer_logprobs", "run.timeouts.score_s")
+            parts += wait_all(refs, self._timeouts.score_s, "log-probs of the reference", "run.timeouts.score_s")
             if end == len(split.rows):
                 break
         return AnswerLogProbs.join(parts)
@@ -76,7 +89,7 @@ class CachedReference(ReferenceColumns):
     """Reads the log-probs of whole data sets from disk; the sets that are not there yet are computed first.
 
     Args:
-        live: the actors to compute with, None when everything is there. They are ended when nothing is left to do.
+        live: what to compute with; not needed when everything is there.
     """
 
     def __init__(self, cache: "ReferenceCache", live: LiveReference | None, splits: Sequence[Split]) -> None:
@@ -90,8 +103,6 @@ class CachedReference(ReferenceColumns):
                 found = live.whole(split)
                 cache.write(split.rows, found)
             self._whole[split.name] = found
-        if live is not None:
-            live.group.kill()
 
     def of(self, split: Split, rows: NDArray[np.int64]) -> Refs:
         assert isinstance(split.rows, ComparisonSet)
@@ -151,10 +162,9 @@ def reference_cache(config: PreferenceJob) -> ReferenceCache | None:
     reference = config.reference
     if reference.cache is None:
         return None
+    engine = config.policy.engine if config.reference_is_base else reference.engine
     trusted = config.policy.trust_remote_code
-    return ReferenceCache(
-        Path(reference.cache), config.reference_model, reference.engine.dtype, trust_remote_code=trusted
-    )
+    return ReferenceCache(Path(reference.cache), config.reference_model, engine.dtype, trust_remote_code=trusted)
 
 
 def plan_answers(

@@ -114,7 +114,7 @@ class ForwardEngine:
 
     def mix(self, weights: Mapping[str, torch.Tensor], share: float) -> None:
         """Move weights, by Hugging Face name, by `share` of their way to these; collective, the same on every rank."""
-        own = dict(named_weights(self.model))
+        own = {weight.name: weight.parameter for weight in model_weights(self.model)}
         for name, weight in weights.items():
             parameter = own[name]
             sharded = [parameter] if hasattr(parameter, "ds_id") else []

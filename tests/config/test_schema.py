@@ -318,6 +318,20 @@ CONFLICTS: list[tuple[dict[str, Any], str]] = [
         "reference.update_mix has no effect while reference.update_every is 0",
     ),
     (
+        preference(policy={"model": "m", "lora": {}}, reference={"update_every": 3}),
+        "reference.update_every is 3, but with policy.lora the reference is the policy with its adapters off, which "
+        "stay as they are",
+    ),
+    (
+        preference(policy={"model": "m", "lora": {}}, reference={"engine": {"dtype": "float32"}}),
+        "reference.engine has no effect: with policy.lora the reference is the policy with its adapters off, held as "
+        "policy.engine says",
+    ),
+    (
+        preference(policy={"model": "m", "lora": {}}, placement={"reference": {"colocate": None}}),
+        "placement.reference has no effect: with policy.lora the reference is the policy with its adapters off",
+    ),
+    (
         preference(placement={"reference": {"colocate": "critic"}}),
         "placement.reference.colocate is 'critic', but this job has no such role",
     ),
