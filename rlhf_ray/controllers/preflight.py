@@ -158,7 +158,8 @@ def _check_epochs(config: EpochJob, problems: list[str]) -> EpochInputs:
             train = _mixed(config, tokenizer, problems)
         else:
             with _collect(problems, "data.train"):
-                train = load_comparisons(config.data, config.data.train, tokenizer).first(config.data.train_rows)
+                rows = load_comparisons(config.data, config.data.train, tokenizer, "rewards")
+                train = rows.first(config.data.train_rows)
         if config.data.eval is not None:
             with _collect(problems, "data.eval"):
                 held_out = _held_out(config, config.data.eval, tokenizer)
@@ -179,7 +180,7 @@ def _mixed(config: SFTJob, tokenizer: PreTrainedTokenizerBase, problems: list[st
 
 def _held_out(config: EpochJob, path: str, tokenizer: PreTrainedTokenizerBase) -> RowSet:
     if isinstance(config, RewardModelJob):
-        return load_comparisons(config.data, path, tokenizer).first(config.data.eval_rows)
+        return load_comparisons(config.data, path, tokenizer, "rewards").first(config.data.eval_rows)
     return load_conversations(config.data, path, tokenizer).first(config.data.eval_rows)
 
 
