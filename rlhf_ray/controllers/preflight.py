@@ -188,14 +188,15 @@ def _check_epochs(config: EpochJob, problems: list[str]) -> EpochInputs:
             train = _mixed(config, tokenizer, problems)
         else:
             with _collect(problems, "data.train"):
-                train = load_comparisons(config.data, config.data.train, tokenizer).first(config.data.train_rows)
-                if isinstance(config, RewardModelJob):
-                    problems += _unfit_rows(config, "data.train", train)
+                train = _comparisons(config, config.data.train, "data.train", tokenizer, problems)
+                train = train.first(config.data.train_rows)
         if config.data.eval is not None:
             with _collect(problems, "data.eval"):
-                held_out = _held_out(config, config.data.eval, tokenizer)
-                if isinstance(config, RewardModelJob) and isinstance(held_out, ComparisonSet):
-                    problems += _unfit_rows(config, "data.eval", held_out)
+                held_out = (
+                    load_conversations(config.data, config.data.eval, tokenizer)
+                    if isinstance(config, SFTJob)
+                    else _comparisons(config, config.data.eval, "data.eval", tokenizer, problems)
+                ).first(config.data.eval_rows)
     if isinstance(config, PreferenceJob) and tokenizer is not None:
         _check_reference(config, tokenizer, problems)
     if problems or train is None:
@@ -231,10 +232,18 @@ def _mixed(config: SFTJob, tokenizer: PreTrainedTokenizerBase, problems: list[st
     return mix(found) if len(found) == len(config.data.sources) else None
 
 
-def _held_out(config: EpochJob, path: str, tokenizer: PreTrainedTokenizerBase) -> RowSet:
-    if isinstance(config, SFTJob):
-        return load_conversations(config.data, path, tokenizer).first(config.data.eval_rows)
-    return load_comparisons(config.data, path, tokenizer).first(config.data.eval_rows)
+def _comparisons(
+    config: RewardModelJob | PreferenceJob,
+    path: str,
+    setting: str,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: list[str],
+) -> ComparisonSet:
+    if isinstance(config, PreferenceJob):
+        return load_comparisons(config.data, path, tokenizer, "labels" if config.algorithm.unpaired else "pairs")
+    rows = load_comparisons(config.data, path, tokenizer, "rewards")
+    problems += _unfit_rows(config, setting, rows)
+    return rows
 
 
 def _unfit_rows(config: RewardModelJob, setting: str, rows: ComparisonSet) -> Iterator[str]:

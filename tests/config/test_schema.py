@@ -242,8 +242,17 @@ CONFLICTS: list[tuple[dict[str, Any], str]] = [
         "run.keep_best.metric is 'eval/loss', but data.eval is not set",
     ),
     (
+        ppo(data={"prompts": "p", "columns": {"promt": "question"}}),
+        "data.columns: 'promt' is none of our columns; did you mean 'prompt'? (our name stands before the file's)",
+    ),
+    (
+        sft(data={"train": "t", "columns": {"question": "prompt"}}),
+        "data.columns: 'question' is none of our columns; known: uid, text, messages, prompt, completion (our name "
+        "stands before the file's)",
+    ),
+    (
         sft(data={"train": []}),
-        "data.train is empty, but needs at least one file",
+        "data.train is empty, but needs at least one source",
     ),
     (
         sft(run={"dir": "d", "patience": 2, "eval_every": 1}),
