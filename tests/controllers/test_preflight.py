@@ -234,8 +234,8 @@ def test_rows_that_the_loss_of_a_reward_model_cannot_learn_from_are_refused(
     rows = judged([0, 1], [0, 1, 2], [0, 1, 1])
     monkeypatch.setattr("rlhf_ray.controllers.preflight.load_comparisons", lambda *_, **__: rows)
     said = (
-        "2 of 3 rows, the first of them 'row1', have more than two candidates, but loss.type is 'bradley_terry': set it "
-        "to 'softmax', 'plackett_luce' or 'all_pairs'"
+        "2 of 3 rows, the first of them 'row1', have more than two candidates, but loss.type is 'bradley_terry': set "
+        "it to 'softmax', 'plackett_luce' or 'all_pairs'"
     )
     assert problems_of(pairs()) == [f"data.train: {said}", f"data.eval: {said}"]
     for loss in ("softmax", "plackett_luce", "all_pairs"):
