@@ -101,6 +101,8 @@ def test_a_resumed_run_gives_the_same_rows(reward_run: Path, reward_config: Make
         shutil.rmtree(folder / f"checkpoints/step_{step:06d}")
     train(reward_config(folder, "run.checkpoint_every=3", "run.keep_last=9"))
     assert_same_run(folder, reward_run)
+    assert read_report(folder) == read_report(reward_run)
+    assert scale_of(str(folder / "export")) == scale_of(str(reward_run / "export"))
 
 
 def test_two_sharded_ranks_learn_what_one_learns(reward_run: Path, reward_config: MakeConfig, tmp_path: Path) -> None:
