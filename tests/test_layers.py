@@ -29,7 +29,7 @@ HEIGHT = {name: height for height, names in enumerate(LAYERS) for name in names}
 # A leaf that every layer above config may use.
 PLATFORM = "platform"
 # `prepare` makes the tiny example model; it is a command's work that happens to be mostly data.
-ALLOWED = {("data/prepare.py", "rlhf_ray.models")}
+ALLOWED = {("data/prepare/tiny.py", "rlhf_ray.models")}
 
 
 def trees() -> Iterator[tuple[Path, ast.Module]]:

@@ -84,7 +84,7 @@ def prepare(
         typer.Option(
             metavar="ITEM",
             help="Make this item and what it needs: tiny (without a network), smollm2-135m, imdb-prompts, "
-            "imdb-reviews or movie-pairs. Can be repeated. All of them by default.",
+            "imdb-reviews, movie-pairs, movie-choices, dpo-demo or kto-demo. Can be repeated. All of them by default.",
             show_default=False,
         ),
     ] = None,

@@ -1,7 +1,6 @@
-"""What `prepare` promises, without network: the tiny items, the pairs' split, and complete-or-absent items."""
+"""What `prepare` promises, without network: the tiny model and its data, and complete-or-absent items."""
 
 import json
-import random
 import subprocess
 from pathlib import Path
 
@@ -9,8 +8,8 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_ray.data import prepare as module
-from rlhf_ray.data.prepare import Item, PrepareError, Snippet, first_tokens, make_pairs, movie_pairs, prepare
-from rlhf_ray.models.tiny import build_tiny_model
+from rlhf_ray.data.prepare import Item, PrepareError, prepare
+from rlhf_ray.models.tiny import NEGATIVE_SENTENCES, POSITIVE_SENTENCES, build_tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -22,6 +21,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def rows(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def pair_texts(pairs: list[dict]) -> set[str]:
+    return {row[side] for row in pairs for side in ("chosen", "rejected")}
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -109,7 +112,44 @@ def test_tiny_data_has_distinct_rows_and_no_sentence_in_both_splits(tiny: Path) 
     assert (len(prompts), len(train), len(held_out)) == (64, 64, 32)
     for part in (prompts, train, held_out):
         assert len({row["uid"] for row in part}) == len(part)
-    assert texts(train).isdisjoint(texts(held_out))
+    assert pair_texts(train).isdisjoint(pair_texts(held_out))
+
+
+@pytest.mark.parametrize("kind", ["preferences", "labels"])
+def test_tiny_answers_share_no_prompt_and_no_sentence_between_splits(tiny: Path, kind: str) -> None:
+    train, held_out = (rows(tiny / f"data/tiny_{kind}_{split}.jsonl") for split in ("train", "eval"))
+    assert (len(train), len(held_out)) == (48, 16)
+    for keys in (["prompt"], ["chosen", "rejected", "completion"]):
+        said = [{str(row[key]) for row in part for key in keys if key in row} for part in (train, held_out)]
+        assert said[0].isdisjoint(said[1])
+
+
+def test_tiny_preferences_choose_the_positive_sentence_and_labels_say_which_one_is_there(tiny: Path) -> None:
+    preferences = {row["uid"]: row for row in rows(tiny / "data/tiny_preferences_train.jsonl")}
+    for row in preferences.values():
+        assert [message["role"] for key in ("prompt", "chosen", "rejected") for message in row[key]] == [
+            "user",
+            "assistant",
+            "assistant",
+        ]
+        assert row["chosen"][0]["content"] in POSITIVE_SENTENCES
+        assert row["rejected"][0]["content"] in NEGATIVE_SENTENCES
+    labels = rows(tiny / "data/tiny_labels_train.jsonl")
+    assert [row["label"] for row in labels] == [True, False] * 24
+    for row in labels:
+        assert row["completion"] == preferences[row["uid"]]["chosen" if row["label"] else "rejected"]
+
+
+def test_tiny_rankings_have_an_order_and_a_tie(tiny: Path) -> None:
+    rankings = rows(tiny / "data/tiny_rankings_train.jsonl")
+    assert len(rankings) == 24
+    for row in rankings:
+        assert len(set(row["completions"])) == 4
+        assert sorted(row["ranks"]) == [0, 1, 2, 2]
+        by_rank = dict(zip(row["ranks"], row["completions"], strict=True))
+        assert by_rank[0] in POSITIVE_SENTENCES
+        assert by_rank[2] in NEGATIVE_SENTENCES
+    assert len({tuple(row["ranks"]) for row in rankings}) > 1
 
 
 # --- items are complete or absent
@@ -174,6 +214,7 @@ def test_a_failed_download_names_the_package_and_the_cure(
 ) -> None:
     def run(command, **kwargs):
         assert "--require-hashes" in command
+        assert "--no-binary=vaderSentiment" in command
         assert kwargs["timeout"] > 0
         if isinstance(outcome, Exception):
             raise outcome
@@ -185,72 +226,3 @@ def test_a_failed_download_names_the_package_and_the_cure(
     assert "vaderSentiment==3.3.2" in caught.value.problem
     assert "pip reaches" in caught.value.cure
     assert list(tmp_path.iterdir()) == []
-
-
-# --- prompts and pairs
-
-
-def test_prompts_are_the_first_tokens_that_survive_a_round_trip() -> None:
-    words = ["the", "cat", "sat", "on", "a", "mat", "and", "slept"]
-
-    def encode(text: str) -> list[int]:
-        return [words.index(word) for word in text.split()]
-
-    def decode(ids: list[int]) -> str:
-        return " ".join(words[i] for i in ids).replace("slept", "sat")
-
-    texts = [
-        ("long", "the cat<br /><br />sat on a  mat"),
-        ("again", "the cat sat on the mat"),
-        ("short", "a mat"),
-        ("lossy", "slept on the mat"),
-        ("last", "a mat and slept"),
-    ]
-    found = first_tokens(texts, encode=encode, decode=decode, tokens=3)
-    assert [(row.uid, row.prompt) for row in found] == [("long", "the cat sat"), ("last", "a mat and")]
-
-
-def ratings_file(count: int) -> list[str]:
-    rng = random.Random(0)
-    return [f"{i}\t{rng.uniform(-4, 4)}\tsentence number {i}" for i in range(count)]
-
-
-def texts(pairs: list[dict]) -> set[str]:
-    return {row[side] for row in pairs for side in ("chosen", "rejected")}
-
-
-def test_movie_pairs_share_no_snippet_between_train_and_eval() -> None:
-    snippets = module.read_snippets(ratings_file(200))
-    train, held_out = movie_pairs(snippets, train_pairs=50, eval_pairs=60, eval_snippets=60)
-    used = [text for row in train for text in (row.chosen, row.rejected)]
-    assert len(used) == len(set(used)) == 100
-    held = [text for row in held_out for text in (row.chosen, row.rejected)]
-    assert len(held_out) == 60
-    assert set(held).isdisjoint(used)
-    assert max(held.count(text) for text in held) <= 3
-    assert (train, held_out) == movie_pairs(snippets, train_pairs=50, eval_pairs=60, eval_snippets=60)
-
-
-def test_movie_pairs_prefer_the_higher_rating_by_at_least_one() -> None:
-    ratings = {snippet.text: snippet.rating for snippet in module.read_snippets(ratings_file(200))}
-    for part in movie_pairs(module.read_snippets(ratings_file(200)), train_pairs=50, eval_pairs=60, eval_snippets=60):
-        for row in part:
-            assert ratings[row.chosen] - ratings[row.rejected] >= 1
-            assert row.chosen_rating == pytest.approx(ratings[row.chosen], abs=1e-4)
-            assert row.rejected_rating == pytest.approx(ratings[row.rejected], abs=1e-4)
-
-
-def test_too_few_snippets_are_an_error_not_a_shorter_file() -> None:
-    with pytest.raises(ValueError, match="training pairs where 500 are wanted"):
-        movie_pairs(module.read_snippets(ratings_file(200)), train_pairs=500, eval_pairs=20, eval_snippets=60)
-
-
-def test_pairs_of_equal_ratings_are_not_made() -> None:
-    alike = [Snippet(str(i), str(i), 0.5 + i / 100) for i in range(20)]
-    assert make_pairs(alike, 5, uses=2, rng=random.Random(0)) == []
-
-
-def test_a_repeated_snippet_counts_once_and_a_malformed_row_is_named() -> None:
-    assert len(module.read_snippets(["1\t2.0\tGood.", "2\t1.0\tgood. "])) == 1
-    with pytest.raises(ValueError, match="line 2"):
-        module.read_snippets(["1\t2.0\tGood.", "2\tgood\tGood."])
