@@ -56,12 +56,14 @@ class Measure(_Record):
         value: the number.
         unit: empty for a ratio.
         asked: the bound that it is held to, such as `at least 0.90`; empty for numbers that only inform.
+        interval: 95 % confidence interval, where one is known.
     """
 
     name: str
     value: float
     unit: str = ""
     asked: str = ""
+    interval: tuple[float, float] | None = None
 
     def __str__(self) -> str:
         bound = f" (asked: {self.asked})" if self.asked else ""
@@ -69,7 +71,7 @@ class Measure(_Record):
 
     @property
     def shown(self) -> str:
-        """Value and unit; small numbers keep three digits that count."""
+        """Value, unit and interval; small numbers keep three digits that count."""
         size = abs(self.value)
         if size >= 1000 or self.value == int(self.value):
             text = f"{self.value:,.0f}"
@@ -77,7 +79,8 @@ class Measure(_Record):
             text = f"{self.value:.3g}" if size >= 10 else f"{self.value:.2f}"
         else:
             text = f"{self.value:.3f}" if size >= 0.001 else f"{self.value:.1e}"
-        return f"{text} {self.unit}".rstrip()
+        between = "" if self.interval is None else f" ({self.interval[0]:.3f} to {self.interval[1]:.3f})"
+        return f"{text} {self.unit}".rstrip() + between
 
 
 class Machine(_Record):

@@ -37,6 +37,7 @@ from rlhf_ray.actors.waiting import wait_all
 from rlhf_ray.cluster.session import ray_session
 from rlhf_ray.config.jobs import EpochJob, PPOJob, RewardModelJob
 from rlhf_ray.config.loading import load_config
+from rlhf_ray.config.reward_loss import BradleyTerry
 from rlhf_ray.config.training import Optimizer, TrainingEngine
 from rlhf_ray.controllers.preflight import EpochInputs, check
 from rlhf_ray.controllers.roles import epoch_role
@@ -114,6 +115,8 @@ def _first_step(config: Path, overrides: Sequence[str]) -> tuple[EpochJob, Epoch
     job = load_config(config, overrides)
     if isinstance(job, PPOJob):
         raise typer.BadParameter("job: ppo has no epochs: see benchmarks.update", param_hint="CONFIG")
+    if isinstance(job, RewardModelJob) and job.loss != BradleyTerry(type="bradley_terry"):
+        raise typer.BadParameter("the bare loop knows plain Bradley–Terry only", param_hint="CONFIG")
     name = job.role.name
     still = (f"placement.{name}.ranks=1", f"{name}.optimizer.lr=1e-8", f"{name}.optimizer.warmup_steps=0")
     job = load_config(config, [*overrides, *still])

@@ -156,7 +156,7 @@ def _check_ppo(config: PPOJob, problems: list[str]) -> PPOInputs:
                 if part.normalise and scale_of(part.model, trust_remote_code=part.trust_remote_code) is None:
                     problems.append(
                         f"reward.{index}.normalise: the config.json of {part.model!r} has no score_mean and score_std: "
-                        "export a checkpoint that was evaluated, or leave this key out"
+                        "export a checkpoint of a step that was evaluated, or leave this key out"
                     )
                 if tokenizer is not None:
                     same_tokens.append(
@@ -252,14 +252,14 @@ def _unfit_rows(config: RewardModelJob, setting: str, rows: ComparisonSet) -> It
     single = np.flatnonzero(counts == 1)
     if len(single):
         yield (
-            f"{setting}: {len(single)} rows, the first of them {rows.uids[single[0]]!r}, have one candidate: a reward "
-            "model learns from comparisons of at least two"
+            f"{setting}: {len(single)} of {len(rows)} rows, the first of them {rows.uids[single[0]]!r}, have one "
+            "candidate, but a reward model learns from comparisons of at least two"
         )
     several = np.flatnonzero(counts > 2)
     if len(several) and isinstance(config.loss, BradleyTerry):
         yield (
-            f"{setting}: {len(several)} rows, the first of them {rows.uids[several[0]]!r}, have more than two "
-            "candidates, but loss.type is 'bradley_terry': set it to 'softmax', 'plackett_luce' or 'all_pairs'"
+            f"{setting}: {len(several)} of {len(rows)} rows, the first of them {rows.uids[several[0]]!r}, have more "
+            "than two candidates, but loss.type is 'bradley_terry': set it to 'softmax', 'plackett_luce' or 'all_pairs'"
         )
     if not rows.ranks.any():
         yield f"{setting}: every row is a tie: there is nothing to prefer"

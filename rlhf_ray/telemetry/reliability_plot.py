@@ -46,9 +46,8 @@ def plot_reliability(run_dir: Path) -> Path | None:
         upper.set_title(f"Reliability: calibration error {report['calibration_error']:.3f}")
         upper.set_ylabel("share of pairs it has right")
         upper.legend(loc="lower right")
-        lower.bar([(b["low"] + b["high"]) / 2 for b in bins], count, width=0.8 * (bins[0]["high"] - bins[0]["low"]))
-        for bar in lower.patches:
-            bar.set_color(orange)
+        middle = [(b["low"] + b["high"]) / 2 for b in bins]
+        lower.bar(middle, count, width=0.8 * (bins[0]["high"] - bins[0]["low"]), color=orange)
         lower.set_ylabel("pairs")
         lower.set_xlabel("confidence: σ(|difference of the scores|)")
         path = run_dir / "reliability.png"

@@ -99,8 +99,8 @@ def _markdown(report: RewardReport) -> Iterator[str]:
         "truncated.\n"
     )
     if report.accuracy is not None and report.calibration_error is not None:
-        yield f"**Accuracy {_share(report.accuracy)}** (95 % interval), expected calibration error "
-        yield f"{report.calibration_error:.3f}.\n"
+        accuracy, error = _share(report.accuracy), report.calibration_error
+        yield f"**Accuracy {accuracy}** (95 % interval), expected calibration error {error:.3f}."
     yield from _buckets("By margin of the people", "margin", report.by_margin)
     yield from _buckets("By distance of the ranks", "ranks apart", report.by_rank_distance)
     yield from _buckets("By difference of the scores", "difference", report.by_difference)

@@ -377,11 +377,13 @@ def test_train_shows_the_held_out_accuracy_of_a_reward_model(
     def train(config: object) -> Path:
         write_rows(run_dir, rows)
         (run_dir / "samples.jsonl").touch()
+        (run_dir / "reward_report.md").write_text("# Reward model\n")
         return run_dir
 
     instead_of_train(train)
     done = cli("train", REWARD, *of_reward)
     assert done.exit_code == 0, done.output
+    assert f"report             {run_dir}/reward_report.md" in done.stdout.splitlines()
     assert "held-out accuracy  0.750 after step 3 (0.500 after step 1)" in done.stdout.splitlines()
     assert "samples" not in done.stdout  # an empty file is no result
     rows[:] = [{"train/accuracy": 1.0}]

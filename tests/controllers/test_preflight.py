@@ -232,18 +232,18 @@ def test_rows_that_the_loss_of_a_reward_model_cannot_learn_from_are_refused(
     pairs: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = judged([0, 1], [0, 1, 2], [0, 1, 1])
-    monkeypatch.setattr("rlhf_ray.controllers.preflight.load_comparisons", lambda *_: rows)
+    monkeypatch.setattr("rlhf_ray.controllers.preflight.load_comparisons", lambda *_, **__: rows)
     said = (
-        "2 rows, the first of them 'row1', have more than two candidates, but loss.type is 'bradley_terry': set it to "
-        "'softmax', 'plackett_luce' or 'all_pairs'"
+        "2 of 3 rows, the first of them 'row1', have more than two candidates, but loss.type is 'bradley_terry': set "
+        "it to 'softmax', 'plackett_luce' or 'all_pairs'"
     )
     assert problems_of(pairs()) == [f"data.train: {said}", f"data.eval: {said}"]
     for loss in ("softmax", "plackett_luce", "all_pairs"):
         assert isinstance(check(pairs(loss={"type": loss})), EpochInputs)
     rows = judged([0, 1], [0])
     assert problems_of(pairs())[0] == (
-        "data.train: 1 rows, the first of them 'row1', have one candidate: a reward model learns from comparisons of "
-        "at least two"
+        "data.train: 1 of 2 rows, the first of them 'row1', have one candidate, but a reward model learns from "
+        "comparisons of at least two"
     )
     rows = judged([0, 0])
     assert problems_of(pairs())[0] == "data.train: every row is a tie: there is nothing to prefer"
@@ -255,8 +255,8 @@ def test_a_reward_can_be_normalised_only_by_a_model_that_has_a_scale(
     model = shutil.copytree(tiny / "models/tiny-reward", tmp_path / "reward")
     config = ppo(reward=[{"model": str(model), "normalise": True}])
     assert problems_of(config) == [
-        f"reward.0.normalise: the config.json of '{model}' has no score_mean and score_std: export a checkpoint that "
-        "was evaluated, or leave this key out"
+        f"reward.0.normalise: the config.json of '{model}' has no score_mean and score_std: export a checkpoint of a "
+        "step that was evaluated, or leave this key out"
     ]
     write_scale(model, ScoreScale(0.5, 2.0))
     assert isinstance(check(config), PPOInputs)

@@ -1,0 +1,37 @@
+"""A reward model's worker gives its scores as they are, or in the scale that its folder names."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rlhf_ray.actors.reward import RewardModelWorker
+from rlhf_ray.config.rewards import ModelReward
+from rlhf_ray.data.trajectory import TrajectoryBatch
+from rlhf_ray.models.score_scale import ScoreScale, write_scale
+from rlhf_ray.telemetry.trace import SpanRecorder
+
+
+@pytest.fixture
+def scores_of(tiny_model_dir: Path, make_batch: Callable[..., TrajectoryBatch]) -> Callable[..., np.ndarray]:
+    def score(model: Path, **settings: object) -> np.ndarray:
+        worker = RewardModelWorker.__new__(RewardModelWorker)  # its `__init__` is an actor's
+        worker.rank, worker.world_size, worker.recorder = 0, 1, SpanRecorder()
+        part = ModelReward(model=str(model), engine={"dtype": "float32"}, **settings)
+        worker.load_model(part, "r", str(tiny_model_dir), False, True)
+        found = worker.score(make_batch([3, 5, 2], [4, 1, 7]))
+        return found.scores[np.argsort(found.samples)]
+
+    return score
+
+
+def test_scores_are_normalised_where_the_config_says_so(
+    tiny_model_dir: Path, as_reward_model: Callable[[Path], Path], tmp_path: Path, scores_of: Callable[..., np.ndarray]
+) -> None:
+    model = shutil.copytree(as_reward_model(tiny_model_dir), tmp_path / "model")
+    raw = scores_of(model)
+    write_scale(model, ScoreScale(0.25, 4.0))
+    assert scores_of(model) == pytest.approx(raw)
+    assert scores_of(model, normalise=True) == pytest.approx((raw - 0.25) / 4, rel=1e-5)
