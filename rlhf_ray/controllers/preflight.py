@@ -9,15 +9,17 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_ray.config.jobs import EpochJob, JobConfig, PPOJob, RewardModelJob, SFTJob
+from rlhf_ray.config.jobs import EpochJob, JobConfig, PPOJob, RewardModel, RewardModelJob, SFTJob
 from rlhf_ray.config.loading import ConfigError
 from rlhf_ray.config.rewards import FunctionReward, HttpReward, ModelReward
+from rlhf_ray.config.training import Critic, Policy
 from rlhf_ray.data.conversations import ConversationSet, load_conversations, mix
 from rlhf_ray.data.errors import DataError
 from rlhf_ray.data.pairs import load_pairs
 from rlhf_ray.data.prompts import PromptSet, load_prompts
 from rlhf_ray.models.heads import (
     ModelError,
+    check_lora,
     check_scores,
     check_tokenizer_matches,
     load_config,
@@ -110,6 +112,7 @@ def _check_ppo(config: PPOJob, problems: list[str]) -> PPOInputs:
                 f"rollout.engine.max_model_len ({config.rollout.engine.max_model_len}) is more than the {longest} "
                 f"positions of policy.model {policy.model!r}"
             )
+        _check_lora(problems, "policy", policy.model, policy)
     with _collect(problems, "reference.from"):
         if tokenizer is not None and not _same_vocabulary(
             reference, tokenizer, trust_remote_code=policy.trust_remote_code
@@ -123,6 +126,7 @@ def _check_ppo(config: PPOJob, problems: list[str]) -> PPOInputs:
                 f"critic.init_from: {critic!r} has another vocabulary than policy.model {policy.model!r}, whose tokens "
                 "the critic reads"
             )
+        _check_lora(problems, "critic", critic, config.critic)
     same_tokens = []
     for index, part in enumerate(config.reward):
         with _collect(problems, f"reward.{index}"):
@@ -151,6 +155,7 @@ def _check_epochs(config: EpochJob, problems: list[str]) -> EpochInputs:
     with _collect(problems, f"{config.role.name}.model"):
         tokenizer = load_tokenizer(section.model, trust_remote_code=section.trust_remote_code)
         check_tokenizer_matches(section.model, tokenizer, trust_remote_code=section.trust_remote_code)
+        _check_lora(problems, config.role.name, section.model, section)
     train: RowSet | None = None
     held_out: RowSet | None = None
     if tokenizer is not None:
@@ -165,6 +170,13 @@ def _check_epochs(config: EpochJob, problems: list[str]) -> EpochInputs:
     if problems or train is None:
         raise ConfigError("preflight", problems)
     return EpochInputs(config.run.epochs * -(-len(train) // config.role.rows_per_step), train, held_out)
+
+
+def _check_lora(problems: list[str], role: str, model: str, section: Policy | Critic | RewardModel) -> None:
+    if section.lora is None:
+        return
+    with _collect(problems, f"{role}.lora"):
+        check_lora(model, section.lora, scalar=role != "policy", trust_remote_code=section.trust_remote_code)
 
 
 def _mixed(config: SFTJob, tokenizer: PreTrainedTokenizerBase, problems: list[str]) -> ConversationSet | None:
