@@ -65,7 +65,10 @@ def _ppo_lines(config: PPOJob) -> Iterator[Line]:
     reference = config.policy.model if config.reference.from_model == "policy" else config.reference.from_model
     yield "policy", f"{config.policy.model} · {_trained(config.policy)} · {_ranks(config, 'policy')}"
     yield "critic", f"from {critic} · {_trained(config.critic)} · {_ranks(config, 'critic')}"
-    yield "reference", f"{reference} · {_engine(config.reference.engine)} · {_ranks(config, 'reference')}"
+    if config.policy_is_reference:
+        yield "reference", "the policy with its adapters off"
+    else:
+        yield "reference", f"{reference} · {_engine(config.reference.engine)} · {_ranks(config, 'reference')}"
     for part in config.reward:
         yield f"reward/{part_name(part)}", f"{_part(config, part)} · weight {part.weight:g}"
     rollout = place.rollout
@@ -94,7 +97,7 @@ def _preference_lines(config: PreferenceJob) -> Iterator[Line]:
     yield "loss", " + ".join(losses)
     if not config.algorithm.needs_reference:
         return
-    if config.reference_is_base:
+    if config.policy_is_reference:
         yield "reference", "the policy with its adapters off"
         return
     place, ranks = config.placement.reference, config.placement.reference_ranks
