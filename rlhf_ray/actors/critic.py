@@ -39,7 +39,11 @@ class CriticWorker(PPOTrainedWorker):
         self.critic, self.ppo = critic, ppo
         self.model_source, self.trust_remote_code = model, critic.trust_remote_code
         loaded = load_scalar(
-            model, dtype=DTYPES[critic.engine.dtype], seed=seed, trust_remote_code=critic.trust_remote_code
+            model,
+            dtype=DTYPES[critic.engine.dtype],
+            seed=seed,
+            trust_remote_code=critic.trust_remote_code,
+            lora=critic.lora,
         )
         self.engine = TrainingEngine(loaded, critic.engine, critic.optimizer, total_steps)
 

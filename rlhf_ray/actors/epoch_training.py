@@ -20,14 +20,22 @@ class EpochTrainedWorker(TrainedWorker):
     def micro_batch_loss(self, data: Any, rows: Sequence[int]) -> tuple[torch.Tensor, Stats]:
         """Sum of the losses of some rows, and what to log. No rows are a dummy pass, for ZeRO-3."""
 
+    def prepare_losses(self, data: Any, context: Any) -> None:
+        """Take in what the losses of a step or an evaluation need beside the rows. Most need nothing."""
+
     def step(
-        self, data: Sequence[ray.ObjectRef], micro_batches: Sequence[Sequence[int]], step_weight: float
+        self,
+        data: Sequence[ray.ObjectRef],
+        micro_batches: Sequence[Sequence[int]],
+        step_weight: float,
+        context: Any = None,
     ) -> UpdateReport:
         """One optimizer step on this rank's micro-batches.
 
         Args:
             data: reference to the data set, in a list so that it stays in the object store.
             step_weight: what the sum of the losses is divided by: the weights of the step's rows, over all ranks.
+            context: for `prepare_losses`.
 
         Raises:
             NonFiniteLossError: before the optimizer step.
@@ -35,6 +43,7 @@ class EpochTrainedWorker(TrainedWorker):
         watch = Stopwatch()
         found = fetch_data(data, "the data set")[0]
         with self.recorder.span("update"):
+            self.prepare_losses(found, context)
             means: Stats = {}
             for number, micro_batch in enumerate(micro_batches):
                 loss, stats = self.micro_batch_loss(found, micro_batch)
@@ -52,11 +61,14 @@ class EpochTrainedWorker(TrainedWorker):
         return UpdateReport(means, done.lr, 1, sum(len(micro) for micro in micro_batches), watch.seconds)
 
     @torch.no_grad()
-    def evaluate(self, data: Sequence[ray.ObjectRef], micro_batches: Sequence[Sequence[int]]) -> Stats:
+    def evaluate(
+        self, data: Sequence[ray.ObjectRef], micro_batches: Sequence[Sequence[int]], context: Any = None
+    ) -> Stats:
         """What is logged of a step, for this rank's micro-batches and without learning from them."""
         found = fetch_data(data, "the data set")[0]
         means: Stats = {}
         with self.recorder.span("evaluate"):
+            self.prepare_losses(found, context)
             for micro_batch in micro_batches:
                 _, stats = self.micro_batch_loss(found, micro_batch)
                 means = sum_means((means, stats))

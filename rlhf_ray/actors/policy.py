@@ -38,7 +38,7 @@ class PolicyWorker(PPOTrainedWorker):
                 self.rank,
                 self.world_size,
                 self.policy.engine.micro_batch_tokens,
-                lambda pack: self.engine(pack.packed, pack.positions, pack.targets, self.temperature)[0],
+                lambda pack: self.engine(pack.packed, pack.positions, pack.targets, self.temperature, "nothing")[0],
             )
 
     def update(self, shards: Any, shard_starts: Any, plan: Any, whitening: Moments | None) -> UpdateReport:

@@ -1,6 +1,13 @@
-"""The reference model: log-probs of the responses under the model that the policy is held close to."""
+"""The reference model: log-probs under the model that the policy is held close to or compared with."""
 
+from collections.abc import Sequence
+from pathlib import Path
+
+import ray
+
+from rlhf_ray.actors.answers import AnswerLogProbs
 from rlhf_ray.actors.columns import ColumnPart, response_column
+from rlhf_ray.actors.waiting import fetch_data
 from rlhf_ray.actors.worker import Worker
 from rlhf_ray.config.training import ScoringEngine
 from rlhf_ray.data.trajectory import TrajectoryBatch
@@ -30,5 +37,35 @@ class ReferenceWorker(Worker):
                 self.rank,
                 self.world_size,
                 self.config.micro_batch_tokens,
-                lambda pack: self.engine(pack.packed, pack.positions, pack.targets, self.temperature)[0],
+                lambda pack: self.engine(pack.packed, pack.positions, pack.targets, self.temperature, "nothing")[0],
             )
+
+    def answer_logprobs(self, data: Sequence[ray.ObjectRef], micro_batches: Sequence[Sequence[int]]) -> AnswerLogProbs:
+        """Log-probs of the answers in this rank's share of some rows of a `ComparisonSet`."""
+        [found] = fetch_data(data, "the data set")
+        with self.recorder.span("log-probs"):
+            return AnswerLogProbs.of(
+                found,
+                micro_batches,
+                lambda pack: self.engine(pack.packed, pack.positions, pack.targets, self.temperature, "nothing")[0],
+            )
+
+    def mix_weights(self, shared: Sequence[Sequence[ray.ObjectRef]], share: float) -> None:
+        """Move every weight by `share` of its way to the policy's; collective.
+
+        Args:
+            shared: what each of the policy's ranks gave for `PreferenceWorker.share_weights`.
+        """
+        with self.recorder.span("update reference"):
+            for bucket in (ref for refs in shared for ref in refs):
+                self.engine.mix(fetch_data([bucket], "the policy's weights")[0], share)
+
+    def save(self, folder: str) -> None:
+        """Write the weights of a reference that is updated; rank 0 writes them whole."""
+        with self.recorder.span("checkpoint"):
+            self.engine.save(Path(folder), write=self.rank == 0)
+
+    def load(self, folder: str) -> None:
+        """Read what `save` wrote."""
+        with self.recorder.span("load checkpoint"):
+            self.engine.load(Path(folder))

@@ -42,7 +42,11 @@ class RewardTrainingWorker(EpochTrainedWorker):
         self.loss = loss
         self.model_source, self.trust_remote_code = reward.model, reward.trust_remote_code
         model = load_scalar(
-            reward.model, dtype=DTYPES[reward.engine.dtype], seed=seed, trust_remote_code=reward.trust_remote_code
+            reward.model,
+            dtype=DTYPES[reward.engine.dtype],
+            seed=seed,
+            trust_remote_code=reward.trust_remote_code,
+            lora=reward.lora,
         )
         self.engine = TrainingEngine(model, reward.engine, reward.optimizer, total_steps)
 

@@ -14,8 +14,9 @@ from torch import nn
 
 from rlhf_ray.actors.worker import Worker, load_rng, save_rng
 from rlhf_ray.config.training import Policy
-from rlhf_ray.engines.training import DTYPES, TrainingEngine, full_weights
+from rlhf_ray.engines.training import DTYPES, TrainingEngine, full_adapter, full_weights
 from rlhf_ray.models.heads import load_causal, load_tokenizer
+from rlhf_ray.models.lora import ADAPTER_FOLDER, Adapter, has_adapters
 from rlhf_ray.models.score_scale import ScoreScale, write_scale
 from rlhf_ray.telemetry.metrics import Mean
 
@@ -79,6 +80,7 @@ class TrainedWorker(Worker):
             dtype=DTYPES[policy.engine.dtype],
             vocab_chunk_tokens=policy.engine.vocab_chunk_tokens,
             trust_remote_code=policy.trust_remote_code,
+            lora=policy.lora,
         )
         self.engine = TrainingEngine(model, policy.engine, policy.optimizer, total_steps)
 
@@ -104,8 +106,10 @@ class TrainedWorker(Worker):
         self.finish_export()
         with self.recorder.span("export"):
             weights = _host_copy(self.engine.model, keep=self.rank == 0)
+            adapter = full_adapter(self.engine.model) if has_adapters(self.engine.model) else None
         if self.rank == 0:
-            self._export = threading.Thread(target=self._write_export, args=(weights, Path(folder), scale), daemon=True)
+            arguments = (weights, adapter, scale, Path(folder))
+            self._export = threading.Thread(target=self._write_export, args=arguments, daemon=True)
             self._export_error: Exception | None = None
             self._export.start()
 
@@ -123,13 +127,17 @@ class TrainedWorker(Worker):
         if self._export_error is not None:
             raise self._export_error
 
-    def _write_export(self, weights: dict[str, torch.Tensor], folder: Path, scale: ScoreScale | None) -> None:
+    def _write_export(
+        self, weights: dict[str, torch.Tensor], adapter: Adapter | None, scale: ScoreScale | None, folder: Path
+    ) -> None:
         try:
             partial = folder.with_name(folder.name + ".partial")
             shutil.rmtree(partial, ignore_errors=True)
             model: Any = self.engine.model.model
             model.save_pretrained(partial, state_dict=weights, safe_serialization=True)
             write_scale(partial, scale)
+            if adapter is not None:
+                adapter.write(partial / ADAPTER_FOLDER)
             load_tokenizer(self.model_source, trust_remote_code=self.trust_remote_code).save_pretrained(partial)
             self.finish_export_folder(partial)
             previous = folder.with_name(folder.name + ".previous")

@@ -212,6 +212,7 @@ def export(
     """Make a Hugging Face folder of a checkpoint, of a finished or a stopped run. Needs no cluster.
 
     Works for every ZeRO stage and number of ranks. A ZeRO stage 3 checkpoint is unpickled: export only your own.
+    Adapters are merged, and also written by themselves, into OUT/adapter.
 
     \b
     Examples:
@@ -224,11 +225,13 @@ def export(
 
     done = export_checkpoint(checkpoint_or_run, out, role)
     auto = "AutoModelForSequenceClassification" if done.scalar else "AutoModelForCausalLM"
+    adapter = [] if done.adapter is None else [("adapter", f"{done.adapter}, in peft's format")]
     show(
         [
             ("checkpoint", str(done.checkpoint)),
             (done.role, str(done.folder)),
             ("load", f"{auto}.from_pretrained({str(done.folder)!r})"),
+            *adapter,
         ]
     )
 

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Literal
 
 from rich.text import Text
 
-from rlhf_ray.config.jobs import EpochJob, JobConfig, PPOJob, RewardModelJob
+from rlhf_ray.config.jobs import EpochJob, JobConfig, PPOJob, PreferenceJob, RewardModel, RewardModelJob, SFTJob
 from rlhf_ray.config.placement import RolePlacement
 from rlhf_ray.config.reward_loss import BradleyTerry
 from rlhf_ray.config.rewards import FunctionReward, HttpReward, ModelReward, part_name
-from rlhf_ray.config.training import ScoringEngine, TrainingEngine
+from rlhf_ray.config.training import Critic, Policy, ScoringEngine, TrainingEngine
 from rlhf_ray.recovery.checkpoints import CheckpointStore
 from rlhf_ray.telemetry.metrics import Metrics, read_metrics
 from rlhf_ray.telemetry.progress import QuietConsole
@@ -64,8 +64,8 @@ def _ppo_lines(config: PPOJob) -> Iterator[Line]:
     place = config.placement
     critic = config.reward_models[0].model if config.critic.init_from == "reward" else config.critic.init_from
     reference = config.policy.model if config.reference.from_model == "policy" else config.reference.from_model
-    yield "policy", f"{config.policy.model} · {_engine(config.policy.engine)} · {_ranks(config, 'policy')}"
-    yield "critic", f"from {critic} · {_engine(config.critic.engine)} · {_ranks(config, 'critic')}"
+    yield "policy", f"{config.policy.model} · {_trained(config.policy)} · {_ranks(config, 'policy')}"
+    yield "critic", f"from {critic} · {_trained(config.critic)} · {_ranks(config, 'critic')}"
     yield "reference", f"{reference} · {_engine(config.reference.engine)} · {_ranks(config, 'reference')}"
     for part in config.reward:
         yield f"reward/{part_name(part)}", f"{_part(config, part)} · weight {part.weight:g}"
@@ -81,11 +81,35 @@ def _epoch_lines(config: EpochJob, inputs: "EpochInputs | None") -> Iterator[Lin
     steps = epochs if inputs is None else f"{inputs.steps} ({epochs})"
     yield "steps", f"{steps}, {role.rows_per_step} {rows} a step"
     held = _held(role.ranks, "rank", role.placement.cpus, role.placement.gpus)
-    yield role.name, f"{role.trained.model} · {_engine(role.trained.engine)} · {held}"
+    yield role.name, f"{role.trained.model} · {_trained(role.trained)} · {held}"
+    if isinstance(config, PreferenceJob):
+        yield from _preference_lines(config)
     if inputs is not None:
         yield rows, _counts(inputs.train)
         if inputs.held_out is not None:
             yield f"held-out {rows}", _counts(inputs.held_out)
+
+
+def _preference_lines(config: PreferenceJob) -> Iterator[Line]:
+    losses = (loss.type if loss.weight == 1 else f"{loss.weight:g} {loss.type}" for loss in config.algorithm.loss)
+    yield "loss", " + ".join(losses)
+    if not config.algorithm.needs_reference:
+        return
+    if config.reference_is_base:
+        yield "reference", "the policy with its adapters off"
+        return
+    place, ranks = config.placement.reference, config.placement.reference_ranks
+    own = _held(ranks, "rank", place.cpus, place.gpus)
+    held = f"{_several(ranks, 'rank')} beside policy" if place.colocate else own
+    cache = "" if config.reference.cache is None else f" · log-probs kept in {config.reference.cache}"
+    yield "reference", f"{config.reference_model} · {_engine(config.reference.engine)} · {held}{cache}"
+
+
+def _trained(section: Policy | Critic | RewardModel) -> str:
+    lora, engine = section.lora, _engine(section.engine)
+    if lora is None:
+        return engine
+    return f"LoRA of rank {lora.rank}{'' if lora.base == 'as_model' else f' on {lora.base}'} · {engine}"
 
 
 def _engine(engine: TrainingEngine | ScoringEngine) -> str:
@@ -141,7 +165,7 @@ def run_lines(config: JobConfig, folder: Path) -> Iterator[Line]:
     if isinstance(config, PPOJob):
         yield from _reward_lines(config, rows)
     else:
-        yield _held_out_line(rows, "accuracy" if isinstance(config, RewardModelJob) else "perplexity")
+        yield _held_out_line(rows, _headline(config))
     files = {
         "metrics": "metrics.jsonl",
         "curves": "curves.png",
@@ -152,6 +176,7 @@ def run_lines(config: JobConfig, folder: Path) -> Iterator[Line]:
         "trace": "timeline.json",
         "TensorBoard": "tensorboard",
         "model": "export",
+        "adapter": "export/adapter",
     }
     yield from ((what, str(folder / file)) for what, file in files.items() if _has_content(folder / file))
     if steps := checkpointed_steps(config):
@@ -171,6 +196,13 @@ def _reward_lines(config: PPOJob, rows: Sequence[Metrics]) -> Iterator[Line]:
             found = reward_summary(rows, name)
             note = " (never trained on)" if part.weight == 0 else ""
             yield name, f"{found.first:.3f} → {found.last:.3f} ({found.last - found.first:+.3f}){note}"
+
+
+def _headline(config: EpochJob) -> str:
+    """The metric of an evaluation that says most."""
+    if isinstance(config, SFTJob):
+        return "perplexity"
+    return "loss" if isinstance(config, PreferenceJob) and config.algorithm.unpaired else "accuracy"
 
 
 def _held_out_line(rows: Sequence[Metrics], what: str) -> Line:

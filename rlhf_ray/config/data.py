@@ -1,19 +1,38 @@
-"""Prompts for PPO, labelled pairs for reward models, conversations to imitate."""
+"""Prompts for PPO, labelled pairs for reward models, conversations to imitate. docs/data.md has the form of rows."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
-from pydantic import model_validator
+from pydantic import Field, field_validator, model_validator
 
-from rlhf_ray.config.base import PositiveFloat, PositiveInt, Section
+from rlhf_ray.config.base import PositiveFloat, PositiveInt, Section, nearest
 
 
-class PromptData(Section):
+class RowData(Section):
+    """What every data section has: `columns` for files whose columns have other names than `OWN_COLUMNS`."""
+
+    OWN_COLUMNS: ClassVar[tuple[str, ...]]
+
+    @field_validator("columns", check_fields=False)
+    @classmethod
+    def _columns_are_known(cls, columns: dict[str, str]) -> dict[str, str]:
+        for name in columns:
+            if name not in cls.OWN_COLUMNS:
+                close = nearest(name, cls.OWN_COLUMNS)
+                hint = f"did you mean {close!r}?" if close else f"known: {', '.join(cls.OWN_COLUMNS)}"
+                raise ValueError(f"{name!r} is none of our columns; {hint} (our name stands before the file's)")
+        return columns
+
+
+class PromptData(RowData):
     """Prompts and how many of them make a step."""
 
+    OWN_COLUMNS = ("uid", "prompt")
+
     prompts: str
-    """JSONL file; a row has `prompt` (text, or a list of chat messages) and optionally `uid`."""
-    prompt_key: str = "prompt"
-    """Column of the prompt."""
+    """Source of rows with `prompt` (text, or a list of chat messages): a JSONL, JSON, CSV or Parquet file, a folder of
+    `datasets.save_to_disk`, or a name on the hub."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Our columns that the source names otherwise: `{prompt: question}`."""
     prompts_per_step: PositiveInt = 128
     """Prompts in one PPO step."""
     samples_per_prompt: PositiveInt = 1
@@ -26,46 +45,67 @@ class PromptData(Section):
     """New order in each epoch, from the run's seed."""
 
 
-class ComparisonData(Section):
-    """Pairs of texts of which a human liked one better."""
+class ComparisonData(RowData):
+    """Texts of which people liked some better than others."""
+
+    OWN_COLUMNS = ("uid", "prompt", "chosen", "rejected", "tie", "completions", "ranks", "best", "margin", "weight")
 
     train: str
-    """JSONL file; a row has `chosen` and `rejected` (text) and optionally `prompt` and `uid`."""
+    """Source of rows with `chosen` and `rejected`, or `completions` and their `ranks`, and optionally `prompt`: a
+    JSONL, JSON, CSV or Parquet file, a folder of `datasets.save_to_disk`, or a name on the hub."""
     train_rows: PositiveInt | None = None
-    """Pairs of `train` that are used, from its beginning; by default all."""
+    """Rows of `train` that are used, from its beginning; by default all."""
     eval: str | None = None
-    """JSONL file of held-out pairs."""
+    """Source of held-out rows."""
     eval_rows: PositiveInt | None = None
-    """Pairs of `eval` that are used, from its beginning; by default all."""
+    """Rows of `eval` that are used, from its beginning; by default all."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Our columns that the sources name otherwise: `{chosen: better, rejected: worse}`."""
     rows_per_step: PositiveInt = 32
-    """Pairs in one optimizer step."""
+    """Rows in one optimizer step."""
     max_tokens: PositiveInt = 1024
     """Budget of one text with its prompt."""
     overlong: Literal["drop", "truncate"] = "drop"
-    """What happens to a pair over the budget; `truncate` keeps the end of each text. Both are reported."""
+    """What happens to a row with a text over the budget; `truncate` keeps the end of each. Both are reported."""
+
+
+class PreferenceData(ComparisonData):
+    """Answers that people preferred to others, or judged one by one."""
+
+    train: str
+    """JSONL file; a row has `chosen` and `rejected` and mostly `prompt`, or `prompt`, `completion` and `label`."""
+    max_tokens: PositiveInt = 1024
+    """Budget of one answer with its prompt."""
+    overlong: Literal["drop", "truncate"] = "drop"
+    """What happens to a row over the budget; `truncate` keeps the beginning of each answer. Both are reported."""
 
 
 class ConversationSource(Section):
-    """One of several files of rows."""
+    """One of several sources of rows."""
 
     path: str
-    """JSONL file."""
+    """Source, as `data.train`."""
     weight: PositiveFloat = 1.0
-    """How often an epoch has each row: 2 has all twice, 0.5 the first half of the file once."""
+    """How often an epoch has each row: 2 has all twice, 0.5 the first half of the source once."""
 
 
-class ConversationData(Section):
+class ConversationData(RowData):
     """Texts and conversations to learn to write."""
 
+    OWN_COLUMNS = ("uid", "text", "messages", "prompt", "completion")
+
     train: str | tuple[ConversationSource, ...]
-    """JSONL file, or several with weights; a row has `text`, or `messages` (a list of chat messages), or `prompt` and
-    `completion` (both text or both lists of chat messages), and optionally `uid`."""
+    """Source of rows with `text`, or `messages` (a list of chat messages), or `prompt` and `completion` (both text or
+    both lists of chat messages): a JSONL, JSON, CSV or Parquet file, a folder of `datasets.save_to_disk`, or a name on
+    the hub; or several sources with weights."""
     train_rows: PositiveInt | None = None
-    """Rows of each file of `train` that are used, from its beginning; by default all."""
+    """Rows of each source of `train` that are used, from its beginning; by default all."""
     eval: str | None = None
-    """JSONL file of held-out rows."""
+    """Source of held-out rows."""
     eval_rows: PositiveInt | None = None
     """Rows of `eval` that are used, from its beginning; by default all."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Our columns that the sources name otherwise: `{prompt: question, completion: answer}`."""
     rows_per_step: PositiveInt = 32
     """Rows in one optimizer step."""
     loss: Literal["assistant", "all"] = "assistant"
@@ -77,11 +117,11 @@ class ConversationData(Section):
 
     @property
     def sources(self) -> tuple[ConversationSource, ...]:
-        """The files to train on."""
+        """What to train on."""
         return (ConversationSource(path=self.train),) if isinstance(self.train, str) else self.train
 
     @model_validator(mode="after")
     def _has_a_source(self) -> "ConversationData":
         if not self.sources:
-            raise ValueError(".train is empty, but needs at least one file")
+            raise ValueError(".train is empty, but needs at least one source")
         return self

@@ -7,13 +7,30 @@ from pydantic import Field, model_validator
 
 from rlhf_ray.config.algorithm import PPO
 from rlhf_ray.config.base import NonNegativeInt, Section
-from rlhf_ray.config.data import ComparisonData, ConversationData, PromptData
-from rlhf_ray.config.placement import Cluster, PPOPlacement, RewardModelPlacement, RolePlacement, SFTPlacement
+from rlhf_ray.config.data import ComparisonData, ConversationData, PreferenceData, PromptData
+from rlhf_ray.config.placement import (
+    Cluster,
+    PPOPlacement,
+    PreferencePlacement,
+    RewardModelPlacement,
+    RolePlacement,
+    SFTPlacement,
+)
+from rlhf_ray.config.preference import Preference
 from rlhf_ray.config.reward_loss import BradleyTerry, RewardLoss
 from rlhf_ray.config.rewards import ModelReward, RewardPart, part_name
 from rlhf_ray.config.rollout import Rollout
 from rlhf_ray.config.run import EpochRun, PPORun
-from rlhf_ray.config.training import Critic, Policy, Reference, SFTPolicy, SupervisedOptimizer, TrainingEngine
+from rlhf_ray.config.training import (
+    Critic,
+    Lora,
+    Policy,
+    PreferenceReference,
+    Reference,
+    SFTPolicy,
+    SupervisedOptimizer,
+    TrainingEngine,
+)
 
 TRAINED: tuple[Literal["policy", "critic"], ...] = ("policy", "critic")
 SCORING: tuple[Literal["policy", "critic", "reference", "reward"], ...] = ("policy", "critic", "reference", "reward")
@@ -144,6 +161,8 @@ class RewardModel(Section):
     """Run Python code that comes with this model. Off unless you have read that code."""
     engine: TrainingEngine = TrainingEngine()
     """How it is held and trained."""
+    lora: Lora | None = None
+    """Train low-rank adapters beside frozen weights; by default all weights are trained."""
     optimizer: SupervisedOptimizer = SupervisedOptimizer()
     """How it is updated."""
 
@@ -160,7 +179,7 @@ class EpochRole:
     """
 
     name: Literal["policy", "reward"]
-    trained: RewardModel | SFTPolicy
+    trained: RewardModel | Policy
     placement: RolePlacement
     rows_per_step: int
 
@@ -234,6 +253,65 @@ class SFTJob(_Job):
         return self
 
 
+class PreferenceJob(_Job):
+    """Offline preference learning: DPO and its family."""
+
+    job: Literal["preference"]
+    """The job type."""
+    policy: Policy
+    """The model that is trained."""
+    reference: PreferenceReference = PreferenceReference()
+    """The model that the policy's log-probs are compared with."""
+    algorithm: Preference = Preference()
+    """The algorithm."""
+    data: PreferenceData
+    """The pairs or labels."""
+    placement: PreferencePlacement = PreferencePlacement()
+    """Where actors sit."""
+    run: EpochRun
+    """The run."""
+
+    @property
+    def role(self) -> EpochRole:
+        """The role that is trained."""
+        return EpochRole("policy", self.policy, self.placement.policy, self.data.rows_per_step)
+
+    @property
+    def reference_model(self) -> str:
+        """Folder of the reference model."""
+        return self.policy.model if self.reference.from_model == "policy" else self.reference.from_model
+
+    @property
+    def reference_is_base(self) -> bool:
+        """Whether the reference is the policy with its adapters off, which needs no second copy of the model."""
+        return self.policy.lora is not None and self.reference.from_model == "policy"
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> "PreferenceJob":
+        measures = {f"eval/{name}" for name in self.algorithm.measures}
+        _check_epochs(self.role, "data.rows_per_step", self.run, self.data.eval, measures)
+        if not self.algorithm.needs_reference and self.reference != PreferenceReference():
+            raise ValueError("reference has no effect: algorithm.loss and algorithm.reference_free compare with none")
+        if self.algorithm.needs_reference and self.reference_is_base:
+            self._check_base()
+        ranks = self.placement.reference_ranks
+        if self.algorithm.needs_reference and self.data.rows_per_step < ranks:
+            raise ValueError(
+                f"data.rows_per_step ({self.data.rows_per_step}) is less than placement.reference.ranks ({ranks})"
+            )
+        return self
+
+    def _check_base(self) -> None:
+        reference, defaults = self.reference, PreferenceReference()
+        why = "with policy.lora the reference is the policy with its adapters off"
+        if reference.update_every:
+            raise ValueError(f"reference.update_every is {reference.update_every}, but {why}, which stay as they are")
+        if reference.engine != defaults.engine:
+            raise ValueError(f"reference.engine has no effect: {why}, held as policy.engine says")
+        if self.placement.reference != PreferencePlacement().reference:
+            raise ValueError(f"placement.reference has no effect: {why}")
+
+
 def _check_epochs(role: EpochRole, rows_key: str, run: EpochRun, held_out: str | None, measures: set[str]) -> None:
     """`measures` are the metrics of an evaluation."""
     if role.rows_per_step < role.ranks:
@@ -258,12 +336,13 @@ def _check_epochs(role: EpochRole, rows_key: str, run: EpochRun, held_out: str |
         raise ValueError("run.patience counts evaluations, but run.eval_every is 0: one, after the last step")
 
 
-EpochJob = RewardModelJob | SFTJob
+EpochJob = PreferenceJob | RewardModelJob | SFTJob
 
-JobConfig = PPOJob | RewardModelJob | SFTJob
+JobConfig = PPOJob | PreferenceJob | RewardModelJob | SFTJob
 
-JOB_TYPES: dict[str, type[PPOJob] | type[RewardModelJob] | type[SFTJob]] = {
+JOB_TYPES: dict[str, type[PPOJob] | type[PreferenceJob] | type[RewardModelJob] | type[SFTJob]] = {
     "ppo": PPOJob,
+    "preference": PreferenceJob,
     "reward_model": RewardModelJob,
     "sft": SFTJob,
 }

@@ -1,6 +1,5 @@
 """From a YAML file and dotted overrides to a checked config, or one error that lists every problem."""
 
-import difflib
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from rlhf_ray.config.base import nearest
 from rlhf_ray.config.jobs import JOB_TYPES, JobConfig
 
 
@@ -98,7 +98,7 @@ def parse_config(raw: dict[str, Any], *, source: str = "config") -> JobConfig:
     job = raw.get("job")
     if not isinstance(job, str) or job not in JOB_TYPES:
         known = ", ".join(JOB_TYPES)
-        close = _nearest(str(job), JOB_TYPES)
+        close = nearest(str(job), JOB_TYPES)
         said = (
             "is missing"
             if job is None
@@ -195,7 +195,7 @@ def _describe(root: type[BaseModel], detail: dict[str, Any]) -> str:
     if detail["type"] == "union_tag_invalid":
         known = detail["ctx"]["expected_tags"].replace("'", "").split(", ")
         tag = detail["ctx"]["tag"]
-        close = _nearest(tag, known)
+        close = nearest(tag, known)
         said = f"did you mean {close!r}?" if close else f"known: {', '.join(known)}"
         return f"{path}.type: {tag!r} is not known; {said}"
     message = {
@@ -258,11 +258,7 @@ def _sections_in(annotation: Any) -> list[type[BaseModel]]:
 
 
 def _suggest(word: str, known: Sequence[str]) -> str:
-    close = _nearest(word, known)
+    close = nearest(word, known)
     if close:
         return f"; did you mean {close!r}?"
     return f"; known keys: {', '.join(known)}" if known else ""
-
-
-def _nearest(word: str, known: Iterable[str]) -> str | None:
-    return next(iter(difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)), None)

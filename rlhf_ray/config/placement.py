@@ -73,22 +73,7 @@ class PPOPlacement(_Timeouts):
     @model_validator(mode="after")
     def _colocated_ranks_match(self) -> "PPOPlacement":
         for guest in ("policy", "critic", "reference", "reward"):
-            role: RolePlacement = getattr(self, guest)
-            if role.colocate is None:
-                continue
-            host: RolePlacement = getattr(self, role.colocate)
-            if role.colocate == guest or host.colocate is not None:
-                raise ValueError(f".{guest}.colocate: {role.colocate!r} must name a role that has its own place")
-            for key in ("cpus", "gpus", "strategy"):
-                if getattr(role, key) != RolePlacement.model_fields[key].default:
-                    raise ValueError(
-                        f".{guest}.{key} has no effect beside .{guest}.colocate: it sits in .{role.colocate}'s place"
-                    )
-            if role.ranks is not None and role.ranks != (host.ranks or 1):
-                raise ValueError(
-                    f".{guest}.ranks ({role.ranks}) differs from .{role.colocate}.ranks ({host.ranks or 1}), but "
-                    f".{guest}.colocate puts it on the same bundles"
-                )
+            _check_colocated(self, guest)
         return self
 
     def ranks_of(self, role: Literal["policy", "critic", "reference", "reward"]) -> int:
@@ -96,6 +81,28 @@ class PPOPlacement(_Timeouts):
         placement: RolePlacement = getattr(self, role)
         host = placement if placement.colocate is None else getattr(self, placement.colocate)
         return host.ranks or 1
+
+
+class PreferencePlacement(_Timeouts):
+    """The roles of a preference job."""
+
+    policy: RolePlacement = RolePlacement()
+    """Policy ranks."""
+    reference: RolePlacement = RolePlacement(colocate="policy")
+    """Reference ranks."""
+
+    @model_validator(mode="after")
+    def _colocated_ranks_match(self) -> "PreferencePlacement":
+        if "critic" in (self.policy.colocate, self.reference.colocate):
+            raise ValueError(".reference.colocate is 'critic', but this job has no such role")
+        for guest in ("policy", "reference"):
+            _check_colocated(self, guest)
+        return self
+
+    @property
+    def reference_ranks(self) -> int:
+        """Ranks of the reference, colocated or not."""
+        return (self.policy if self.reference.colocate else self.reference).ranks or 1
 
 
 class RewardModelPlacement(_Timeouts):
@@ -120,6 +127,26 @@ class SFTPlacement(_Timeouts):
     def _sits_alone(self) -> "SFTPlacement":
         _check_alone("policy", self.policy)
         return self
+
+
+def _check_colocated(placement: PPOPlacement | PreferencePlacement, guest: str) -> None:
+    """A role that sits with another has as many ranks, and no place of its own."""
+    role: RolePlacement = getattr(placement, guest)
+    if role.colocate is None:
+        return
+    host: RolePlacement = getattr(placement, role.colocate)
+    if role.colocate == guest or host.colocate is not None:
+        raise ValueError(f".{guest}.colocate: {role.colocate!r} must name a role that has its own place")
+    for key in ("cpus", "gpus", "strategy"):
+        if getattr(role, key) != RolePlacement.model_fields[key].default:
+            raise ValueError(
+                f".{guest}.{key} has no effect beside .{guest}.colocate: it sits in .{role.colocate}'s place"
+            )
+    if role.ranks is not None and role.ranks != (host.ranks or 1):
+        raise ValueError(
+            f".{guest}.ranks ({role.ranks}) differs from .{role.colocate}.ranks ({host.ranks or 1}), but "
+            f".{guest}.colocate puts it on the same bundles"
+        )
 
 
 def _check_alone(role: str, placement: RolePlacement) -> None:

@@ -63,7 +63,7 @@ def _default(field: FieldInfo) -> str:
     if isinstance(value, str):
         return f"`{value}`" if value else '`""`'
     if isinstance(value, tuple):
-        value = list(value)
+        value = [entry.model_dump(exclude_unset=True) if isinstance(entry, BaseModel) else entry for entry in value]
     return f"`{str(value).lower() if isinstance(value, bool) else value!r}`"
 
 

@@ -4,7 +4,15 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from rlhf_ray.config.base import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
+from rlhf_ray.config.base import (
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveFraction,
+    PositiveInt,
+    Section,
+)
 
 Dtype = Literal["bfloat16", "float32"]
 
@@ -59,6 +67,26 @@ class TrainingEngine(Section):
         return self
 
 
+class Lora(Section):
+    """Low-rank adapters (Hu et al. 2021): linear layers compute with W + (alpha / rank) · B·A, of which W is frozen."""
+
+    rank: PositiveInt = 16
+    """Rows of A and columns of B."""
+    alpha: PositiveFloat = 32.0
+    """The change B·A counts alpha / rank times."""
+    targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    """Names of the linear layers that get adapters, such as `[q_proj, v_proj]`; `all-linear` are all within the
+    decoder. The vocabulary head never gets one, a scalar head is trained whole."""
+    base: Literal["as_model", "nf4"] = "as_model"
+    """How the frozen weights are held: in `engine.dtype`, or in 4 bits, which needs a GPU and bitsandbytes."""
+
+    @model_validator(mode="after")
+    def _names_a_layer(self) -> "Lora":
+        if not self.targets:
+            raise ValueError(".targets is empty: name layers, such as q_proj, or leave it out for all-linear")
+        return self
+
+
 class Optimizer(Section):
     """AdamW and its learning-rate schedule."""
 
@@ -101,6 +129,8 @@ class Policy(Section):
     """Run Python code that comes with this model. Off unless you have read that code."""
     engine: TrainingEngine = TrainingEngine()
     """How it is held and trained."""
+    lora: Lora | None = None
+    """Train low-rank adapters beside frozen weights; by default all weights are trained."""
     optimizer: Optimizer = Optimizer()
     """How it is updated."""
 
@@ -121,6 +151,8 @@ class Critic(Section):
     """Run Python code that comes with this model. Off unless you have read that code."""
     engine: TrainingEngine = TrainingEngine()
     """How it is held and trained."""
+    lora: Lora | None = None
+    """Train low-rank adapters beside frozen weights; by default all weights are trained."""
     optimizer: CriticOptimizer = CriticOptimizer()
     """How it is updated."""
 
@@ -132,3 +164,26 @@ class Reference(Section):
     """`policy` is the policy as it was before training; else a model folder with the same tokenizer."""
     engine: ScoringEngine = ScoringEngine()
     """How it is held and fed."""
+
+
+class PreferenceReference(Reference):
+    """The model that the policy's log-probs are compared with."""
+
+    cache: str | None = None
+    """Folder for the log-probs of whole data sets: they are computed once, and read by every run with the same model,
+    data and template. None computes those of each step when it comes."""
+    update_every: NonNegativeInt = 0
+    """Optimizer steps between updates of the reference from the policy (TR-DPO); 0 leaves it as it is."""
+    update_mix: PositiveFraction = 1.0
+    """Share of the policy in an update: 1 replaces the reference, less mixes weight by weight."""
+
+    @model_validator(mode="after")
+    def _cached_is_fixed(self) -> "PreferenceReference":
+        if self.cache is not None and self.update_every:
+            raise ValueError(
+                f".cache holds log-probs of a reference that stays as it is, but .update_every is {self.update_every}: "
+                "leave one of them out"
+            )
+        if self.update_mix != 1.0 and not self.update_every:
+            raise ValueError(".update_mix has no effect while .update_every is 0")
+        return self

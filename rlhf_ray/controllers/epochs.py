@@ -1,7 +1,8 @@
-"""Jobs that go over a data set in epochs: reward models and supervised fine-tuning."""
+"""Jobs that go over a data set in epochs: supervised fine-tuning, reward models, preferences."""
 
 import logging
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,12 +10,12 @@ import ray
 from numpy.typing import NDArray
 
 from rlhf_ray.actors.group import ActorGroup
-from rlhf_ray.actors.trained import NonFiniteLossError
+from rlhf_ray.actors.trained import NonFiniteLossError, UpdateReport
 from rlhf_ray.actors.waiting import wait_all
 from rlhf_ray.config.jobs import EpochJob, SFTJob
 from rlhf_ray.controllers.early_stop import EarlyStop
 from rlhf_ray.controllers.ppo_report import StepRecord, TrainingDiverged, write_failed_samples
-from rlhf_ray.controllers.preflight import EpochInputs
+from rlhf_ray.controllers.preflight import EpochInputs, RowSet
 from rlhf_ray.controllers.run_folder import Checkpointing, RunFolder
 from rlhf_ray.data.cursor import PromptCursor
 from rlhf_ray.data.packing import plan_micro_batches
@@ -26,6 +27,20 @@ logger = logging.getLogger("rlhf_ray")
 
 # In a checkpoint's state: the run has no further steps, although it may have planned some.
 ENDED = "ended"
+
+
+class Split:
+    """A data set in the object store.
+
+    Attributes:
+        name: `train` or `eval`.
+        rows: the data set.
+        ref: to it, in a list so that a call passes the reference and not the data.
+    """
+
+    def __init__(self, name: str, rows: RowSet) -> None:
+        self.name, self.rows = name, rows
+        self.ref = [ray.put(rows)]
 
 
 class EpochController:
@@ -48,17 +63,15 @@ class EpochController:
         self.cursor = PromptCursor(len(inputs.train), derive_seed(config.seed, "rows"), shuffle=True)
         run = config.run
         self.early_stop = EarlyStop(run.keep_best, run.patience) if run.keep_best and run.patience else None
-        self._train = [ray.put(inputs.train)]
-        self._held_out = [ray.put(inputs.held_out)]
+        self.training = Split("train", inputs.train)
+        self.held_out = None if inputs.held_out is None else Split("eval", inputs.held_out)
 
     def train(self) -> None:
         """All steps from where the run stands."""
         if self.folder.resumed is not None:
             self.checkpointing.load(self.folder.resumed)
             self.step, self.metrics = self.folder.resumed.step, self.folder.resumed.metrics
-            self.cursor.load_state_dict(self.folder.resumed.state["cursor"])
-            if self.early_stop is not None and "early_stop" in self.folder.resumed.state:
-                self.early_stop.load_state_dict(self.folder.resumed.state["early_stop"])
+            self.load_state_dict(self.folder.resumed.state)
         self.folder.start_progress()
         while self.step < self.total and not self._over:
             self.train_step(self.step + 1)
@@ -74,7 +87,8 @@ class EpochController:
         rows = np.array([ticket.index for ticket in self.cursor.take(self._rows_of(step))])
         lengths, weight = data.lengths[rows], float(data.weights[rows].sum())
         plan = plan_micro_batches(lengths, len(self.group), role.trained.engine.micro_batch_tokens)
-        per_rank = [(self._train, [rows[micro].tolist() for micro in mine], weight) for mine in plan]
+        context = self.context(self.training, rows)
+        per_rank = [(self.training.ref, [rows[micro].tolist() for micro in mine], weight, context) for mine in plan]
         try:
             reports = self._wait(self.group.call_each("step", per_rank), "step", "update_s")
         except NonFiniteLossError as error:
@@ -83,6 +97,7 @@ class EpochController:
         self.step = step
 
         metrics: Metrics = {f"train/{name}": v for name, v in reduce_means([r.means for r in reports]).items()}
+        metrics |= self.after_step(step, reports)
         metrics["train/lr"] = reports[0].lr
         metrics["epoch"] = step * self.config.run.epochs / self.total
         metrics["throughput/train_tokens_per_s"] = float(lengths.sum()) / max(report.seconds for report in reports)
@@ -96,19 +111,20 @@ class EpochController:
         if due:
             with record.timing("checkpoint"):
                 self.checkpointing.save(step)
-        metrics |= record.timings(self.folder.collect_spans([self.group], self.config.run.timeouts.setup_s))
+        metrics |= record.timings(self.folder.collect_spans(self.groups, self.config.run.timeouts.setup_s))
         self.folder.log_step(step, metrics)
         self.metrics = metrics
         if due:
-            self.checkpointing.commit(step, self._state(last), metrics)
+            self.checkpointing.commit(step, self.state_dict() | {ENDED: last}, metrics)
             if self.config.run.export and not last:
                 self._export(wait=False)
 
     def evaluate(self) -> Metrics:
         """Metrics of the held-out rows, none without them."""
-        if self.inputs.held_out is None:
+        if self.held_out is None:
             return {}
-        found = reduce_means(self._on_rows("evaluate", self.inputs.held_out.lengths, self._held_out))
+        context = self.context(self.held_out, np.arange(len(self.held_out.rows)))
+        found = reduce_means(self.on_rows("evaluate", self.held_out, context))
         if isinstance(self.config, SFTJob):
             found["perplexity"] = math.exp(found["loss"])
         return {f"eval/{name}": value for name, value in found.items()}
@@ -117,11 +133,31 @@ class EpochController:
     def _over(self) -> bool:
         return self.early_stop is not None and self.early_stop.over
 
-    def _state(self, last: bool) -> dict[str, Any]:
-        state: dict[str, Any] = {"cursor": self.cursor.state_dict(), ENDED: last}
+    @property
+    def groups(self) -> list[ActorGroup]:
+        """All roles."""
+        return [self.group]
+
+    def context(self, split: "Split", rows: NDArray[np.int64]) -> Any:
+        """What the losses of some rows need beside them; `prepare_losses` of the workers takes it."""
+        return None
+
+    def after_step(self, step: int, reports: Sequence[UpdateReport]) -> Metrics:
+        """What follows from an optimizer step, and is logged of it."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint holds of the controller."""
+        state: dict[str, Any] = {"cursor": self.cursor.state_dict()}
         if self.early_stop is not None:
             state["early_stop"] = self.early_stop.state_dict()
         return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self.cursor.load_state_dict(state["cursor"])
+        if self.early_stop is not None and "early_stop" in state:
+            self.early_stop.load_state_dict(state["early_stop"])
 
     def _go_back_to_the_best(self) -> bool:
         """Give the ranks the weights of the best checkpoint, which is what is exported; False if they have them."""
@@ -138,11 +174,12 @@ class EpochController:
         per_step, per_epoch = self.config.role.rows_per_step, self.total // self.config.run.epochs
         return min(per_step, len(self.inputs.train) - (step - 1) % per_epoch * per_step)
 
-    def _on_rows(self, method: str, lengths: NDArray[np.int64], data: list[ray.ObjectRef]) -> list[Any]:
+    def on_rows(self, method: str, split: "Split", *context: Any) -> list[Any]:
         """What a method that learns nothing gives for the rows of a data set, by rank."""
-        role = self.config.role
-        plan = plan_micro_batches(lengths, len(self.group), role.trained.engine.micro_batch_tokens)
-        return self._wait(self.group.call_each(method, [(data, mine) for mine in plan]), method, "score_s")
+        max_tokens = self.config.role.trained.engine.micro_batch_tokens
+        plan = plan_micro_batches(split.rows.lengths, len(self.group), max_tokens)
+        refs = self.group.call_each(method, [(split.ref, mine, *context) for mine in plan])
+        return self._wait(refs, method, "score_s")
 
     def _export(self, *, wait: bool) -> None:
         scale = ScoreScale.of_metrics(self.metrics)

@@ -1,6 +1,6 @@
 """What can be known to be wrong before any actor starts."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -9,13 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_ray.config.jobs import EpochJob, JobConfig, PPOJob, RewardModelJob, SFTJob
+from rlhf_ray.config.jobs import EpochJob, JobConfig, PPOJob, PreferenceJob, RewardModelJob, SFTJob
 from rlhf_ray.config.loading import ConfigError
 from rlhf_ray.config.reward_loss import BradleyTerry
 from rlhf_ray.config.rewards import FunctionReward, HttpReward, ModelReward
 from rlhf_ray.data.comparisons import ComparisonSet, load_comparisons
 from rlhf_ray.data.conversations import ConversationSet, load_conversations, mix
 from rlhf_ray.data.errors import DataError
+from rlhf_ray.data.mismatched import mismatched
 from rlhf_ray.data.prompts import PromptSet, load_prompts
 from rlhf_ray.models.heads import (
     ModelError,
@@ -57,8 +58,13 @@ class PPOInputs:
 class RowSet(Protocol):
     """A data set as the controller sees it: `ComparisonSet` or `ConversationSet`."""
 
-    dropped: int
-    truncated: int
+    @property
+    def dropped(self) -> int:
+        """Rows left out."""
+
+    @property
+    def truncated(self) -> int:
+        """Rows that were cut."""
 
     def __len__(self) -> int: ...
 
@@ -84,6 +90,23 @@ class EpochInputs:
     steps: int
     train: RowSet
     held_out: RowSet | None
+
+
+@dataclass(frozen=True)
+class PreferenceInputs(EpochInputs):
+    """What the controller of a preference job needs of its data.
+
+    Attributes:
+        mismatched: for KTO, the prompts of `train` and `eval` with other answers; empty for other losses.
+    """
+
+    mismatched: Mapping[str, ComparisonSet]
+
+    @property
+    def sets(self) -> list[ComparisonSet]:
+        """All that reference log-probs are needed of."""
+        every = (self.train, self.held_out, *self.mismatched.values())
+        return [rows for rows in every if isinstance(rows, ComparisonSet)]
 
 
 def check(config: JobConfig) -> PPOInputs | EpochInputs:
@@ -165,16 +188,38 @@ def _check_epochs(config: EpochJob, problems: list[str]) -> EpochInputs:
             train = _mixed(config, tokenizer, problems)
         else:
             with _collect(problems, "data.train"):
-                train = load_comparisons(config.data, config.data.train, tokenizer).first(config.data.train_rows)
-                problems += _unfit_rows(config, "data.train", train)
+                train = _comparisons(config, config.data.train, "data.train", tokenizer, problems)
+                train = train.first(config.data.train_rows)
         if config.data.eval is not None:
             with _collect(problems, "data.eval"):
-                held_out = _held_out(config, config.data.eval, tokenizer)
-                if isinstance(config, RewardModelJob) and isinstance(held_out, ComparisonSet):
-                    problems += _unfit_rows(config, "data.eval", held_out)
+                held_out = (
+                    load_conversations(config.data, config.data.eval, tokenizer)
+                    if isinstance(config, SFTJob)
+                    else _comparisons(config, config.data.eval, "data.eval", tokenizer, problems)
+                ).first(config.data.eval_rows)
+    if isinstance(config, PreferenceJob) and tokenizer is not None:
+        _check_reference(config, tokenizer, problems)
     if problems or train is None:
         raise ConfigError("preflight", problems)
-    return EpochInputs(config.run.epochs * -(-len(train) // config.role.rows_per_step), train, held_out)
+    steps = config.run.epochs * -(-len(train) // config.role.rows_per_step)
+    if not isinstance(config, PreferenceJob):
+        return EpochInputs(steps, train, held_out)
+    kto = config.algorithm.kto is not None
+    others = {
+        name: mismatched(rows, config.data.max_tokens)
+        for name, rows in (("train", train), ("eval", held_out))
+        if kto and isinstance(rows, ComparisonSet)
+    }
+    return PreferenceInputs(steps, train, held_out, others)
+
+
+def _check_reference(config: PreferenceJob, tokenizer: PreTrainedTokenizerBase, problems: list[str]) -> None:
+    model, trusted = config.reference_model, config.policy.trust_remote_code
+    with _collect(problems, "reference.from"):
+        if config.algorithm.needs_reference and not _same_vocabulary(model, tokenizer, trust_remote_code=trusted):
+            problems.append(
+                f"reference.from: {model!r} has another vocabulary than policy.model {config.policy.model!r}"
+            )
 
 
 def _mixed(config: SFTJob, tokenizer: PreTrainedTokenizerBase, problems: list[str]) -> ConversationSet | None:
@@ -187,10 +232,18 @@ def _mixed(config: SFTJob, tokenizer: PreTrainedTokenizerBase, problems: list[st
     return mix(found) if len(found) == len(config.data.sources) else None
 
 
-def _held_out(config: EpochJob, path: str, tokenizer: PreTrainedTokenizerBase) -> RowSet:
-    if isinstance(config, RewardModelJob):
-        return load_comparisons(config.data, path, tokenizer).first(config.data.eval_rows)
-    return load_conversations(config.data, path, tokenizer).first(config.data.eval_rows)
+def _comparisons(
+    config: RewardModelJob | PreferenceJob,
+    path: str,
+    setting: str,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: list[str],
+) -> ComparisonSet:
+    if isinstance(config, PreferenceJob):
+        return load_comparisons(config.data, path, tokenizer, "labels" if config.algorithm.unpaired else "pairs")
+    rows = load_comparisons(config.data, path, tokenizer, "rewards")
+    problems += _unfit_rows(config, setting, rows)
+    return rows
 
 
 def _unfit_rows(config: RewardModelJob, setting: str, rows: ComparisonSet) -> Iterator[str]:

@@ -1,7 +1,6 @@
 """Reward models: the epochs, and after each evaluation a report on the model as it is then."""
 
 import numpy as np
-import ray
 import torch
 from numpy.typing import NDArray
 
@@ -15,7 +14,7 @@ from rlhf_ray.algorithms.calibration import (
 from rlhf_ray.algorithms.reward_model.rows import candidate_pairs
 from rlhf_ray.config.jobs import RewardModelJob
 from rlhf_ray.config.reward_loss import RewardLoss
-from rlhf_ray.controllers.epochs import EpochController
+from rlhf_ray.controllers.epochs import EpochController, Split
 from rlhf_ray.data.comparisons import ComparisonSet
 from rlhf_ray.telemetry.metrics import Metrics, reduce_means
 from rlhf_ray.telemetry.reward_report import Distribution, JudgedRows, RewardReport, write_report
@@ -39,15 +38,15 @@ class RewardModelController(EpochController):
 
     def evaluate(self) -> Metrics:
         """Metrics of the held-out rows; writes the report."""
-        held_out, train = self.inputs.held_out, self.inputs.train
-        assert isinstance(train, ComparisonSet)
-        if held_out is None:
+        if self.held_out is None:
             if self.step < self.total:
                 return {}
-            stand_ins = train.first(STAND_INS)
-            return self._report(stand_ins, self._score(stand_ins, [ray.put(stand_ins)]))
+            assert isinstance(self.training.rows, ComparisonSet)
+            stand_ins = self.training.rows.first(STAND_INS)
+            return self._report(stand_ins, self._score(Split("train", stand_ins)))
+        held_out = self.held_out.rows
         assert isinstance(held_out, ComparisonSet)
-        scores = self._score(held_out, self._held_out)
+        scores = self._score(self.held_out)
         found = comparison_metrics(self.config.loss, held_out, scores)
         return {f"eval/{name}": value for name, value in found.items()} | self._report(held_out, scores)
 
@@ -57,10 +56,11 @@ class RewardModelController(EpochController):
             self.evaluate()
         return went
 
-    def _score(self, rows: ComparisonSet, stored: list[ray.ObjectRef]) -> Scores:
-        """Scores of all candidates of some rows, float32 `[candidates]`."""
-        scores = np.empty(len(rows.ranks), np.float32)
-        for part in self._on_rows("score", rows.lengths, stored):
+    def _score(self, split: Split) -> Scores:
+        """Scores of all candidates of a data set, float32 `[candidates]`."""
+        assert isinstance(split.rows, ComparisonSet)
+        scores = np.empty(len(split.rows.ranks), np.float32)
+        for part in self.on_rows("score", split):
             scores[part.candidates] = part.scores
         return scores
 

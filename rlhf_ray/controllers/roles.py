@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import ray
@@ -11,13 +12,14 @@ import ray
 from rlhf_ray.actors.critic import CriticWorker
 from rlhf_ray.actors.group import ActorGroup, Seat, Seating, create_group
 from rlhf_ray.actors.policy import PolicyWorker
+from rlhf_ray.actors.preference import PreferenceWorker
 from rlhf_ray.actors.reference import ReferenceWorker
 from rlhf_ray.actors.reward import RewardModelWorker, TextRewardWorker
 from rlhf_ray.actors.reward_training import RewardTrainingWorker
 from rlhf_ray.actors.rollout import RolloutGroup, RolloutWorker
 from rlhf_ray.actors.sft import SFTWorker
 from rlhf_ray.actors.waiting import RoleFailure, RoleTimeout, wait_all
-from rlhf_ray.config.jobs import EpochJob, JobConfig, PPOJob, RewardModelJob
+from rlhf_ray.config.jobs import JobConfig, PPOJob, PreferenceJob, RewardModelJob, SFTJob
 from rlhf_ray.config.rewards import FunctionReward, ModelReward, part_name
 from rlhf_ray.config.run import Timeouts
 from rlhf_ray.controllers.preflight import PPOInputs
@@ -117,7 +119,7 @@ def _end_engines(rollout: RolloutGroup) -> None:
 
 
 @contextmanager
-def epoch_role(config: EpochJob, total_steps: int) -> Iterator[ActorGroup]:
+def epoch_role(config: RewardModelJob | SFTJob, total_steps: int) -> Iterator[ActorGroup]:
     """Start the ranks of a job over a data set; end them on the way out."""
     logger.info("starting the actors and loading the model")
     seating = Seating(config.placement.placement_timeout_s)
@@ -138,6 +140,47 @@ def epoch_role(config: EpochJob, total_steps: int) -> Iterator[ActorGroup]:
     finally:
         if group is not None:
             group.kill()
+        seating.release()
+
+
+@dataclass(frozen=True)
+class PreferenceRoles:
+    """Policy and reference; None where no reference model is needed."""
+
+    policy: ActorGroup
+    reference: ActorGroup | None
+
+
+@contextmanager
+def preference_roles(config: PreferenceJob, total_steps: int, *, with_reference: bool) -> Iterator[PreferenceRoles]:
+    """Start the ranks of a preference job; end them on the way out."""
+    logger.info("starting the actors and loading the models")
+    placement, timeouts = config.placement, config.run.timeouts
+    seating = Seating(placement.placement_timeout_s)
+    started: list[ActorGroup] = []
+
+    def group(role: str, worker: type, seat: Seat, ranks: int) -> ActorGroup:
+        started.append(create_group(role, worker, seat, ranks, _identity(role, ranks, config)))
+        return started[-1]
+
+    try:
+        beside = with_reference and placement.reference.colocate is not None
+        seat = seating.seat_trained("policy", placement.policy, guests=int(beside))
+        policy, reference = group("policy", PreferenceWorker, seat, config.role.ranks), None
+        if with_reference:
+            own = seating.seat_guest if beside else partial(seating.seat_trained, guests=0)
+            seat = own("reference", placement.reference)
+            reference = group("reference", ReferenceWorker, seat, placement.reference_ranks)
+        join_collectives(started, timeouts)
+        loading = policy.call("load_model", config.policy, config.algorithm, total_steps)
+        if reference is not None:
+            trusted = config.policy.trust_remote_code
+            loading += reference.call("load_model", config.reference_model, config.reference.engine, 1.0, trusted)
+        wait_all(loading, timeouts.setup_s, "loading of the models", "run.timeouts.setup_s")
+        yield PreferenceRoles(policy, reference)
+    finally:
+        for created in started:
+            created.kill()
         seating.release()
 
 

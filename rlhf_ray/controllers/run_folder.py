@@ -123,7 +123,7 @@ class Checkpointing:
             scale: of the scores of a reward model, where it is known.
         """
         group = self._trained[role]
-        limit = {"timeout_s": self._timeout_s, "setting": "run.timeouts.checkpoint_s"}
-        group.run("start_export", str((self._folder.path / "export").absolute()), scale, **limit)
+        target, setting = str((self._folder.path / "export").absolute()), "run.timeouts.checkpoint_s"
+        group.run("start_export", target, scale, timeout_s=self._timeout_s, setting=setting)
         if wait:
-            group.run("finish_export", **limit)
+            group.run("finish_export", timeout_s=self._timeout_s, setting=setting)

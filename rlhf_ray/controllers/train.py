@@ -4,12 +4,14 @@ import logging
 from pathlib import Path
 
 from rlhf_ray.cluster.session import ray_session
-from rlhf_ray.config.jobs import EpochJob, JobConfig, PPOJob, RewardModelJob
+from rlhf_ray.config.jobs import JobConfig, PPOJob, PreferenceJob, RewardModelJob, SFTJob
 from rlhf_ray.controllers.epochs import ENDED, EpochController
 from rlhf_ray.controllers.ppo import PPOController
-from rlhf_ray.controllers.preflight import EpochInputs, PPOInputs, check
+from rlhf_ray.controllers.preference import PreferenceController
+from rlhf_ray.controllers.preflight import EpochInputs, PPOInputs, PreferenceInputs, check
+from rlhf_ray.controllers.reference_columns import reference_cache
 from rlhf_ray.controllers.reward_model import RewardModelController
-from rlhf_ray.controllers.roles import epoch_role, ppo_roles
+from rlhf_ray.controllers.roles import epoch_role, ppo_roles, preference_roles
 from rlhf_ray.controllers.run_folder import Checkpointing, RunFolder
 from rlhf_ray.recovery.checkpoints import CheckpointStore
 from rlhf_ray.telemetry.plots import plot_curves
@@ -34,7 +36,9 @@ def train(config: JobConfig) -> Path:
     with ray_session(config.cluster, config.name):
         if isinstance(config, PPOJob) and isinstance(inputs, PPOInputs):
             _train_ppo(config, inputs)
-        elif not isinstance(config, PPOJob) and isinstance(inputs, EpochInputs):
+        elif isinstance(config, PreferenceJob) and isinstance(inputs, PreferenceInputs):
+            _train_preference(config, inputs)
+        elif isinstance(config, RewardModelJob | SFTJob) and isinstance(inputs, EpochInputs):
             _train_epochs(config, inputs)
     if isinstance(config, RewardModelJob):
         plot_reliability(folder)
@@ -70,7 +74,22 @@ def _train_ppo(config: PPOJob, inputs: PPOInputs) -> None:
         PPOController(config, inputs, roles, folder, checkpointing).train()
 
 
-def _train_epochs(config: EpochJob, inputs: EpochInputs) -> None:
+def _train_preference(config: PreferenceJob, inputs: PreferenceInputs) -> None:
+    cache = reference_cache(config)
+    complete = cache is not None and all(map(cache.has, inputs.sets))
+    with_reference = config.algorithm.needs_reference and not config.reference_is_base and not complete
+    with (
+        RunFolder(config, inputs.steps) as folder,
+        preference_roles(config, inputs.steps, with_reference=with_reference) as roles,
+    ):
+        trained = {"policy": roles.policy}
+        if roles.reference is not None and config.reference.update_every:
+            trained["reference"] = roles.reference
+        checkpointing = Checkpointing(folder, trained, config.run.timeouts.checkpoint_s)
+        PreferenceController(config, inputs, roles, cache, folder, checkpointing).train()
+
+
+def _train_epochs(config: RewardModelJob | SFTJob, inputs: EpochInputs) -> None:
     with RunFolder(config, inputs.steps) as folder, epoch_role(config, inputs.steps) as group:
         checkpointing = Checkpointing(folder, {config.role.name: group}, config.run.timeouts.checkpoint_s)
         controller = RewardModelController if isinstance(config, RewardModelJob) else EpochController

@@ -2,14 +2,15 @@
 
 from typing import Any
 
-from rlhf_ray.data.rows import RowProblem, check_encodable, kind_of
+from rlhf_ray.data.errors import KnownProblem, RowProblem
+from rlhf_ray.data.rows import check_encodable, kind_of
 from rlhf_ray.data.tokens import Tokenizer
 
 Messages = list[dict[str, Any]]
 
 
 class ChatRenderer:
-    """A tokenizer's chat template. That there is none is said of the first row only."""
+    """A tokenizer's chat template."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -19,13 +20,13 @@ class ChatRenderer:
         """Text of the messages, which ends where the assistant's turn begins when `add_generation_prompt`.
 
         Raises:
-            RowProblem: there is no template, or it refuses these messages.
+            RowProblem: it refuses these messages, or there is none.
+            KnownProblem: there is none, and that was said before.
         """
         if not self._tokenizer.chat_template:
-            if self._said_no_template:
-                return ""
+            kind = KnownProblem if self._said_no_template else RowProblem
             self._said_no_template = True
-            raise RowProblem(
+            raise kind(
                 f"{key!r} is a list of chat messages, but tokenizer {self._tokenizer.name_or_path!r} has no chat "
                 "template: give every such prompt as text, or use a model whose tokenizer has a template"
             )
@@ -62,4 +63,15 @@ def check_chat(messages: list[Any], key: str) -> Messages:
             raise RowProblem(f"{where}: 'role' is empty")
     if not any(message["content"].strip() for message in messages):
         raise RowProblem(f"{key!r} has no message with content")
+    return messages
+
+
+def check_prompt_chat(messages: list[Any], key: str) -> Messages:
+    """As `check_chat`, for messages that an assistant is to answer.
+
+    Raises:
+        RowProblem: also when the last of them is the assistant's.
+    """
+    if check_chat(messages, key)[-1]["role"] == "assistant":
+        raise RowProblem(f"{key!r} ends with an assistant message, but a prompt ends before the assistant's turn")
     return messages

@@ -1,17 +1,20 @@
-"""Pairs of texts of which a human liked one better, from a JSONL file, as tokens."""
+"""Texts of which people liked some better than others, as tokens."""
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rlhf_ray.config.data import ComparisonData
-from rlhf_ray.data.errors import DataError, DataErrors
-from rlhf_ray.data.rows import RowProblem, Uids, parse_rows, text_of
-from rlhf_ray.data.tokens import Tokenizer, flat_tokens, rows_within_budget, tokenise
+from rlhf_ray.data.answers import check_special_tokens, mark_answers, tokenise_answered
+from rlhf_ray.data.comparison_rows import Comparison, ComparisonParser, Kind
+from rlhf_ray.data.errors import DataError, RowProblem, raise_all
+from rlhf_ray.data.sources import parse_rows, setting_of
+from rlhf_ray.data.tokens import Tokenizer, flat_tokens, rows_within_budget
 from rlhf_ray.data.trajectory import Offsets, Tokens, offsets_of, take_rows
 
 
@@ -24,15 +27,16 @@ class ComparisonSet:
     ranking one of several, a judgement of a single answer one of one.
 
     Attributes:
-        uids: `[rows]`, unique within a file.
+        uids: `[rows]`, unique within a source.
         token_ids: int32 `[tokens]`.
         token_offsets: int64 `[candidates + 1]`.
-        answer_starts: int64 `[candidates]`, tokens of the prompt that each candidate begins with.
+        answer_starts: int64 `[candidates]`, tokens of the prompt that each candidate begins with; 0 where a reward
+            model reads the whole.
         candidate_offsets: int64 `[rows + 1]`.
         ranks: int64 `[candidates]`, 0 for the best of its row; equal numbers are ties. Of a row with one candidate, 0
             is wanted and 1 unwanted.
-        margins: float32 `[rows]`, by how much the best is better than the next; 0 where the file does not say.
-        weights: float64 `[rows]`, what each row counts in a mean over rows; 1 where the file does not say.
+        margins: float32 `[rows]`, by how much the best is better than the next; 0 where the row does not say.
+        weights: float64 `[rows]`, what each row counts in a mean over rows; 1 where the row does not say.
         dropped: rows left out because a candidate was over the budget, or because nothing was left to prefer after
             the cut.
         truncated: rows with a candidate that was cut to the budget.
@@ -57,6 +61,11 @@ class ComparisonSet:
         """Tokens of all candidates of each row, int64 `[rows]`."""
         return np.diff(self.token_offsets[self.candidate_offsets])
 
+    @property
+    def answer_lengths(self) -> NDArray[np.int64]:
+        """Tokens of the answer of each candidate, int64 `[candidates]`."""
+        return np.diff(self.token_offsets) - self.answer_starts
+
     def first(self, rows: int | None) -> "ComparisonSet":
         """The first `rows` rows; None takes all."""
         if rows is None or rows >= len(self):
@@ -78,83 +87,133 @@ class ComparisonSet:
         """Numbers of the candidates of some rows, row by row, int64."""
         return take_rows(self.candidate_offsets, rows)
 
+    def rows_of(self, candidates: Sequence[int]) -> list[int]:
+        """The row of each candidate."""
+        rows: list[int] = (np.searchsorted(self.candidate_offsets, candidates, side="right") - 1).tolist()
+        return rows
+
     def tokens(self, candidate: int) -> Tokens:
         """Prompt and answer of one candidate."""
         return self.token_ids[self.token_offsets[candidate] : self.token_offsets[candidate + 1]]
 
 
-def load_comparisons(config: ComparisonData, path: str | Path, tokenizer: Tokenizer) -> ComparisonSet:
-    """Read and tokenise a file of pairs.
+def load_comparisons(config: ComparisonData, path: str | Path, tokenizer: Tokenizer, kind: Kind) -> ComparisonSet:
+    """Read and tokenise a source of comparisons.
 
-    The prompt of a row, where there is one, is prepended to both texts as it is; each text is then tokenised whole,
-    with the special tokens that the tokenizer adds by default.
+    The texts of a row are all plain or all conversations, which the chat template renders. Optional are `margin` (at
+    least 0), by how much the best is better, and `weight` (above 0), what the row counts.
+
+    - `rewards`: `chosen` and `rejected` (with `tie: true` equally good), or `completions` with `ranks` (0 for the best,
+      equal numbers are ties) or with `best` (the place of the one that is better than all others). A `prompt` is put in
+      front of each. Only whole texts matter: `answer_starts` are 0. Over the budget they keep their end.
+    - `pairs`: `chosen` and `rejected`, each an answer to `prompt`. Without one, conversations must be the same but for
+      their last messages, and the prompt of texts is what they have in common up to the last common white space. Plain
+      answers end with the tokenizer's end-of-sequence token, which is added. Over the budget they keep their beginning.
+    - `labels`: `prompt`, `completion` and `label`, which is whether the completion is wanted; a set row has one
+      candidate. A row of `pairs` is two such rows, whose uids end in `/chosen` and `/rejected`.
 
     Args:
-        config: the budget, and what happens to pairs over it.
+        config: columns, the budget, and what happens to rows over it.
         path: `config.train` or `config.eval`.
-        tokenizer: the reward model's.
+        tokenizer: the model's.
+        kind: what the rows are for.
 
     Raises:
-        DataErrors: rows are not as described; all of them are listed, and nothing is loaded.
-        DataError: the file can't be read, or no pair fits the budget.
+        DataErrors: rows are not as described, texts of a row are the same, or the tokens before an answer (`pairs`,
+            `labels`) are not those of its prompt; all of them are listed, and nothing is loaded.
+        DataError: the source can't be read, or no row fits the budget.
     """
-    file = str(path)
-    uids = Uids(file)
-    setting = "data.eval" if config.eval is not None and Path(config.eval) == Path(file) else "data.train"
-    pairs = parse_rows(file, setting, lambda line, row: _parse(line, row, uids))
-    chosen = tokenise(tokenizer, [pair.chosen for pair in pairs])
-    rejected = tokenise(tokenizer, [pair.rejected for pair in pairs])
+    source = str(path)
+    parser = ComparisonParser(kind, tokenizer)
+    parsed, problems = parse_rows(source, setting_of(config, source), config.columns, parser.parse)
+    tokens = tokenise_answered([text for row in parsed for text in row.texts], tokenizer)
+    rows: list[_Row] = []
+    for row in parsed:
+        tokens_of_row = [next(tokens) for _ in row.texts]
+        try:
+            rows.extend(_tokenised(row, tokens_of_row, tokenizer, kind))
+        except RowProblem as problem:
+            problems.append(DataError(source, row.number, str(problem)))
+    raise_all(source, problems)
+    return _within_budget(source, rows, config, kind)
 
-    errors = [
-        DataError(file, pair.line, problem)
-        for pair, good, bad in zip(pairs, chosen, rejected, strict=True)
-        if (problem := _token_problem(good, bad, tokenizer))
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """A row as tokens; fields are those of `ComparisonSet`."""
+
+    uid: str
+    texts: list[list[int]]
+    answer_starts: list[int]
+    ranks: tuple[int, ...]
+    margin: float
+    weight: float
+
+
+def _tokenised(row: Comparison, tokens: list[list[list[int]]], tokenizer: Tokenizer, kind: Kind) -> list[_Row]:
+    """The row, or for kind `labels` one for each of its candidates.
+
+    Raises:
+        RowProblem: its tokens can't be used.
+    """
+    texts, starts = [], []
+    for key, text, found in zip(row.keys, row.texts, tokens, strict=True):
+        if not found[0]:
+            raise RowProblem(f"{key!r} gives no tokens with tokenizer {tokenizer.name_or_path!r}")
+        try:
+            ids, start = found[0], 0
+            if kind == "rewards":
+                check_special_tokens(ids, tokenizer, is_chat=text.is_chat)
+            else:
+                ids, answer = mark_answers(text, found, tokenizer)
+                start = int(answer.argmax())
+        except RowProblem as problem:
+            raise RowProblem(f"{key!r}: {problem}") from problem
+        texts.append(ids)
+        starts.append(start)
+    if (same := _first_same(texts)) is not None:
+        one, two = (repr(row.keys[place]) for place in same)
+        raise RowProblem(
+            f"{one} and {two} give the same tokens with tokenizer {tokenizer.name_or_path!r}, so there is nothing to "
+            "prefer"
+        )
+    if kind != "labels":
+        return [_Row(row.uid, texts, starts, row.ranks, row.margin, row.weight)]
+    uids = [row.uid] if len(texts) == 1 else [f"{row.uid}/{key}" for key in row.keys]
+    return [
+        _Row(uid, [ids], [start], (rank,), 0.0, row.weight)
+        for uid, ids, start, rank in zip(uids, texts, starts, row.ranks, strict=True)
     ]
-    if errors:
-        raise DataErrors(file, errors)
+
+
+def _within_budget(source: str, rows: Sequence[_Row], config: ComparisonData, kind: Kind) -> ComparisonSet:
     budget = config.max_tokens
-    over = [max(len(good), len(bad)) > budget for good, bad in zip(chosen, rejected, strict=True)]
-    # Cut to their ends, two texts can become the same, and then there is nothing left to learn from.
-    same = [good[-budget:] == bad[-budget:] for good, bad in zip(chosen, rejected, strict=True)]
-    kept, dropped, truncated = rows_within_budget(
-        file, "pairs", "end", [pair.uid for pair in pairs], over, same, config
-    )
-    texts = [text[i][-budget:] for i in kept for text in (chosen, rejected)]
+    part = slice(-budget, None) if kind == "rewards" else slice(budget)
+    cut = [[ids[part] for ids in row.texts] for row in rows]
+    over = [max(map(len, row.texts)) > budget for row in rows]
+    # Cut, two texts can become the same, and an answer can be gone: then there is nothing left to learn from.
+    useless = [
+        _first_same(texts) is not None or any(map(operator.ge, row.answer_starts, map(len, texts)))
+        for row, texts in zip(rows, cut, strict=True)
+    ]
+    end: Literal["beginning", "end"] = "end" if kind == "rewards" else "beginning"
+    places, dropped, truncated = rows_within_budget(source, end, [row.uid for row in rows], over, useless, config)
+    kept = [rows[place] for place in places]
+    texts = [ids for place in places for ids in cut[place]]
     return ComparisonSet(
-        uids=tuple(pairs[i].uid for i in kept),
+        uids=tuple(row.uid for row in kept),
         token_ids=flat_tokens(texts),
-        token_offsets=offsets_of([len(text) for text in texts]),
-        answer_starts=np.zeros(len(texts), np.int64),
-        candidate_offsets=np.arange(0, len(texts) + 1, 2),
-        ranks=np.tile([0, 1], len(kept)),
-        margins=np.zeros(len(kept), np.float32),
-        weights=np.ones(len(kept)),
+        token_offsets=offsets_of([len(ids) for ids in texts]),
+        answer_starts=np.array([start for row in kept for start in row.answer_starts], np.int64),
+        candidate_offsets=offsets_of([len(row.texts) for row in kept]),
+        ranks=np.array([rank for row in kept for rank in row.ranks], np.int64),
+        margins=np.array([row.margin for row in kept], np.float32),
+        weights=np.array([row.weight for row in kept], np.float64),
         dropped=dropped,
         truncated=truncated,
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Pair:
-    line: int
-    uid: str
-    chosen: str
-    rejected: str
-
-
-def _parse(line: int, row: dict[str, Any], uids: Uids) -> _Pair:
-    uid = uids.of(line, row)
-    prompt = text_of(row, "prompt") if "prompt" in row else ""
-    chosen, rejected = text_of(row, "chosen"), text_of(row, "rejected")
-    if chosen == rejected:
-        raise RowProblem("'chosen' and 'rejected' are the same text, so there is nothing to prefer")
-    return _Pair(line, uid, prompt + chosen, prompt + rejected)
-
-
-def _token_problem(chosen: list[int], rejected: list[int], tokenizer: Tokenizer) -> str | None:
-    name = repr(tokenizer.name_or_path)
-    if not chosen or not rejected:
-        return f"{'rejected' if chosen else 'chosen'!r} gives no tokens with tokenizer {name}"
-    if chosen == rejected:
-        return f"'chosen' and 'rejected' give the same tokens with tokenizer {name}, so there is nothing to prefer"
-    return None
+def _first_same(texts: Sequence[list[int]]) -> tuple[int, int] | None:
+    """Places of the first two equal texts."""
+    return next(((a, b) for b in range(len(texts)) for a in range(b) if texts[a] == texts[b]), None)

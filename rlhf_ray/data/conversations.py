@@ -1,6 +1,6 @@
-"""Texts and conversations to learn to write, from a JSONL file, as tokens and a mark on those that are learnt."""
+"""Texts and conversations to learn to write, as tokens and a mark on those that are learnt."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,10 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlhf_ray.config.data import ConversationData
+from rlhf_ray.data.answers import AnsweredText, mark_answers, render_turns, tokenise_answered
 from rlhf_ray.data.chat import ChatRenderer, Messages, check_chat
-from rlhf_ray.data.errors import DataError, DataErrors
-from rlhf_ray.data.rows import RowProblem, Uids, kind_of, parse_rows, text_of
-from rlhf_ray.data.tokens import Tokenizer, flat_tokens, rows_within_budget, tokenise
+from rlhf_ray.data.errors import DataError, RowProblem, raise_all
+from rlhf_ray.data.rows import kind_of, text_of
+from rlhf_ray.data.sources import parse_rows, setting_of
+from rlhf_ray.data.tokens import Tokenizer, flat_tokens, rows_within_budget
 from rlhf_ray.data.trajectory import Offsets, Tokens, offsets_of
 
 
@@ -21,7 +23,7 @@ class ConversationSet:
     """All rows that fit. Row i is `token_ids[offsets[i]:offsets[i + 1]]`.
 
     Attributes:
-        uids: `[rows]`, unique within a file. A row that is there twice has the same.
+        uids: `[rows]`, unique within a source. A row that is there twice has the same.
         token_ids: int32 `[tokens]`.
         learnt: bool `[tokens]`; the model learns to predict these. Never the first of a row, which nothing predicts.
         offsets: int64 `[rows + 1]`.
@@ -90,7 +92,7 @@ def mix(sets: Sequence[tuple[ConversationSet, float]]) -> ConversationSet:
 
 
 def load_conversations(config: ConversationData, path: str | Path, tokenizer: Tokenizer) -> ConversationSet:
-    """Read and tokenise a file.
+    """Read and tokenise a source.
 
     A row has one of
 
@@ -105,36 +107,31 @@ def load_conversations(config: ConversationData, path: str | Path, tokenizer: To
     conversation the template ends the turns.
 
     Args:
-        config: the budget, what is learnt, and what happens to rows over the budget.
-        path: of one file of `config.train`, or `config.eval`.
+        config: columns, the budget, what is learnt, and what happens to rows over the budget.
+        path: one of `config.sources`, or `config.eval`.
         tokenizer: the model's.
 
     Raises:
         DataErrors: rows are not as described, or the tokens before a learnt part are not those that a prompt would
             have; all of them are listed, and nothing is loaded.
-        DataError: the file can't be read, or no row fits the budget.
+        DataError: the source can't be read, or no row fits the budget.
     """
-    file = str(path)
-    setting = "data.eval" if config.eval is not None and Path(config.eval) == Path(file) else "data.train"
-    parser = _Parser(file, tokenizer, learn_all=config.loss == "all")
-    rows = parse_rows(file, setting, parser.parse)
-    problems: list[DataError] = []
+    source = str(path)
+    parser = ConversationParser(tokenizer, learn_all=config.loss == "all")
+    rows, problems = parse_rows(source, setting_of(config, source), config.columns, parser.parse)
     found: list[tuple[list[int], NDArray[np.bool_]]] = []
-    for row, texts in zip(rows, _tokens(rows, tokenizer), strict=True):
+    for row, tokens in zip(rows, tokenise_answered([row.text for row in rows], tokenizer), strict=True):
         try:
-            found.append(_marked(row, texts, tokenizer))
+            found.append(mark_answers(row.text, tokens, tokenizer))
         except RowProblem as problem:
-            problems.append(DataError(file, row.line, str(problem)))
-    if problems:
-        raise DataErrors(file, problems)
+            problems.append(DataError(source, row.number, str(problem)))
+    raise_all(source, problems)
 
     budget = config.max_tokens
     over = [len(ids) > budget for ids, _ in found]
     # Cut to its beginning, a row can end before the first thing to learn.
     useless = [not learnt[:budget].any() for _, learnt in found]
-    kept, dropped, truncated = rows_within_budget(
-        file, "rows", "beginning", [row.uid for row in rows], over, useless, config
-    )
+    kept, dropped, truncated = rows_within_budget(source, "beginning", [row.uid for row in rows], over, useless, config)
     ids = [found[i][0][:budget] for i in kept]
     return ConversationSet(
         uids=tuple(rows[i].uid for i in kept),
@@ -148,26 +145,27 @@ def load_conversations(config: ConversationData, path: str | Path, tokenizer: To
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """A row as text. `learnt` are its learnt parts: the text before each, and the text up to its end. All of the
-    row is learnt when there is none."""
-
-    line: int
+    number: int
     uid: str
-    text: str
-    is_chat: bool
-    learnt: tuple[tuple[str, str], ...] = ()
+    text: AnsweredText
 
 
-class _Parser:
+class ConversationParser:
     """Turns one row after the other into text."""
 
-    def __init__(self, file: str, tokenizer: Tokenizer, *, learn_all: bool) -> None:
-        self._uids = Uids(file)
+    def __init__(self, tokenizer: Tokenizer, *, learn_all: bool) -> None:
         self._chat = ChatRenderer(tokenizer)
         self._learn_all = learn_all
 
-    def parse(self, line: int, row: dict[str, Any]) -> _Row:
-        uid = self._uids.of(line, row)
+    def parse(self, number: int, uid: str, row: dict[str, Any]) -> _Row:
+        """A row as text with what is learnt of it.
+
+        Raises:
+            RowProblem: it is not as `load_conversations` says.
+        """
+        return _Row(number, uid, self._text(row))
+
+    def _text(self, row: dict[str, Any]) -> AnsweredText:
         kinds = [kind for kind in ("text", "messages", "prompt") if kind in row]
         if len(kinds) != 1:
             raise RowProblem(
@@ -175,9 +173,9 @@ class _Parser:
                 "have one of 'text', 'messages', or 'prompt' with 'completion'"
             )
         if "text" in row:
-            return _Row(line, uid, text_of(row, "text"), is_chat=False)
+            return AnsweredText(text_of(row, "text"), is_chat=False)
         if "messages" in row:
-            return self._conversation(line, uid, check_chat(_list_of(row, "messages"), "messages"), "messages", given=0)
+            return self._conversation(check_chat(_list_of(row, "messages"), "messages"), "messages", given=0)
         if "completion" not in row:
             raise RowProblem("has 'prompt', but no 'completion'")
         if isinstance(row["prompt"], list) != isinstance(row["completion"], list):
@@ -187,12 +185,12 @@ class _Parser:
             )
         if isinstance(row["prompt"], list):
             given, answer = check_chat(row["prompt"], "prompt"), check_chat(row["completion"], "completion")
-            return self._conversation(line, uid, given + answer, "completion", given=len(given))
+            return self._conversation(given + answer, "completion", given=len(given))
         prompt, completion = text_of(row, "prompt"), text_of(row, "completion")
         learnt = () if self._learn_all else ((prompt, prompt + completion),)
-        return _Row(line, uid, prompt + completion, is_chat=False, learnt=learnt)
+        return AnsweredText(prompt + completion, is_chat=False, answers=learnt)
 
-    def _conversation(self, line: int, uid: str, messages: Messages, key: str, *, given: int) -> _Row:
+    def _conversation(self, messages: Messages, key: str, *, given: int) -> AnsweredText:
         """`given` messages at the beginning are not learnt."""
         turns = [i for i in range(given, len(messages)) if messages[i]["role"] == "assistant"]
         if not turns and not self._learn_all:
@@ -202,71 +200,10 @@ class _Parser:
                 raise RowProblem(f"message {turn - given} of {key!r}: the assistant's 'content' is empty")
         if turns and turns[0] == 0:
             raise RowProblem(f"{key!r} begins with an assistant message, which answers nothing")
-        whole = self._chat.render(messages, key, add_generation_prompt=False)
-        if self._learn_all:
-            return _Row(line, uid, whole, is_chat=True)
-        learnt = []
-        for turn in turns:
-            before = self._chat.render(messages[:turn], key, add_generation_prompt=True)
-            after = self._chat.render(messages[: turn + 1], key, add_generation_prompt=False)
-            if not (after.startswith(before) and whole.startswith(after)):
-                raise RowProblem(
-                    f"message {turn - given} of {key!r}: the chat template writes the messages before it differently "
-                    "once it is there, so a prompt would not be how the conversation begins"
-                )
-            learnt.append((before, after))
-        return _Row(line, uid, whole, is_chat=True, learnt=tuple(learnt))
+        return render_turns(self._chat, messages, key, () if self._learn_all else turns, given)
 
 
 def _list_of(row: dict[str, Any], key: str) -> list[Any]:
     if not isinstance(row[key], list):
         raise RowProblem(f"{key!r} is {kind_of(row[key])}, but must be a list of chat messages")
     return list(row[key])
-
-
-def _tokens(rows: Sequence[_Row], tokenizer: Tokenizer) -> Iterator[list[list[int]]]:
-    """For each row the tokens of its text, then of the texts before and up to the end of each learnt part."""
-    found: dict[int, list[list[int]]] = {}
-    for is_chat in (False, True):
-        chosen = [number for number, row in enumerate(rows) if row.is_chat == is_chat]
-        texts = [[rows[n].text, *(text for part in rows[n].learnt for text in part)] for n in chosen]
-        # A chat template writes the special tokens itself.
-        options = {"add_special_tokens": False} if is_chat else {}
-        tokens = iter(tokenise(tokenizer, [text for several in texts for text in several], **options))
-        for number, several in zip(chosen, texts, strict=True):
-            found[number] = [next(tokens) for _ in several]
-    return (found[number] for number in range(len(rows)))
-
-
-def _marked(row: _Row, texts: list[list[int]], tokenizer: Tokenizer) -> tuple[list[int], NDArray[np.bool_]]:
-    """Tokens of a row and which are learnt.
-
-    Raises:
-        RowProblem: a special token stands twice, or the tokens before a learnt part are not its prompt's.
-    """
-    ids, parts = texts[0], list(zip(texts[1::2], texts[2::2], strict=True))
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    if bos is not None and bos != eos and ids[:2] == [bos, bos]:
-        raise RowProblem(f"begins with two {tokenizer.bos_token!r}: leave it out, since the tokenizer adds one")
-    if not row.is_chat and eos is not None:
-        if ids[-2:] == [eos, eos]:
-            raise RowProblem(f"ends with two {tokenizer.eos_token!r}: leave it out, since the tokenizer adds one")
-        if ids[-1:] != [eos]:
-            ids = [*ids, eos]
-    learnt = np.zeros(len(ids), bool)
-    for before, after in parts:
-        if ids[: len(before)] != before or ids[: len(after)] != after:
-            same = next((i for i, pair in enumerate(zip(before, ids, strict=False)) if pair[0] != pair[1]), len(before))
-            raise RowProblem(
-                f"the tokens of its prompt are not the first tokens of the whole from token {same + 1} on, so the "
-                "model would learn to answer a prompt that it never gets: let the prompt end where a token ends, such "
-                "as before a space"
-            )
-        # A text has one part at most, which ends with the end-of-sequence token that was added.
-        learnt[len(before) : len(after) if row.is_chat else len(ids)] = True
-    if not parts:
-        learnt[:] = True
-    learnt[:1] = False
-    if not learnt.any():
-        raise RowProblem("has no token to learn with this tokenizer")
-    return ids, learnt

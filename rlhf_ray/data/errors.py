@@ -4,12 +4,20 @@ from collections.abc import Sequence
 from typing import Any
 
 
+class RowProblem(Exception):
+    """What is wrong with one row; who knows its file and number makes a `DataError` of it."""
+
+
+class KnownProblem(RowProblem):
+    """The same problem was told of an earlier row: this one can't be used either, but need not be listed."""
+
+
 class DataError(Exception):
     """A data file that can't be used.
 
     Attributes:
-        file: path of the file.
-        row: line in it, counted from 1; None when the file as a whole is meant.
+        file: path of the file, or the name of the source.
+        row: its line, or where a source has no lines its entry, counted from 1; None when the whole is meant.
         reason: what is wrong and how to cure it.
     """
 
@@ -39,3 +47,13 @@ class DataErrors(DataError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.file, self.errors)
+
+
+def raise_all(source: str, problems: Sequence[DataError]) -> None:
+    """Raise `DataErrors` of the problems of a source, where there are any.
+
+    Args:
+        problems: with rows, in any order.
+    """
+    if problems:
+        raise DataErrors(source, sorted(problems, key=lambda problem: problem.row or 0))

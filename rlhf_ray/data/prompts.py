@@ -1,12 +1,13 @@
-"""Prompts from a JSONL file, as tokens."""
+"""Prompts, as tokens."""
 
 from dataclasses import dataclass
 from typing import Any
 
 from rlhf_ray.config.data import PromptData
-from rlhf_ray.data.chat import ChatRenderer, check_chat
-from rlhf_ray.data.errors import DataError, DataErrors
-from rlhf_ray.data.rows import RowProblem, Uids, kind_of, parse_rows, text_of
+from rlhf_ray.data.chat import ChatRenderer, check_prompt_chat
+from rlhf_ray.data.errors import DataError, RowProblem, raise_all
+from rlhf_ray.data.rows import kind_of, text_of, value_of
+from rlhf_ray.data.sources import parse_rows
 from rlhf_ray.data.tokens import Tokenizer, flat_tokens, report_overlong, tokenise
 from rlhf_ray.data.trajectory import Offsets, Tokens, offsets_of
 
@@ -41,19 +42,19 @@ def load_prompts(config: PromptData, tokenizer: Tokenizer, max_prompt_tokens: in
     """Read and tokenise `config.prompts`.
 
     A row's prompt is text, tokenised as it is, or a list of chat messages, rendered with the tokenizer's chat
-    template up to where the assistant's turn begins. A row without a uid is named after its file and line.
+    template up to where the assistant's turn begins. A row without a uid is named after its source and number.
 
     Args:
-        config: the file, its prompt column, and what happens to prompts over the budget.
+        config: the source, its columns, and what happens to prompts over the budget.
         tokenizer: the policy's.
         max_prompt_tokens: the budget of one prompt.
 
     Raises:
         DataErrors: rows are not as described; all of them are listed, and nothing is loaded.
-        DataError: the file can't be read or has fewer usable prompts than `config.prompts_per_step`.
+        DataError: the source can't be read or has fewer usable prompts than `config.prompts_per_step`.
     """
-    parser = _PromptParser(config, tokenizer)
-    prompts = parse_rows(config.prompts, "data.prompts", parser.parse)
+    parser = _PromptParser(tokenizer)
+    prompts, problems = parse_rows(config.prompts, "data.prompts", config.columns, parser.parse)
     tokens: list[list[int]] = [[]] * len(prompts)
     for is_chat in (False, True):
         chosen = [i for i, prompt in enumerate(prompts) if prompt.is_chat == is_chat]
@@ -61,9 +62,9 @@ def load_prompts(config: PromptData, tokenizer: Tokenizer, max_prompt_tokens: in
         options = {"add_special_tokens": False} if is_chat else {}
         for i, ids in zip(chosen, tokenise(tokenizer, [prompts[i].text for i in chosen], **options), strict=True):
             tokens[i] = ids
-    if empty := [prompt.line for prompt, ids in zip(prompts, tokens, strict=True) if not ids]:
-        reason = f"{config.prompt_key!r} gives no tokens with tokenizer {tokenizer.name_or_path!r}"
-        raise DataErrors(config.prompts, [DataError(config.prompts, line, reason) for line in empty])
+    reason = f"'prompt' gives no tokens with tokenizer {tokenizer.name_or_path!r}"
+    empty = [prompt.number for prompt, ids in zip(prompts, tokens, strict=True) if not ids]
+    raise_all(config.prompts, [*problems, *(DataError(config.prompts, number, reason) for number in empty)])
 
     over = [len(ids) > max_prompt_tokens for ids in tokens]
     drop = config.overlong == "drop"
@@ -90,7 +91,7 @@ def load_prompts(config: PromptData, tokenizer: Tokenizer, max_prompt_tokens: in
 
 @dataclass(frozen=True, slots=True)
 class _Prompt:
-    line: int
+    number: int
     uid: str
     text: str
     is_chat: bool
@@ -99,26 +100,15 @@ class _Prompt:
 class _PromptParser:
     """Turns one row after the other into a prompt's text."""
 
-    def __init__(self, config: PromptData, tokenizer: Tokenizer) -> None:
-        self._key = config.prompt_key
+    def __init__(self, tokenizer: Tokenizer) -> None:
         self._chat = ChatRenderer(tokenizer)
-        self._uids = Uids(config.prompts)
 
-    def parse(self, line: int, row: dict[str, Any]) -> _Prompt:
-        uid = self._uids.of(line, row)
-        if self._key not in row:
-            raise RowProblem(
-                f"has no {self._key!r} (it has {', '.join(map(repr, row)) or 'nothing'}): see data.prompt_key"
-            )
-        value = row[self._key]
+    def parse(self, number: int, uid: str, row: dict[str, Any]) -> _Prompt:
+        value = value_of(row, "prompt")
         if isinstance(value, list):
-            messages = check_chat(value, self._key)
-            if messages[-1]["role"] == "assistant":
-                raise RowProblem(
-                    f"{self._key!r} ends with an assistant message, but a prompt ends before the assistant's turn"
-                )
-            text = self._chat.render(messages, self._key, add_generation_prompt=True)
-            return _Prompt(line, uid, text, is_chat=True)
+            messages = check_prompt_chat(value, "prompt")
+            text = self._chat.render(messages, "prompt", add_generation_prompt=True)
+            return _Prompt(number, uid, text, is_chat=True)
         if not isinstance(value, str):
-            raise RowProblem(f"{self._key!r} is {kind_of(value)}, but must be text or a list of chat messages")
-        return _Prompt(line, uid, text_of(row, self._key), is_chat=False)
+            raise RowProblem(f"'prompt' is {kind_of(value)}, but must be text or a list of chat messages")
+        return _Prompt(number, uid, text_of(row, "prompt"), is_chat=False)

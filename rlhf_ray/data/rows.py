@@ -1,102 +1,58 @@
-"""Rows of a JSONL file, checked. A file is used as a whole or not at all: every bad row is named at once."""
+"""What a row may hold: its uid, its texts, its numbers. What is wrong with it is a `RowProblem`."""
 
-import json
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from rlhf_ray.data.errors import DataError, DataErrors
-
-_T = TypeVar("_T")
-
-
-class RowProblem(Exception):
-    """Raised while one row is parsed; `parse_rows` makes a `DataError` with file and line of it."""
-
-
-def parse_rows(file: str, setting: str, parse: Callable[[int, dict[str, Any]], _T]) -> list[_T]:
-    """Every line of a JSONL file through `parse(line number, object)`.
-
-    Args:
-        file: path; lines are counted from 1.
-        setting: dotted path of the config key that names the file, for errors.
-        parse: raises `RowProblem` when a row can't be used.
-
-    Raises:
-        DataErrors: lines are not JSON objects, or `parse` refused them; all are listed.
-        DataError: the file can't be read or is empty.
-    """
-    try:
-        data = Path(file).read_bytes()
-    except OSError as error:
-        raise DataError(file, None, f"can't be read ({error.strerror}): see {setting}") from error
-    lines = data.removesuffix(b"\n").split(b"\n") if data else []
-    if not lines:
-        raise DataError(file, None, f"is empty, but must have one JSON object a line: see {setting}")
-    parsed: list[_T] = []
-    errors: list[DataError] = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            parsed.append(parse(number, _json_object(line)))
-        except RowProblem as problem:
-            errors.append(DataError(file, number, str(problem)))
-    if errors:
-        raise DataErrors(file, errors)
-    return parsed
-
-
-def _json_object(line: bytes) -> dict[str, Any]:
-    if not line.strip():
-        raise RowProblem("is blank, but must be a JSON object")
-    try:
-        value = json.loads(line.decode(), object_pairs_hook=_unique_keys, parse_constant=_no_constant)
-    except UnicodeDecodeError as error:
-        raise RowProblem(f"is not UTF-8 text (byte {error.start + 1})") from error
-    except json.JSONDecodeError as error:
-        raise RowProblem(f"is not JSON: {error.msg} (column {error.colno})") from error
-    except (ValueError, RecursionError) as error:
-        raise RowProblem(f"is not JSON that can be read: {error}") from error
-    if not isinstance(value, dict):
-        raise RowProblem(f"is {kind_of(value)}, but must be a JSON object")
-    return value
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise RowProblem(f"key {next(key for key in keys if keys.count(key) > 1)!r} stands twice")
-    return values
-
-
-def _no_constant(name: str) -> None:
-    raise RowProblem(f"is not JSON: {name} is no JSON value")
+from rlhf_ray.data.errors import RowProblem
 
 
 class Uids:
-    """Gives each row its uid and refuses one that was there before."""
+    """Gives each row its uid and refuses one that was there before.
 
-    def __init__(self, file: str) -> None:
-        self._stem = Path(file).stem
-        self._line_of: dict[str, int] = {}
+    Args:
+        stem: what uids of rows without one begin with.
+        unit: what the source's row numbers count: lines or rows.
+    """
 
-    def of(self, line: int, row: dict[str, Any]) -> str:
-        """The row's `uid`, text or a whole number, else one from the file's name and the line.
+    def __init__(self, stem: str, unit: str) -> None:
+        self._stem = stem
+        self._unit = unit
+        self._number_of: dict[str, int] = {}
+
+    def of(self, number: int, row: dict[str, Any]) -> str:
+        """The row's `uid`, text or a whole number, else one from the stem and the row's number.
 
         Raises:
             RowProblem: it is neither, is empty or stands twice.
         """
-        value = row.get("uid", f"{self._stem}:{line}")
-        if isinstance(value, bool) or not isinstance(value, str | int):
-            raise RowProblem(f"'uid' is {kind_of(value)}, but must be text or a whole number")
-        uid = str(value)
-        if not uid.strip():
-            raise RowProblem("'uid' is empty")
-        check_encodable(uid, "'uid'")
-        if uid in self._line_of:
-            raise RowProblem(f"uid {uid!r} stands in line {self._line_of[uid]} already")
-        self._line_of[uid] = line
+        uid = uid_of(self._stem, number, row)
+        if uid in self._number_of:
+            raise RowProblem(f"uid {uid!r} stands in {self._unit} {self._number_of[uid]} already")
+        self._number_of[uid] = number
         return uid
+
+
+def uid_of(stem: str, number: int, row: dict[str, Any]) -> str:
+    """As `Uids.of`, without a memory of the rows before."""
+    value = row.get("uid", f"{stem}:{number}")
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise RowProblem(f"'uid' is {kind_of(value)}, but must be text or a whole number")
+    uid = str(value)
+    if not uid.strip():
+        raise RowProblem("'uid' is empty")
+    check_encodable(uid, "'uid'")
+    return uid
+
+
+def value_of(row: dict[str, Any], key: str) -> Any:
+    """What stands under `key`.
+
+    Raises:
+        RowProblem: nothing does.
+    """
+    if key not in row:
+        has = ", ".join(map(repr, row)) or "nothing"
+        raise RowProblem(f"has no {key!r} (it has {has}): if its column has another name, say so in data.columns")
+    return row[key]
 
 
 def text_of(row: dict[str, Any], key: str) -> str:
@@ -105,9 +61,15 @@ def text_of(row: dict[str, Any], key: str) -> str:
     Raises:
         RowProblem: it is missing, not text or empty.
     """
-    if key not in row:
-        raise RowProblem(f"has no {key!r} (it has {', '.join(map(repr, row)) or 'nothing'})")
-    value = row[key]
+    return checked_text(value_of(row, key), key)
+
+
+def checked_text(value: Any, key: str) -> str:
+    """`value`, when it is text that is not empty.
+
+    Raises:
+        RowProblem: it is not.
+    """
     if not isinstance(value, str):
         raise RowProblem(f"{key!r} is {kind_of(value)}, but must be text")
     if not value.strip():
@@ -125,6 +87,14 @@ def check_encodable(text: str, what: str) -> None:
 
 
 def kind_of(value: Any) -> str:
-    """A JSON value's type in words."""
-    names = {dict: "an object", list: "a list", str: "text", bool: "a truth value", type(None): "null"}
-    return names.get(type(value), "a number")
+    """A value's type in words."""
+    names = {
+        dict: "an object",
+        list: "a list",
+        str: "text",
+        bool: "a truth value",
+        int: "a number",
+        float: "a number",
+        type(None): "null",
+    }
+    return names.get(type(value), f"of type {type(value).__name__}")

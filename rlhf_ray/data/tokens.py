@@ -48,8 +48,7 @@ def flat_tokens(rows: Sequence[Sequence[int]]) -> Tokens:
 
 
 def rows_within_budget(
-    file: str,
-    what: str,
+    source: str,
     end: Literal["beginning", "end"],
     uids: Sequence[str],
     over: Sequence[bool],
@@ -59,7 +58,6 @@ def rows_within_budget(
     """Drop rows that are over `config.max_tokens`, or let them be cut, and report both.
 
     Args:
-        what: the rows' name in messages.
         end: the end of a row that stays when it is cut.
         over: which rows are over the budget.
         useless: which of them would have nothing to learn from when cut.
@@ -72,22 +70,22 @@ def rows_within_budget(
     """
     drop = [is_over and (config.overlong == "drop" or cut) for is_over, cut in zip(over, useless, strict=True)]
     cut = [is_over and not is_dropped for is_over, is_dropped in zip(over, drop, strict=True)]
-    report_overlong(file, what, "dropped", list(compress(uids, drop)))
-    report_overlong(file, what, f"truncated to their {end}", list(compress(uids, cut)))
+    report_overlong(source, "rows", "dropped", list(compress(uids, drop)))
+    report_overlong(source, "rows", f"truncated to their {end}", list(compress(uids, cut)))
     kept = [row for row, is_dropped in enumerate(drop) if not is_dropped]
     if not kept:
         raise DataError(
-            file,
+            source,
             None,
-            f"none of {len(uids)} {what} fits data.max_tokens ({config.max_tokens}): raise it, or set data.overlong to "
+            f"none of {len(uids)} rows fits data.max_tokens ({config.max_tokens}): raise it, or set data.overlong to "
             "truncate",
         )
     return kept, sum(drop), sum(cut)
 
 
-def report_overlong(file: str, what: str, done: str, uids: Sequence[str]) -> None:
+def report_overlong(source: str, what: str, done: str, uids: Sequence[str]) -> None:
     """Log how many rows were over the budget, the first of them, and what was done to them."""
     if uids:
         more = f" and {len(uids) - 5} more" if len(uids) > 5 else ""
         named = ", ".join(uids[:5])
-        _LOG.warning("%s: %s over the token budget, %s: %d (%s%s)", file, what, done, len(uids), named, more)
+        _LOG.warning("%s: %s over the token budget, %s: %d (%s%s)", source, what, done, len(uids), named, more)

@@ -1,18 +1,21 @@
 """One rank of a DeepSpeed engine: forward, backward, step, checkpoint, and the weights it can send."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from rlhf_ray.config import training as config
+from rlhf_ray.models.lora import Adapter
 from rlhf_ray.models.token_logprobs import TokenLogProbs
+from rlhf_ray.models.weights import Weight, model_weights
 from rlhf_ray.platform import platform
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -83,8 +86,8 @@ class TrainingEngine:
         )
 
     def save(self, folder: Path) -> None:
-        """Write weights, optimizer and schedule; each rank writes its own shards into `folder`."""
-        self._engine.save_checkpoint(str(folder), tag="state", save_latest=False)
+        """Write what is trained, optimizer and schedule; each rank writes its own shards into `folder`."""
+        self._engine.save_checkpoint(str(folder), tag="state", save_latest=False, exclude_frozen_parameters=True)
 
     def load(self, folder: Path) -> None:
         """Read what `save` wrote, with the same number of ranks."""
@@ -98,6 +101,7 @@ class ForwardEngine:
 
     def __init__(self, model: nn.Module, engine: config.ScoringEngine) -> None:
         model.eval().requires_grad_(False).to(platform().device)
+        self.model = model
         self._forward: Callable[..., Any] = model
         if engine.zero_stage == 3:
             self._forward, *_ = deepspeed.initialize(model=model, config=_deepspeed_config(engine))
@@ -107,6 +111,34 @@ class ForwardEngine:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward pass, without gradients."""
         return self._forward(*args, **kwargs)
+
+    def mix(self, weights: Mapping[str, torch.Tensor], share: float) -> None:
+        """Move weights, by Hugging Face name, by `share` of their way to these; collective, the same on every rank."""
+        own = {weight.name: weight.parameter for weight in model_weights(self.model)}
+        for name, weight in weights.items():
+            parameter = own[name]
+            sharded = [parameter] if hasattr(parameter, "ds_id") else []
+            with deepspeed.zero.GatheredParameters(sharded, modifier_rank=0):
+                # In float32: a small share of a small difference is less than a step of bfloat16.
+                mixed = torch.lerp(parameter.data.float(), weight.to(parameter.device).float(), share)
+                parameter.data.copy_(mixed)
+
+    def save(self, folder: Path, *, write: bool) -> None:
+        """Write the weights whole; collective, one rank writes."""
+        weights = {}
+        for name, weight in full_weights(self.model, bucket_bytes=256 * 2**20):
+            if write:
+                weights[name] = weight.to("cpu", copy=True)
+        if write:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(weights, folder / _REFERENCE_FILE)
+
+    def load(self, folder: Path) -> None:
+        """Read what `save` wrote; collective."""
+        self.mix(load_file(folder / _REFERENCE_FILE), share=1.0)
+
+
+_REFERENCE_FILE = "weights.safetensors"
 
 
 def lr_factor(optimizer: config.Optimizer, total_steps: int) -> Callable[[int], float]:
@@ -129,38 +161,40 @@ def lr_factor(optimizer: config.Optimizer, total_steps: int) -> Callable[[int], 
     return factor
 
 
-def named_weights(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Parameters under their Hugging Face names; a weight that is tied to another appears once."""
-    return [(name.removeprefix("model."), parameter) for name, parameter in model.named_parameters()]
-
-
-def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
-    """Shape of the whole parameter, also where this rank holds a shard."""
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
-
-
 def full_weights(model: nn.Module, bucket_bytes: int) -> Iterator[tuple[str, torch.Tensor]]:
-    """Whole tensors, one after the other; collective.
+    """Whole tensors under their Hugging Face names, adapters merged, one after the other; collective.
 
     Under ZeRO-3 they are gathered `bucket_bytes` at a time (or one, if larger), so the whole model never exists on a
     rank. A tensor is valid as long as it is held and the model is not trained.
     """
-    bucket: list[tuple[str, nn.Parameter]] = []
+    bucket: list[Weight] = []
     held = 0
-    for name, parameter in named_weights(model):
-        size = math.prod(full_shape(parameter)) * parameter.element_size()
+    for weight in model_weights(model):
+        size = math.prod(weight.shape) * weight.dtype.itemsize
         if bucket and held + size > bucket_bytes:
             yield from _gathered(bucket)
             bucket, held = [], 0
-        bucket.append((name, parameter))
+        bucket.append(weight)
         held += size
     yield from _gathered(bucket)
 
 
-def _gathered(bucket: list[tuple[str, nn.Parameter]]) -> Iterator[tuple[str, torch.Tensor]]:
-    with deepspeed.zero.GatheredParameters([parameter for _, parameter in bucket if hasattr(parameter, "ds_id")]):
-        for name, parameter in bucket:
-            yield name, parameter.data
+def _gathered(bucket: list[Weight]) -> Iterator[tuple[str, torch.Tensor]]:
+    with _whole([part for weight in bucket for part in weight.parts]):
+        for weight in bucket:
+            yield weight.name, weight.value()
+
+
+def full_adapter(model: nn.Module) -> Adapter:
+    """The adapter of a model that has one, with whole tensors in host memory; collective."""
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    with _whole(list(trained.values())):
+        return Adapter.of(model, {name: part.detach().to("cpu", copy=True) for name, part in trained.items()})
+
+
+def _whole(parameters: Sequence[nn.Parameter]) -> Any:
+    """A context in which ZeRO-3's shards are whole parameters."""
+    return deepspeed.zero.GatheredParameters([parameter for parameter in parameters if hasattr(parameter, "ds_id")])
 
 
 def _adam(model: nn.Module, engine: config.TrainingEngine, optimizer: config.Optimizer) -> torch.optim.Optimizer:

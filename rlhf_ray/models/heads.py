@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -15,9 +15,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from rlhf_ray.config.training import Lora
 from rlhf_ray.models.attention import PACKED_ATTENTION
+from rlhf_ray.models.lora import add_adapters
 from rlhf_ray.models.packed import PackedSequences
-from rlhf_ray.models.token_logprobs import TokenLogProbs
+from rlhf_ray.models.token_logprobs import Beside, TokenLogProbs
 
 
 class ModelError(Exception):
@@ -46,11 +48,17 @@ class CausalModel(nn.Module):
         self.token_logprobs = TokenLogProbs(model.get_output_embeddings(), vocab_chunk_tokens)
 
     def forward(
-        self, packed: PackedSequences, positions: torch.Tensor, targets: torch.Tensor, temperature: float
+        self,
+        packed: PackedSequences,
+        positions: torch.Tensor,
+        targets: torch.Tensor,
+        temperature: float,
+        beside: Beside = "entropy",
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probs of `targets` `[positions]` as predicted at `positions` of the pack, and entropies there."""
+        """Log-probs of `targets` `[positions]` as predicted at `positions` of the pack, and what `TokenLogProbs`
+        measures beside them."""
         hidden = _hidden_states(self.model, packed)
-        out = self.token_logprobs(hidden[positions], targets, temperature)
+        out = self.token_logprobs(hidden[positions], targets, temperature, beside)
         return out
 
 
@@ -158,28 +166,35 @@ def _is_classifier(config: Any) -> bool:
 
 
 def load_causal(
-    model: str, *, dtype: torch.dtype, vocab_chunk_tokens: int, trust_remote_code: bool = False
+    model: str,
+    *,
+    dtype: torch.dtype,
+    vocab_chunk_tokens: int,
+    trust_remote_code: bool = False,
+    lora: Lora | None = None,
 ) -> CausalModel:
-    """A causal model that runs packed, without dropout.
+    """A causal model that runs packed, without dropout; with `lora`, frozen and with new adapters.
 
     Raises:
-        ModelError: when the folder can't be loaded as one.
+        ModelError: when the folder can't be loaded as one, or has no such layers as `lora` names.
     """
     config = _without_dropout(load_config(model, trust_remote_code=trust_remote_code))
     loaded = _load(AutoModelForCausalLM, model, config, dtype, trust_remote_code)
     head = loaded.get_output_embeddings()
     if head is None or getattr(head, "bias", None) is not None:
         raise ModelError(model, "its vocabulary head is missing or has a bias, which is not supported")
-    return CausalModel(loaded, vocab_chunk_tokens)
+    return _with_adapters(CausalModel(loaded, vocab_chunk_tokens), model, lora)
 
 
-def load_scalar(model: str, *, dtype: torch.dtype, seed: int = 0, trust_remote_code: bool = False) -> ScalarModel:
-    """A model with a scalar head that runs packed, without dropout.
+def load_scalar(
+    model: str, *, dtype: torch.dtype, seed: int = 0, trust_remote_code: bool = False, lora: Lora | None = None
+) -> ScalarModel:
+    """A model with a scalar head that runs packed, without dropout; with `lora`, frozen but for head and new adapters.
 
     The folder of a causal model gets a new head from N(0, 1/(hidden + 1)), as in Stiennon et al. 2020.
 
     Raises:
-        ModelError: when the folder can't be loaded as one.
+        ModelError: when the folder can't be loaded as one, or has no such layers as `lora` names.
     """
     config = _without_dropout(load_config(model, trust_remote_code=trust_remote_code))
     is_new = not _is_classifier(config)
@@ -196,7 +211,19 @@ def load_scalar(model: str, *, dtype: torch.dtype, seed: int = 0, trust_remote_c
         )
         with torch.no_grad():
             loaded.score.weight.copy_(weight)
-    return ScalarModel(loaded)
+    return _with_adapters(ScalarModel(loaded), model, lora)
+
+
+RoleModel = TypeVar("RoleModel", CausalModel, ScalarModel)
+
+
+def _with_adapters(wrapped: RoleModel, model: str, lora: Lora | None) -> RoleModel:
+    if lora is not None:
+        try:
+            add_adapters(wrapped, lora, model)
+        except ValueError as error:
+            raise ModelError(model, f"can't get the adapters of lora: {error}") from error
+    return wrapped
 
 
 def _load(auto: Any, model: str, config: Any, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:

@@ -1,9 +1,12 @@
-"""Log-probability and entropy at chosen positions, without the logits of all of them at once."""
+"""Log-probabilities at chosen positions, without the logits of all of them at once."""
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
+
+# What is measured of each distribution beside the log-prob of the target; each takes a pass over the logits.
+Beside = Literal["entropy", "collision", "nothing"]
 
 
 class TokenLogProbs(nn.Module):
@@ -27,16 +30,17 @@ class TokenLogProbs(nn.Module):
         return weight
 
     def forward(
-        self, hidden: torch.Tensor, targets: torch.Tensor, temperature: float
+        self, hidden: torch.Tensor, targets: torch.Tensor, temperature: float, beside: Beside = "entropy"
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probability of `targets` and entropy of the distribution, both float32 `[positions]`.
+        """Log-probability of `targets`, and what is measured beside it, both float32 `[positions]`.
 
         Args:
             hidden: `[positions, hidden]`, the states that predict the targets.
             targets: int64 `[positions]`.
             temperature: divides the logits.
+            beside: `entropy` in nats; `collision`, log Σ p², without a gradient; with `nothing` the second is empty.
         """
-        out = _ChunkedLogProbs.apply(hidden, self.weight, targets, temperature, self.chunk_tokens)
+        out = _ChunkedLogProbs.apply(hidden, self.weight, targets, temperature, self.chunk_tokens, beside)
         return out
 
 
@@ -45,32 +49,48 @@ class _ChunkedLogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, temperature: float, chunk: int
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        targets: torch.Tensor,
+        temperature: float,
+        chunk: int,
+        beside: Beside,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         logprobs = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
-        normalisers, entropy = torch.empty_like(logprobs), torch.empty_like(logprobs)
+        normalisers = torch.empty_like(logprobs)
+        second = logprobs.new_empty(0 if beside == "nothing" else len(hidden))
         for part in _chunks(len(hidden), chunk):
             logits = _logits(hidden[part], weight, temperature)
             normaliser = logits.logsumexp(-1)
             chosen = logits.gather(-1, targets[part, None])[:, 0]
             logprobs[part] = chosen - normaliser
             normalisers[part] = normaliser
-            mean_logit = torch.linalg.vecdot(logits.sub(normaliser[:, None]).exp_(), logits)
-            entropy[part] = normaliser - mean_logit
-        ctx.save_for_backward(hidden, weight, targets, normalisers, entropy)
+            if beside == "entropy":
+                mean_logit = torch.linalg.vecdot(logits.sub(normaliser[:, None]).exp_(), logits)
+                second[part] = normaliser - mean_logit
+            elif beside == "collision":
+                second[part] = logits.mul_(2).logsumexp(-1) - 2 * normaliser
+        ctx.save_for_backward(hidden, weight, targets, normalisers, second)
         ctx.temperature, ctx.chunk = temperature, chunk
-        return logprobs, entropy
+        if beside != "entropy":
+            ctx.mark_non_differentiable(second)
+        return logprobs, second
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         hidden, weight, targets, normalisers, entropy = ctx.saved_tensors
         grad_logprobs, grad_entropy = grads
+        # Zeros stand for a second output that no loss uses or that has no gradient.
         with_entropy = bool(grad_entropy.any())
         grad_hidden = torch.empty_like(hidden)
         chunks = _chunks(len(hidden), ctx.chunk)
         # Several chunks add up in float32: a sum kept in bfloat16 would lose what each adds.
         wide = len(chunks) > 1 and weight.dtype != torch.float64
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32 if wide else weight.dtype)
+        # A head that is not trained, as beside adapters, needs no gradient as large as itself.
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = torch.zeros_like(weight, dtype=torch.float32 if wide else weight.dtype)
         for part in chunks:
             logits = _logits(hidden[part], weight, ctx.temperature)
             log_p = logits.sub_(normalisers[part, None])
@@ -83,8 +103,9 @@ class _ChunkedLogProbs(torch.autograd.Function):
             grad.scatter_add_(-1, targets[part, None], grad_logprobs[part, None].to(grad.dtype))
             grad = grad.div_(ctx.temperature).to(weight.dtype)
             grad_hidden[part] = grad @ weight
-            grad_weight += grad.T @ hidden[part]
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None
+            if grad_weight is not None:
+                grad_weight += grad.T @ hidden[part]
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None, None
 
 
 def _logits(hidden: torch.Tensor, weight: torch.Tensor, temperature: float) -> torch.Tensor:

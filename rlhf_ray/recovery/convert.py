@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from transformers import (
@@ -17,13 +17,15 @@ from transformers import (
     PreTrainedModel,
 )
 
-from rlhf_ray.config.jobs import JobConfig, PPOJob, RewardModelJob
+from rlhf_ray.config.jobs import JobConfig, PPOJob, RewardModel, RewardModelJob
 from rlhf_ray.config.loading import load_config
-from rlhf_ray.config.training import Dtype
+from rlhf_ray.config.training import Critic, Dtype, Lora, Policy
 from rlhf_ray.engines.saved_weights import saved_weights
 from rlhf_ray.models import heads
 from rlhf_ray.models.heads import ModelError
+from rlhf_ray.models.lora import ADAPTER_FOLDER, Adapter
 from rlhf_ray.models.score_scale import ScoreScale, write_scale
+from rlhf_ray.models.weights import model_weights
 from rlhf_ray.recovery.checkpoints import CheckpointStore, checkpoint_metrics
 from rlhf_ray.recovery.seal import CheckpointError, verify
 
@@ -43,12 +45,14 @@ class Exported:
         checkpoint: that it was made from.
         role: whose model it is.
         scalar: it is an `AutoModelForSequenceClassification` with one label, not an `AutoModelForCausalLM`.
+        adapter: in peft's format, within `folder`; None when all weights were trained.
     """
 
     folder: Path
     checkpoint: Path
     role: str
     scalar: bool
+    adapter: Path | None
 
 
 @dataclass(frozen=True)
@@ -59,10 +63,15 @@ class _TrainedModel:
     dtype: Dtype
     scalar: bool
     trust_remote_code: bool
+    lora: Lora | None
+
+    @classmethod
+    def of(cls, source: str, section: Policy | Critic | RewardModel, *, scalar: bool) -> Self:
+        return cls(source, section.engine.dtype, scalar, section.trust_remote_code, section.lora)
 
 
 def export_checkpoint(source: Path, out: Path, role: str | None = None) -> Exported:
-    """Write the model of a checkpoint to `out`: complete, or not at all.
+    """Write the model of a checkpoint to `out`, adapters merged and beside it: complete, or not at all.
 
     Model source and number format are those in the run's config.yaml. A relative model path there is looked up from
     the current folder, as `train` did.
@@ -87,10 +96,11 @@ def export_checkpoint(source: Path, out: Path, role: str | None = None) -> Expor
         raise ExportError(f"the run in {run_dir} trained no {role}, only {' and '.join(trained)}: see --role")
     if not (checkpoint / role).is_dir():
         raise CheckpointError(checkpoint, f"holds no {role}, although the run's config.yaml trains one")
-    model = _rebuild(trained[role], checkpoint, role)
+    model, adapter = _rebuild(trained[role], checkpoint, role)
     scale = ScoreScale.of_metrics(checkpoint_metrics(checkpoint)) if role == "reward" else None
-    _write(model, trained[role], scale, out)
-    return Exported(out, checkpoint, role, trained[role].scalar)
+    _write(model, adapter, scale, trained[role], out)
+    written = None if adapter is None else out / ADAPTER_FOLDER
+    return Exported(out, checkpoint, role, trained[role].scalar, written)
 
 
 def _check_free(out: Path) -> None:
@@ -122,28 +132,49 @@ def _find(source: Path) -> tuple[Path, Path]:
 def _trained_models(config: JobConfig) -> dict[str, _TrainedModel]:
     """By role; the one that the job is about comes first."""
     if isinstance(config, RewardModelJob):
-        reward = config.reward
-        return {"reward": _TrainedModel(reward.model, reward.engine.dtype, True, reward.trust_remote_code)}
-    policy = _TrainedModel(config.policy.model, config.policy.engine.dtype, False, config.policy.trust_remote_code)
+        return {"reward": _TrainedModel.of(config.reward.model, config.reward, scalar=True)}
+    policy = _TrainedModel.of(config.policy.model, config.policy, scalar=False)
     if not isinstance(config, PPOJob):
         return {"policy": policy}
     critic = config.critic
     critic_source = config.reward_models[0].model if critic.init_from == "reward" else critic.init_from
-    return {
-        "policy": policy,
-        "critic": _TrainedModel(critic_source, critic.engine.dtype, True, critic.trust_remote_code),
-    }
+    return {"policy": policy, "critic": _TrainedModel.of(critic_source, critic, scalar=True)}
 
 
-def _rebuild(trained: _TrainedModel, checkpoint: Path, role: str) -> PreTrainedModel:
+def _rebuild(trained: _TrainedModel, checkpoint: Path, role: str) -> tuple[PreTrainedModel, Adapter | None]:
     dtype = _DTYPES[trained.dtype]
     model = _without_weights(trained, dtype)
     try:
         weights = saved_weights(checkpoint / role, dtype)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise CheckpointError(checkpoint, f"its {role} can't be read: {error}") from error
-    _fill(model, weights, checkpoint, f"{role} from {trained.source!r}")
-    return model
+    what = f"{role} from {trained.source!r}"
+    adapter = None
+    if trained.lora is not None:
+        weights, adapter = _merge(weights, trained, trained.lora, checkpoint, what)
+    _fill(model, weights, checkpoint, what)
+    return model, adapter
+
+
+def _merge(
+    saved: Mapping[str, torch.Tensor], trained: _TrainedModel, lora: Lora, checkpoint: Path, what: str
+) -> tuple[dict[str, torch.Tensor], Adapter]:
+    """All weights of the base model with the saved adapters in them, and the adapter by itself."""
+    dtype, trust = _DTYPES[trained.dtype], trained.trust_remote_code
+    model = (
+        heads.load_scalar(trained.source, dtype=dtype, trust_remote_code=trust, lora=lora)
+        if trained.scalar
+        else heads.load_causal(trained.source, dtype=dtype, vocab_chunk_tokens=1, trust_remote_code=trust, lora=lora)
+    )
+    try:
+        model.load_state_dict({f"model.{name}": tensor for name, tensor in saved.items()})
+    except RuntimeError as error:
+        raise CheckpointError(checkpoint, f"does not fit the {what} with its lora: {error}") from None
+    adapter = Adapter.of(model, model.state_dict())
+    merged = {}
+    for weight in model_weights(model):
+        merged[weight.name] = weight.parameter.data = weight.value()  # the base goes as the merged model comes
+    return merged, adapter
 
 
 def _without_weights(trained: _TrainedModel, dtype: torch.dtype) -> PreTrainedModel:
@@ -178,7 +209,9 @@ def _fill(model: PreTrainedModel, weights: Mapping[str, torch.Tensor], checkpoin
         raise CheckpointError(checkpoint, f"does not fit the {what}: it {' and '.join(lacks + has)}")
 
 
-def _write(model: PreTrainedModel, trained: _TrainedModel, scale: ScoreScale | None, out: Path) -> None:
+def _write(
+    model: PreTrainedModel, adapter: Adapter | None, scale: ScoreScale | None, trained: _TrainedModel, out: Path
+) -> None:
     partial = out.with_name(f"{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -186,6 +219,8 @@ def _write(model: PreTrainedModel, trained: _TrainedModel, scale: ScoreScale | N
         write_scale(partial, scale)
         tokenizer = heads.load_tokenizer(trained.source, trust_remote_code=trained.trust_remote_code)
         tokenizer.save_pretrained(partial)
+        if adapter is not None:
+            adapter.write(partial / ADAPTER_FOLDER)
         os.rename(partial, out)  # an empty folder is replaced
     finally:
         shutil.rmtree(partial, ignore_errors=True)

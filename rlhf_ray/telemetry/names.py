@@ -46,12 +46,27 @@ _ALL = (
     MetricName("staleness/mean", "versions that the sampling policy was behind the trained one, mean over tokens"),
     MetricName(
         "train/loss",
-        "reward_model: the configured loss, weighted mean over rows; sft: −log-prob in nats, mean over learnt tokens",
+        "reward_model: the configured loss, preference: the sum of the losses, weighted mean over rows; sft: −log-prob "
+        "in nats, mean over learnt tokens",
     ),
     MetricName(
-        "train/accuracy", "share of the pairs within rows, ties left out, in which the better candidate scores higher"
+        "train/accuracy",
+        "reward_model: share of the pairs within rows, ties left out, in which the better candidate scores higher; "
+        "preference: share of the pairs in which the chosen answer has the higher log-ratio",
     ),
-    MetricName("train/margin", "score of the better candidate − score of the worse one, mean over the same pairs"),
+    MetricName(
+        "train/margin",
+        "better − worse, mean over the same pairs; reward_model: of the scores; preference: of the log-ratios in nats "
+        "(of the log-probs where there is no reference)",
+    ),
+    MetricName("train/chosen_ratio", "preference: log-ratio of policy to reference of the chosen answer in nats, mean"),
+    MetricName("train/rejected_ratio", "preference: the same of the rejected answer"),
+    MetricName("train/chosen_logprob", "preference: log-prob of the chosen answer per token in nats, mean over pairs"),
+    MetricName("train/rejected_logprob", "preference: the same of the rejected answer"),
+    MetricName("train/wanted_ratio", "preference with labels: log-ratio of the answers that are wanted in nats, mean"),
+    MetricName("train/unwanted_ratio", "preference with labels: the same of those that are not"),
+    MetricName("train/kl", "preference, kto: z0, the mean log-ratio of mismatched prompts and answers, at least 0"),
+    MetricName("train/shift", "preference, bco: δ, the running mean of rewards that this step's losses used"),
     MetricName("train/entropy", "sft: entropy of the model in nats, mean over learnt tokens"),
     MetricName("train/grad_norm", "norm of the gradient before clipping"),
     MetricName("train/lr", "learning rate of the optimizer step"),
@@ -60,6 +75,13 @@ _ALL = (
     MetricName("eval/entropy", "the same as train/entropy on the held-out rows"),
     MetricName("eval/perplexity", "sft: exp(eval/loss), per learnt token"),
     MetricName("eval/margin", "the same as train/margin on the held-out rows"),
+    MetricName("eval/chosen_ratio", "the same as train/chosen_ratio on the held-out rows"),
+    MetricName("eval/rejected_ratio", "the same as train/rejected_ratio on the held-out rows"),
+    MetricName("eval/chosen_logprob", "the same as train/chosen_logprob on the held-out rows"),
+    MetricName("eval/rejected_logprob", "the same as train/rejected_logprob on the held-out rows"),
+    MetricName("eval/wanted_ratio", "the same as train/wanted_ratio on the held-out rows"),
+    MetricName("eval/unwanted_ratio", "the same as train/unwanted_ratio on the held-out rows"),
+    MetricName("eval/kl", "the same as train/kl on the held-out rows"),
     MetricName(
         "score/mean",
         "reward_model: score of the held-out texts (without data.eval of training texts, at the end), mean",

@@ -73,6 +73,9 @@ PANELS = (
     Panel("Entropy", "nats per token", ("policy/entropy",)),
     Panel("Loss", "nats", ("train/loss", "eval/loss")),
     Panel("Pair accuracy", "share", ("train/accuracy", "eval/accuracy")),
+    Panel("Log-ratio to the reference", "nats per answer", ("train/chosen_ratio", "train/rejected_ratio")),
+    Panel("Log-ratio to the reference", "nats per answer", ("train/wanted_ratio", "train/unwanted_ratio")),
+    Panel("Log-prob of the answers", "nats per token", ("train/chosen_logprob", "train/rejected_logprob")),
     Panel("Held-out perplexity", "per token", ("eval/perplexity",), smooth=False),
 )
 

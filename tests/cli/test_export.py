@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from typer.testing import Result
 
 from rlhf_ray.config.loading import dump_config, load_config
+from rlhf_ray.config.training import Lora
 from rlhf_ray.models.heads import load_causal, load_scalar
 from rlhf_ray.models.score_scale import ScoreScale, scale_of, write_scale
 from rlhf_ray.recovery.checkpoints import CheckpointStore
@@ -316,3 +317,36 @@ def test_a_model_folder_that_has_gone(cli: RunCli, tiny_model_dir: Path, tmp_pat
     assert done.exit_code == 1
     assert f"model '{tmp_path}/gone': no such folder" in done.stderr
     assert "a relative path counts from the current folder" in done.stderr
+
+
+def test_adapters_are_merged_and_written_by_themselves(cli: RunCli, tiny_model_dir: Path, tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path / "run", "tiny", tiny_model_dir, "policy.lora={rank: 2, alpha: 4}")
+    lora = Lora(rank=2, alpha=4.0)
+    model = load_causal(str(tiny_model_dir), dtype=torch.float32, vocab_chunk_tokens=64, lora=lora)
+    weights = changed(model, seed=1)
+    write_checkpoint(run_dir, 2, policy=weights)
+    base = load_file(tiny_model_dir / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj"
+    a, b = (weights[f"model.{name}.lora_{part}.default.weight"] for part in "AB")
+
+    done = cli("export", run_dir, tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    assert f"{tmp_path}/out/adapter, in peft's format" in done.stdout
+    merged, adapter = (
+        load_file(tmp_path / "out" / file) for file in ("model.safetensors", "adapter/adapter_model.safetensors")
+    )
+    assert merged.keys() == base.keys()
+    torch.testing.assert_close(merged[f"{name}.weight"], base[f"{name}.weight"] + 2.0 * b @ a)
+    assert torch.equal(merged["model.norm.weight"], base["model.norm.weight"])
+    assert torch.equal(adapter[f"base_model.model.{name}.lora_A.weight"], a)
+    assert len(adapter) == len(weights)
+
+
+def test_a_checkpoint_of_whole_weights_does_not_fit_a_lora(cli: RunCli, tiny_model_dir: Path, tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path / "run", "tiny", tiny_model_dir, "policy.lora={rank: 2}")
+    write_checkpoint(run_dir, 2, policy=policy_weights(tiny_model_dir))
+    done = cli("export", run_dir, tmp_path / "out")
+    assert done.exit_code == 1
+    assert f"does not fit the policy from '{tiny_model_dir}' with its lora: " in done.stderr
+    assert "Missing key(s)" in done.stderr
+    assert list(tmp_path.iterdir()) == [run_dir]

@@ -143,9 +143,9 @@ def test_an_unknown_key_suggests_the_nearest(tmp_path: Path, override: str, prob
         ("placement.policy.env=x", "placement.policy.env: should be a section (got 'x')"),
         ("policy.model=", "policy.model: input should be a valid string (got None)"),
         ("policy={}", "policy.model: is required"),
-        ("job=pppo", "job: 'pppo' is not a job type; did you mean 'ppo'? (known: ppo, reward_model, sft)"),
-        ("job=sleep", "job: 'sleep' is not a job type (known: ppo, reward_model, sft)"),
-        ("job=", "job: is missing (known: ppo, reward_model, sft)"),
+        ("job=pppo", "job: 'pppo' is not a job type; did you mean 'ppo'? (known: ppo, preference, reward_model, sft)"),
+        ("job=sleep", "job: 'sleep' is not a job type (known: ppo, preference, reward_model, sft)"),
+        ("job=", "job: is missing (known: ppo, preference, reward_model, sft)"),
     ],
 )
 def test_a_wrong_value_names_its_path_and_itself(tmp_path: Path, override: str, problem: str) -> None:

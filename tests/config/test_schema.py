@@ -49,6 +49,21 @@ def reward_model(**sections: Any) -> dict[str, Any]:
     }
 
 
+def preference(**sections: Any) -> dict[str, Any]:
+    return {
+        "job": "preference",
+        "name": "n",
+        "policy": {"model": "m"},
+        "data": {"train": "t"},
+        "run": {"dir": "d"},
+        **sections,
+    }
+
+
+def losses(*types: str, **algorithm: Any) -> dict[str, Any]:
+    return preference(algorithm={"loss": [{"type": kind} for kind in types], **algorithm})
+
+
 def problems_of(raw: dict[str, Any]) -> list[str]:
     with pytest.raises(ConfigError) as caught:
         parse_config(raw)
@@ -227,8 +242,17 @@ CONFLICTS: list[tuple[dict[str, Any], str]] = [
         "run.keep_best.metric is 'eval/loss', but data.eval is not set",
     ),
     (
+        ppo(data={"prompts": "p", "columns": {"promt": "question"}}),
+        "data.columns: 'promt' is none of our columns; did you mean 'prompt'? (our name stands before the file's)",
+    ),
+    (
+        sft(data={"train": "t", "columns": {"question": "prompt"}}),
+        "data.columns: 'question' is none of our columns; known: uid, text, messages, prompt, completion (our name "
+        "stands before the file's)",
+    ),
+    (
         sft(data={"train": []}),
-        "data.train is empty, but needs at least one file",
+        "data.train is empty, but needs at least one source",
     ),
     (
         sft(run={"dir": "d", "patience": 2, "eval_every": 1}),
@@ -248,6 +272,91 @@ CONFLICTS: list[tuple[dict[str, Any], str]] = [
     (
         sft(data={"train": "t", "eval": "e"}, run={"dir": "d", "keep_best": {"metric": "eval/accuracy"}}),
         "run.keep_best.metric is 'eval/accuracy', but an evaluation measures eval/entropy, eval/loss, eval/perplexity",
+    ),
+    (losses(), "algorithm.loss is empty, but needs at least one entry"),
+    (
+        preference(algorithm={"loss": [{"type": "sigmoid", "weight": 0}]}),
+        "every algorithm.loss.N.weight is 0: there is nothing to learn",
+    ),
+    (losses("sigmod"), "algorithm.loss.0.type: 'sigmod' is not known; did you mean 'sigmoid'?"),
+    (preference(algorithm={"loss": [{"beta": 1}]}), "algorithm.loss.0: needs the key type"),
+    (
+        preference(algorithm={"loss": [{"type": "simpo", "gama": 1}]}),
+        "algorithm.loss.0.gama: unknown key; did you mean 'gamma'?",
+    ),
+    (
+        preference(algorithm={"loss": [{"type": "hinge", "label_smoothing": 0.1}]}),
+        "algorithm.loss.0.label_smoothing: unknown key; known keys: weight, beta, divergence, divergence_alpha, type",
+    ),
+    (
+        preference(algorithm={"loss": [{"type": "sigmoid", "divergence_alpha": 0.5}]}),
+        "algorithm.loss.0.divergence_alpha is only read with algorithm.loss.0.divergence: alpha, but it is "
+        "'reverse_kl'",
+    ),
+    (
+        losses("sigmoid", "kto"),
+        "algorithm.loss.0 (sigmoid) and algorithm.loss.1 (kto) learn from different data: kto and bco from labels of "
+        "single answers, the others from pairs",
+    ),
+    (losses("kto", "kto"), "algorithm.loss.1 is a second kto: one is enough"),
+    (
+        losses("sigmoid", "cpo", length_desensitised=0.5),
+        "algorithm.length_desensitised shortens sums over the longer answer of a pair, but algorithm.loss.1 (cpo) is "
+        "not made of such sums alone",
+    ),
+    (losses("bco", weighting="wpo"), "algorithm.weighting: wpo weights pairs, but algorithm.loss.0 is bco"),
+    (
+        losses("aot", weighting="wpo"),
+        "algorithm.weighting: wpo weights pairs one by one, but aot sorts all pairs of a step",
+    ),
+    (
+        losses("simpo", reference_free=True),
+        "algorithm.reference_free has no effect: algorithm.loss.0 (simpo) has no reference anyway",
+    ),
+    (
+        losses("orpo") | {"reference": {"cache": "runs/cache"}},
+        "reference has no effect: algorithm.loss and algorithm.reference_free compare with none",
+    ),
+    (
+        preference(reference={"cache": "c", "update_every": 5}),
+        "reference.cache holds log-probs of a reference that stays as it is, but reference.update_every is 5: leave "
+        "one of them out",
+    ),
+    (
+        preference(reference={"update_mix": 0.5}),
+        "reference.update_mix has no effect while reference.update_every is 0",
+    ),
+    (
+        preference(policy={"model": "m", "lora": {}}, reference={"update_every": 3}),
+        "reference.update_every is 3, but with policy.lora the reference is the policy with its adapters off, which "
+        "stay as they are",
+    ),
+    (
+        preference(policy={"model": "m", "lora": {}}, reference={"engine": {"dtype": "float32"}}),
+        "reference.engine has no effect: with policy.lora the reference is the policy with its adapters off, held as "
+        "policy.engine says",
+    ),
+    (
+        preference(policy={"model": "m", "lora": {}}, placement={"reference": {"colocate": None}}),
+        "placement.reference has no effect: with policy.lora the reference is the policy with its adapters off",
+    ),
+    (
+        preference(placement={"reference": {"colocate": "critic"}}),
+        "placement.reference.colocate is 'critic', but this job has no such role",
+    ),
+    (
+        preference(placement={"reference": {"colocate": "policy", "cpus": 2}}),
+        "placement.reference.cpus has no effect beside placement.reference.colocate: it sits in placement.policy's "
+        "place",
+    ),
+    (
+        preference(data={"train": "t", "rows_per_step": 2}, placement={"reference": {"colocate": None, "ranks": 3}}),
+        "data.rows_per_step (2) is less than placement.reference.ranks (3)",
+    ),
+    (
+        preference(data={"train": "t", "eval": "e"}, run={"dir": "d", "keep_best": {"metric": "eval/acuracy"}}),
+        "run.keep_best.metric is 'eval/acuracy', but an evaluation measures eval/accuracy, eval/chosen_logprob, "
+        "eval/chosen_ratio, eval/loss, eval/margin, eval/rejected_logprob, eval/rejected_ratio",
     ),
 ]
 

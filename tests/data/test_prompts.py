@@ -65,7 +65,7 @@ def test_chat_prompts_are_rendered_up_to_the_assistants_turn(file: Path, tokeniz
 
 def test_the_prompt_column_and_uids_come_from_the_row(file: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     rows = [{"question": "One", "uid": "x"}, {"question": "Two", "uid": 7, "answer": 4}, {"question": "Three"}]
-    assert load(file, rows, tokenizer, prompt_key="question").uids == ("x", "7", "imdb:3")
+    assert load(file, rows, tokenizer, columns={"prompt": "question"}).uids == ("x", "7", "imdb:3")
 
 
 BAD_ROWS: list[tuple[Any, str]] = [
@@ -81,7 +81,7 @@ BAD_ROWS: list[tuple[Any, str]] = [
     ('{"prompt": "a", "score": NaN}', "NaN is no JSON value"),
     (b'{"prompt": "\xff"}', "is not UTF-8 text (byte 13)"),
     ("[" * 100_000, "is not JSON that can be read"),
-    ({"text": "a"}, "has no 'prompt' (it has 'text'): see data.prompt_key"),
+    ({"text": "a"}, "has no 'prompt' (it has 'text'): if its column has another name, say so in data.columns"),
     ({}, "has no 'prompt' (it has nothing)"),
     ({"prompt": ""}, "'prompt' is empty"),
     ({"prompt": " \n"}, "'prompt' is empty"),
@@ -196,7 +196,7 @@ def test_a_missing_or_empty_file_is_named(tmp_path: Path, tokenizer: PreTrainedT
     empty.touch()
     for path, reason in [
         (tmp_path / "none.jsonl", r"none.jsonl: can't be read \(No such file or directory\): see data.prompts"),
-        (tmp_path, r"can't be read \(Is a directory\)"),
+        (tmp_path, "is a folder, but none that `datasets.save_to_disk` wrote: see data.prompts"),
         (empty, "empty.jsonl: is empty, but must have one JSON object a line"),
     ]:
         with pytest.raises(DataError, match=reason):

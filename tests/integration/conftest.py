@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import ray
 
-from rlhf_ray.config.jobs import PPOJob, RewardModelJob
+from rlhf_ray.config.jobs import PPOJob, RewardModelJob, SFTJob
 from rlhf_ray.config.loading import load_config
 from rlhf_ray.controllers.train import train
 from rlhf_ray.data.prepare import prepare
@@ -84,6 +84,27 @@ def reward_config(tiny: Path) -> Callable[..., RewardModelJob]:
 def reward_run(tiny: Path, reward_config: Callable[..., RewardModelJob]) -> Path:
     """Run folder of configs/tiny_reward.yaml, with a checkpoint within each epoch."""
     return train(reward_config(tiny / "runs/tiny-reward", "run.checkpoint_every=3", "run.keep_last=9"))
+
+
+@pytest.fixture(scope="session")
+def sft_config(tiny: Path) -> Callable[..., SFTJob]:
+    """configs/tiny_sft.yaml on the tiny model, with further overrides."""
+
+    def make(run_dir: Path, *overrides: str) -> SFTJob:
+        config = load_config(
+            CONFIGS / "tiny_sft.yaml",
+            [
+                f"policy.model={tiny}/models/tiny",
+                f"data.train={tiny}/data/tiny_chats_train.jsonl",
+                f"data.eval={tiny}/data/tiny_chats_eval.jsonl",
+                f"run.dir={run_dir}",
+                *overrides,
+            ],
+        )
+        assert isinstance(config, SFTJob)
+        return config
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -4,12 +4,13 @@ import deepspeed
 import torch
 
 from rlhf_ray.actors.policy import PolicyWorker
-from rlhf_ray.engines.training import full_weights, named_weights
+from rlhf_ray.engines.training import full_weights
+from rlhf_ray.models.weights import model_weights
 
 
 def change_weights(worker: PolicyWorker, part: str, seed: int) -> int:
     """Scale every weight whose name holds `part` by random factors, and say how many tensors that were; collective."""
-    chosen = [parameter for name, parameter in named_weights(worker.engine.model) if part in name]
+    chosen = [weight.parameter for weight in model_weights(worker.engine.model) if part in weight.name]
     random = torch.Generator().manual_seed(seed)
     with torch.no_grad(), deepspeed.zero.GatheredParameters(chosen, modifier_rank=0):
         for parameter in chosen:

@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_ray.config.data import ConversationData
 from rlhf_ray.config.jobs import SFTJob
-from rlhf_ray.config.loading import load_config
 from rlhf_ray.controllers.train import train
 from rlhf_ray.data.conversations import load_conversations
 from rlhf_ray.recovery.convert import export_checkpoint
@@ -19,31 +18,9 @@ from rlhf_ray.telemetry.metrics import read_metrics
 from rlhf_ray.telemetry.names import find_metric
 from runs import assert_same_run, exported_weights
 
-CONFIG = Path(__file__).parents[2] / "configs" / "tiny_sft.yaml"
 STEPS = 6
 
 MakeConfig = Callable[..., SFTJob]
-
-
-@pytest.fixture(scope="module")
-def sft_config(tiny: Path) -> MakeConfig:
-    """configs/tiny_sft.yaml on the tiny model, with further overrides."""
-
-    def make(run_dir: Path, *overrides: str) -> SFTJob:
-        config = load_config(
-            CONFIG,
-            [
-                f"policy.model={tiny}/models/tiny",
-                f"data.train={tiny}/data/tiny_chats_train.jsonl",
-                f"data.eval={tiny}/data/tiny_chats_eval.jsonl",
-                f"run.dir={run_dir}",
-                *overrides,
-            ],
-        )
-        assert isinstance(config, SFTJob)
-        return config
-
-    return make
 
 
 @pytest.fixture(scope="module")

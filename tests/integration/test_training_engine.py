@@ -10,13 +10,24 @@ import torch
 
 from rlhf_ray.actors.group import ActorGroup
 from rlhf_ray.actors.waiting import RoleFailure
-from rlhf_ray.config.training import TrainingEngine
+from rlhf_ray.config.training import Lora, TrainingEngine
 from rlhf_ray.engines.training import lr_factor
 from rlhf_ray.models.heads import load_causal
-from training_rank import OPTIMIZER, SEQUENCES, TOTAL_STEPS, Trained, TrainingRank, Weights, token_mean_loss
+from rlhf_ray.models.weights import model_weights
+from training_rank import (
+    LORA_SEED,
+    OPTIMIZER,
+    SEQUENCES,
+    TOTAL_STEPS,
+    Trained,
+    TrainingRank,
+    Weights,
+    token_mean_loss,
+)
 
 ALL = list(range(len(SEQUENCES)))
 CLIP = 0.5
+LORA = Lora(rank=8, alpha=64.0)
 BUILD_S = 400  # DeepSpeed compiles its CPU Adam at first use: a minute on two free cores
 
 
@@ -45,9 +56,11 @@ def run(group: ActorGroup, method: str, *args: object) -> list:  # type: ignore[
     return group.run(method, *args, timeout_s=BUILD_S, setting="no setting: a test")
 
 
-def trained(group: ActorGroup, model: Path, micro_batches: list[list[list[int]]], **engine: object) -> Trained:
+def trained(
+    group: ActorGroup, model: Path, micro_batches: list[list[list[int]]], lora: Lora | None = None, **engine: object
+) -> Trained:
     """Two steps; `micro_batches` are per rank. All ranks must hold the same weights in the end."""
-    run(group, "build", str(model), TrainingEngine(gradient_clip=CLIP, **engine))  # type: ignore[arg-type]
+    run(group, "build", str(model), TrainingEngine(gradient_clip=CLIP, **engine), 0, lora)  # type: ignore[arg-type]
     done: list[Trained] = ray.get(group.call_each("train", [(2, mine) for mine in micro_batches]), timeout=120)
     for other in done[1:]:
         assert_close(other.weights, done[0].weights, 0)
@@ -58,9 +71,21 @@ def trained(group: ActorGroup, model: Path, micro_batches: list[list[list[int]]]
 @pytest.fixture(scope="module")
 def plain(wide_model: Path) -> Trained:
     """The same two steps in plain torch."""
-    model = load_causal(str(wide_model), dtype=torch.float32, vocab_chunk_tokens=16)
+    return plain_torch(wide_model)
+
+
+@pytest.fixture(scope="module")
+def plain_lora(wide_model: Path) -> Trained:
+    """The same with adapters."""
+    return plain_torch(wide_model, LORA)
+
+
+def plain_torch(folder: Path, lora: Lora | None = None) -> Trained:
+    torch.manual_seed(LORA_SEED)
+    model = load_causal(str(folder), dtype=torch.float32, vocab_chunk_tokens=16, lora=lora)
+    learnt = {name: parameter for name, parameter in model.model.named_parameters() if parameter.requires_grad}
     adam = torch.optim.AdamW(
-        model.parameters(),
+        learnt.values(),
         lr=OPTIMIZER.lr,
         betas=OPTIMIZER.betas,
         eps=OPTIMIZER.eps,
@@ -71,12 +96,12 @@ def plain(wide_model: Path) -> Trained:
     for _ in range(2):
         adam.zero_grad()
         token_mean_loss(model, ALL).backward()
-        found.gradients.append({name: p.grad.numpy().copy() for name, p in model.model.named_parameters()})
-        found.norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)))
+        found.gradients.append({name: p.grad.numpy().copy() for name, p in learnt.items()})  # type: ignore[union-attr]
+        found.norms.append(float(torch.nn.utils.clip_grad_norm_(learnt.values(), CLIP)))
         found.rates.append(schedule.get_last_lr()[0])
         adam.step()
         schedule.step()
-    found.weights = {name: p.detach().numpy().copy() for name, p in model.model.named_parameters()}
+    found.weights = {weight.name: weight.value().numpy().copy() for weight in model_weights(model)}
     return found
 
 
@@ -123,6 +148,23 @@ def test_two_ranks_train_as_one_does(
     groups: dict[int, ActorGroup], wide_model: Path, plain: Trained, stage: int, cut: list[list[list[int]]]
 ) -> None:
     assert_same_training(trained(groups[2], wide_model, cut, zero_stage=stage, dtype="float32"), plain)
+
+
+@pytest.mark.parametrize(("ranks", "stage"), [(1, 0), (1, 1), (2, 2), (2, 3)])
+def test_adapters_train_as_plain_torch_trains_them(
+    groups: dict[int, ActorGroup], wide_model: Path, plain_lora: Trained, ranks: int, stage: int
+) -> None:
+    cut = [[[7], [2, 0], [4, 5]], [[6, 1], [3], []]] if ranks == 2 else [[ALL]]
+    found = trained(groups[ranks], wide_model, cut, LORA, zero_stage=stage, dtype="float32")
+    assert_same_training(found, plain_lora)
+
+
+def test_adapters_move_the_weights_that_they_change_and_no_others(plain_lora: Trained, wide_model: Path) -> None:
+    initial = load_causal(str(wide_model), dtype=torch.float32, vocab_chunk_tokens=16).model
+    moved = {
+        name for name, p in initial.named_parameters() if np.abs(plain_lora.weights[name] - p.detach().numpy()).max()
+    }
+    assert moved == {name for name in plain_lora.weights if name.endswith("_proj.weight")}
 
 
 def test_recomputed_activations_do_not_change_the_training(
@@ -181,18 +223,27 @@ def test_full_weights_are_whole_on_every_rank_of_zero_3(
 
 
 @pytest.mark.parametrize(
-    ("ranks", "stage", "dtype"),
+    ("ranks", "stage", "dtype", "lora"),
     [
-        (1, 0, "float32"),
-        (1, 2, "float32"),
-        (1, 0, "bfloat16"),
-        (1, 2, "bfloat16"),
-        (2, 2, "bfloat16"),
-        (2, 3, "float32"),
+        (1, 0, "float32", None),
+        (1, 2, "float32", None),
+        (1, 0, "bfloat16", None),
+        (1, 2, "bfloat16", None),
+        (2, 2, "bfloat16", None),
+        (2, 3, "float32", None),
+        (1, 0, "bfloat16", LORA),
+        (2, 2, "bfloat16", LORA),
+        (2, 3, "float32", LORA),
     ],
 )
 def test_a_loaded_checkpoint_goes_on_bit_for_bit(
-    groups: dict[int, ActorGroup], wide_model: Path, tmp_path: Path, ranks: int, stage: int, dtype: str
+    groups: dict[int, ActorGroup],
+    wide_model: Path,
+    tmp_path: Path,
+    ranks: int,
+    stage: int,
+    dtype: str,
+    lora: Lora | None,
 ) -> None:
     group, config = groups[ranks], TrainingEngine(zero_stage=stage, dtype=dtype, gradient_clip=CLIP)  # type: ignore[arg-type]
     cut = [[ALL[rank::ranks]] for rank in range(ranks)]
@@ -201,11 +252,11 @@ def test_a_loaded_checkpoint_goes_on_bit_for_bit(
         done: list[Trained] = ray.get(group.call_each("train", [(steps, mine) for mine in cut]), timeout=120)
         return done[0]
 
-    run(group, "build", str(wide_model), config)
+    run(group, "build", str(wide_model), config, 0, lora)
     before = train(2)
     run(group, "save", str(tmp_path / "checkpoint"))
     undisturbed = train(2)
-    run(group, "build", str(wide_model), config, 5)
+    run(group, "build", str(wide_model), config, 5, lora)
     run(group, "load", str(tmp_path / "checkpoint"))
     assert_close(run(group, "weights")[0], before.weights, 0)
     resumed = train(2)

@@ -59,6 +59,7 @@ def make_config(ppo_config: MakeConfig, wide_model: Path) -> MakeConfig:
             "reward=[{function: reward_functions:letters, name: letters}]",
             "rollout.sync_bucket_mib=1",
             f"placement.rollout.engines={ENGINES}",
+            "rollout.engine.max_num_seqs=8",
             "placement.rollout.cpus=0.5",
             "run.steps=2",
             "run.timeouts.sync_s=60",
@@ -247,7 +248,7 @@ def test_an_engine_whose_actor_dies_ends_the_run(
     config = make_config(tmp_path / "run")
     use_reward(roles, config, "letters")
     running = controller(config, inputs, roles)
-    shards = roles.rollout.generate([[request] for request in requests_of(inputs, 40)], version=0)
+    shards = roles.rollout.generate(more_than_fit(config, inputs), version=0)
     next(shards)
     ray.kill(roles.rollout.actors[1])
     with pytest.raises(RoleFailure, match="rollout/1: generate failed: its process died"):
@@ -260,7 +261,7 @@ def test_an_engine_whose_own_process_dies_ends_the_generation(
     config: PPOJob, inputs: PPOInputs, roles: PPORoles
 ) -> None:
     left = RolloutGroup(roles.rollout.actors[:1], config.rollout, deterministic=False, timeout_s=60.0)
-    shards = left.generate([[request] for request in requests_of(inputs, 40)], version=0)
+    shards = left.generate(more_than_fit(config, inputs), version=0)
     next(shards)
     for process in engine_processes():
         os.kill(process, signal.SIGKILL)
@@ -268,6 +269,11 @@ def test_an_engine_whose_own_process_dies_ends_the_generation(
         list(shards)
     with pytest.raises(RoleFailure, match="rollout/0: generate failed: EngineDeadError"):
         list(left.generate([requests_of(inputs, 1)], version=0))
+
+
+def more_than_fit(config: PPOJob, inputs: PPOInputs) -> list[list[PromptRequest]]:
+    """Shards of which some are not sent before others have come back, however fast the engines are."""
+    return [[request] for request in requests_of(inputs, 4 * ENGINES * config.rollout.engine.max_num_seqs)]
 
 
 def requests_of(inputs: PPOInputs, count: int) -> list[PromptRequest]:

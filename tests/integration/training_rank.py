@@ -9,8 +9,8 @@ import torch
 from deepspeed.utils import safe_get_full_grad
 
 from rlhf_ray.actors.worker import Worker
-from rlhf_ray.config.training import Optimizer, TrainingEngine
-from rlhf_ray.engines.training import DTYPES, full_weights, named_weights
+from rlhf_ray.config.training import Lora, Optimizer, TrainingEngine
+from rlhf_ray.engines.training import DTYPES, full_weights
 from rlhf_ray.engines.training import TrainingEngine as Engine
 from rlhf_ray.models.heads import CausalModel, load_causal
 from rlhf_ray.models.packed import PackedSequences
@@ -22,6 +22,7 @@ PREDICTED = sum(len(tokens) - 1 for tokens in SEQUENCES)
 # With the usual eps the first step of a weight whose gradient is nearly 0 is the sign of its rounding error.
 OPTIMIZER = Optimizer(lr=1e-3, eps=1e-5, warmup_steps=1, schedule="linear", weight_decay=0.01)
 TOTAL_STEPS = 5
+LORA_SEED = 5
 
 
 @dataclass
@@ -56,13 +57,14 @@ def token_mean_loss(model: Any, sequences: list[int]) -> torch.Tensor:
 class TrainingRank(Worker):
     """One rank; it can build one engine after the other."""
 
-    def build(self, model: str, config: TrainingEngine, seed: int = 0) -> None:
+    def build(self, model: str, config: TrainingEngine, seed: int = 0, lora: Lora | None = None) -> None:
         """A new engine around a new model."""
-        loaded = load_causal(model, dtype=DTYPES[config.dtype], vocab_chunk_tokens=16)
+        torch.manual_seed(LORA_SEED + self.rank)  # rank 0's adapters are all ranks'
+        loaded = load_causal(model, dtype=DTYPES[config.dtype], vocab_chunk_tokens=16, lora=lora)
         if seed:  # other weights than those of the folder
             torch.manual_seed(seed)
             with torch.no_grad():
-                for parameter in loaded.parameters():
+                for parameter in filter(lambda parameter: parameter.requires_grad, loaded.parameters()):
                     parameter.add_(torch.randn_like(parameter))
         self.model: CausalModel = loaded
         self.engine = Engine(loaded, config, OPTIMIZER, TOTAL_STEPS)
@@ -74,9 +76,10 @@ class TrainingRank(Worker):
             for number, micro_batch in enumerate(micro_batches):
                 loss = token_mean_loss(self.engine, micro_batch)
                 self.engine.backward(loss, last=number == len(micro_batches) - 1)
-            found.gradients.append(
-                {name: safe_get_full_grad(p).float().numpy().copy() for name, p in named_weights(self.model)}
-            )
+            gradients = {
+                name: safe_get_full_grad(p) for name, p in self.model.model.named_parameters() if p.requires_grad
+            }
+            found.gradients.append({name: gradient.float().numpy().copy() for name, gradient in gradients.items()})
             stats = self.engine.step()
             found.norms.append(stats.grad_norm)
             found.rates.append(stats.lr)

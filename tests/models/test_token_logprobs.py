@@ -75,6 +75,20 @@ def test_a_loss_without_entropy_has_the_right_gradient(chunk: int) -> None:
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("chunk", [3, 64])
+def test_the_collision_log_prob_is_measured_without_changing_value_or_gradient(chunk: int) -> None:
+    states, head, targets, upstream, _ = case(10, 13, 4, seed=2)
+    logprobs, collision = TokenLogProbs(head, chunk)(states, targets, 0.8, "collision")
+    p = (states.double() @ head.weight.double().T / 0.8).softmax(-1)
+    torch.testing.assert_close(collision, (p**2).sum(-1).log().float(), rtol=1e-5, atol=1e-5)
+    assert not collision.requires_grad
+    wanted, nothing = TokenLogProbs(head, chunk)(states, targets, 0.8, "nothing")
+    assert len(nothing) == 0
+    assert logprobs.equal(wanted)
+    got, want = (torch.autograd.grad((values * upstream).sum(), states)[0] for values in (logprobs, wanted))
+    assert got.equal(want)
+
+
 def test_float64_gradients_pass_a_finite_difference_check() -> None:
     states, head, targets, *upstream = case(4, 7, 3, seed=5)
     weight = head.weight.detach().double()

@@ -91,7 +91,7 @@ def test_arguments_about_tokens_of_text_stay() -> None:
         "rollout.sampling.stop_token_ids=[1,2]",
         "policy.engine.micro_batch_tokens=2048",
         "reward.0.token_env=REWARD_TOKEN",
-        "data.prompt_key=text",
+        "data.columns.prompt=token_text",
         "reward.0.url=http://localhost:8000/score",
         "--tokenizer",
         "models/tiny",

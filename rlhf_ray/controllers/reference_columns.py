@@ -1,0 +1,189 @@
+"""Log-probs of the reference model for a preference job: computed for each step, or once for all and kept on disk."""
+
+import hashlib
+import json
+import logging
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from rlhf_ray.actors.answers import AnswerLogProbs
+from rlhf_ray.actors.group import ActorGroup
+from rlhf_ray.actors.preference import Refs
+from rlhf_ray.actors.waiting import wait_all
+from rlhf_ray.config.jobs import PreferenceJob
+from rlhf_ray.config.run import Timeouts
+from rlhf_ray.controllers.epochs import Split
+from rlhf_ray.controllers.roles import PreferenceRoles
+from rlhf_ray.data.comparisons import ComparisonSet
+from rlhf_ray.data.packing import plan_micro_batches
+from rlhf_ray.data.trajectory import Floats, offsets_of
+from rlhf_ray.models.heads import load_config
+
+logger = logging.getLogger("rlhf_ray")
+
+# Rows whose log-probs are computed between two looks at the clock.
+_ROWS_PER_CALL = 512
+
+
+class ReferenceColumns(ABC):
+    """Where the reference's log-probs come from."""
+
+    @abstractmethod
+    def of(self, split: Split, rows: NDArray[np.int64]) -> Refs:
+        """References to `AnswerLogProbs`, together those of the answers of these rows."""
+
+
+class LiveReference(ReferenceColumns):
+    """Asks actors for each step's rows.
+
+    Args:
+        group: the reference's actors, or with LoRA the policy's.
+        method: of these actors.
+        max_tokens: in one micro-batch.
+    """
+
+    def __init__(self, group: ActorGroup, method: str, max_tokens: int, timeouts: Timeouts) -> None:
+        self.group = group
+        self._method, self._max_tokens, self._timeouts = method, max_tokens, timeouts
+
+    @classmethod
+    def with_roles(cls, config: PreferenceJob, roles: PreferenceRoles) -> "LiveReference | None":
+        """The reference of a job; None when none is needed."""
+        timeouts = config.run.timeouts
+        if roles.reference is not None:
+            return cls(roles.reference, "answer_logprobs", config.reference.engine.micro_batch_tokens, timeouts)
+        if config.algorithm.needs_reference and config.reference_is_base:
+            return cls(roles.policy, "base_logprobs", config.policy.engine.micro_batch_tokens, timeouts)
+        return None
+
+    def of(self, split: Split, rows: NDArray[np.int64]) -> Refs:
+        return self.group.call_each(self._method, plan_answers(split, rows, len(self.group), self._max_tokens))
+
+    def mix(self, shared: Sequence[Refs], share: float) -> None:
+        """Move the reference's weights by `share` of their way to those that the policy's ranks shared."""
+        self.group.run("mix_weights", shared, share, timeout_s=self._timeouts.sync_s, setting="run.timeouts.sync_s")
+
+    def whole(self, split: Split) -> AnswerLogProbs:
+        """Log-probs of all answers of a data set."""
+        parts: list[AnswerLogProbs] = []
+        for start in range(0, len(split.rows), _ROWS_PER_CALL):
+            # A last call with fewer rows than ranks could not be shared out.
+            end = len(split.rows) if len(split.rows) - start < 2 * _ROWS_PER_CALL else start + _ROWS_PER_CALL
+            refs = self.of(split, np.arange(start, end))
+            parts += wait_all(refs, self._timeouts.score_s, "log-probs of the reference", "run.timeouts.score_s")
+            if end == len(split.rows):
+                break
+        return AnswerLogProbs.join(parts)
+
+
+class CachedReference(ReferenceColumns):
+    """Reads the log-probs of whole data sets from disk; the sets that are not there yet are computed first.
+
+    Args:
+        live: what to compute with; not needed when everything is there.
+    """
+
+    def __init__(self, cache: "ReferenceCache", live: LiveReference | None, splits: Sequence[Split]) -> None:
+        self._whole: dict[str, AnswerLogProbs] = {}
+        for split in splits:
+            assert isinstance(split.rows, ComparisonSet)
+            found = cache.read(split.rows)
+            if found is None:
+                assert live is not None
+                logger.info("computing the reference's log-probs of %s once, into %s", split.name, cache.folder)
+                found = live.whole(split)
+                cache.write(split.rows, found)
+            self._whole[split.name] = found
+
+    def of(self, split: Split, rows: NDArray[np.int64]) -> Refs:
+        assert isinstance(split.rows, ComparisonSet)
+        candidates = split.rows.candidates(rows.tolist()).tolist()
+        return [ray.put(self._whole[split.name].select(candidates))]
+
+
+class ReferenceCache:
+    """Log-probs on disk, in one file for each model and data set.
+
+    A file's name is a hash of the model's files, the number format, and the tokens with the places where answers begin,
+    which tokenizer and chat template are part of. Whatever changes one of them makes another file; no file is ever
+    out of date.
+    """
+
+    def __init__(self, folder: Path, model: str, dtype: str, *, trust_remote_code: bool) -> None:
+        self.folder = folder
+        self._model = _model_hash(model, trust_remote_code) + dtype
+
+    def has(self, data: ComparisonSet) -> bool:
+        """Whether log-probs of this data set are there."""
+        return self.read(data) is not None
+
+    def read(self, data: ComparisonSet) -> AnswerLogProbs | None:
+        """Log-probs of all answers in order, None when there are none."""
+        path = self._path(data)
+        if not path.exists():
+            return None
+        lengths = data.answer_lengths
+        try:
+            values: Floats = load_file(path)["logprobs"]
+        except (SafetensorError, KeyError, OSError) as error:
+            logger.warning("%s can't be read and is made again: %s", path, error)
+            return None
+        if len(values) != lengths.sum():
+            logger.warning("%s has %d log-probs instead of %d and is made again", path, len(values), lengths.sum())
+            return None
+        return AnswerLogProbs(tuple(range(len(lengths))), offsets_of(lengths), values)
+
+    def write(self, data: ComparisonSet, found: AnswerLogProbs) -> None:
+        """Keep the log-probs of a data set: complete, or not at all."""
+        path = self._path(data)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+        save_file({"logprobs": found.select(range(len(data.answer_lengths))).values}, partial)
+        partial.replace(path)
+
+    def _path(self, data: ComparisonSet) -> Path:
+        digest = hashlib.sha256(self._model.encode())
+        for array in (data.token_ids, data.token_offsets, data.answer_starts):
+            digest.update(np.ascontiguousarray(array).tobytes())
+        return self.folder / f"{digest.hexdigest()[:32]}.safetensors"
+
+
+def reference_cache(config: PreferenceJob) -> ReferenceCache | None:
+    """The cache that the config names, None when it names none."""
+    reference = config.reference
+    if reference.cache is None:
+        return None
+    engine = config.policy.engine if config.reference_is_base else reference.engine
+    trusted = config.policy.trust_remote_code
+    return ReferenceCache(Path(reference.cache), config.reference_model, engine.dtype, trust_remote_code=trusted)
+
+
+def plan_answers(
+    split: Split, rows: NDArray[np.int64], ranks: int, max_tokens: int
+) -> list[tuple[list[ray.ObjectRef], list[list[int]]]]:
+    """Arguments of `answer_logprobs` for each rank."""
+    plan = plan_micro_batches(split.rows.lengths[rows], ranks, max_tokens)
+    return [(split.ref, [rows[micro].tolist() for micro in mine]) for mine in plan]
+
+
+def _model_hash(model: str, trust_remote_code: bool) -> str:
+    """Of a folder, hash of its config and weights; of a hub name, the commit that was fetched."""
+    folder = Path(model)
+    if not folder.is_dir():
+        config: Any = load_config(model, trust_remote_code=trust_remote_code)
+        return json.dumps([model, getattr(config, "_commit_hash", None)])
+    digest = hashlib.sha256()
+    for path in (folder / "config.json", *sorted(folder.glob("*.safetensors"))):
+        digest.update(path.name.encode())
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()

@@ -1,0 +1,180 @@
+"""configs/tiny_preference.yaml end to end: against its cache, resumed, on two ranks, and with losses of every kind."""
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from rlhf_ray.config.jobs import PreferenceJob
+from rlhf_ray.config.loading import load_config
+from rlhf_ray.controllers.train import train
+from rlhf_ray.recovery.convert import export_checkpoint
+from rlhf_ray.telemetry.metrics import Metrics, read_metrics
+from rlhf_ray.telemetry.names import find_metric
+from runs import assert_same_run, exported_weights, without_clock
+
+CONFIG = Path(__file__).parents[2] / "configs" / "tiny_preference.yaml"
+STEPS = 6
+TWO_RANKS = (
+    "placement.policy.ranks=2",
+    "policy.engine.zero_stage=3",
+    "policy.engine.micro_batch_tokens=150",
+    "reference.engine.zero_stage=3",
+    "reference.engine.micro_batch_tokens=150",
+)
+
+MakeConfig = Callable[..., PreferenceJob]
+
+
+@pytest.fixture(scope="module")
+def config(tiny: Path) -> MakeConfig:
+    """configs/tiny_preference.yaml on the tiny model, with further overrides."""
+
+    def make(run_dir: Path, *overrides: str) -> PreferenceJob:
+        data = "labels" if any(kind in "".join(overrides) for kind in ("kto", "bco")) else "preferences"
+        found = load_config(
+            CONFIG,
+            [
+                f"policy.model={tiny}/models/tiny",
+                f"data.train={tiny}/data/tiny_{data}_train.jsonl",
+                f"data.eval={tiny}/data/tiny_{data}_eval.jsonl",
+                f"run.dir={run_dir}",
+                *overrides,
+            ],
+        )
+        assert isinstance(found, PreferenceJob)
+        return found
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def run(tiny: Path, config: MakeConfig) -> Path:
+    """Run folder with a checkpoint within each epoch."""
+    return train(config(tiny / "runs/tiny-preference", "run.checkpoint_every=2", "run.keep_last=9"))
+
+
+def test_the_policy_learns_to_prefer_what_people_chose(run: Path) -> None:
+    rows = read_metrics(run)
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    # Before the first update policy and reference are one model.
+    assert rows[0]["train/loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert rows[0]["train/margin"] == pytest.approx(0, abs=1e-5)
+    assert rows[-1]["train/loss"] < 0.6
+    assert [row["step"] for row in rows if "eval/loss" in row] == [4, STEPS]
+    assert rows[-1]["train/accuracy"] > 0.9
+    assert rows[-1]["eval/margin"] == pytest.approx(rows[-1]["eval/chosen_ratio"] - rows[-1]["eval/rejected_ratio"])
+    assert not {name for row in rows for name in row if find_metric(name) is None}
+    theirs = AutoModelForCausalLM.from_pretrained(run / "export", dtype=torch.float32)
+    assert {name: p for name, p in theirs.named_parameters()}.keys()
+
+
+def test_a_checkpoint_can_be_exported(run: Path, tmp_path: Path) -> None:
+    exported = export_checkpoint(run, tmp_path / "model")
+    assert (exported.role, exported.scalar) == ("policy", False)
+    mine, theirs = exported_weights(exported.folder), exported_weights(run / "export")
+    assert all(mine[name].equal(tensor) for name, tensor in theirs.items())
+
+
+def resumed(run: Path, folder: Path, config: PreferenceJob) -> Path:
+    """A copy of a run that goes on from its first checkpoint."""
+    shutil.copytree(run, folder)
+    shutil.rmtree(folder / "export")
+    for step in (4, STEPS):
+        shutil.rmtree(folder / f"checkpoints/step_{step:06d}")
+    return train(config)
+
+
+def test_a_resumed_run_gives_the_same_rows(run: Path, config: MakeConfig, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    assert_same_run(resumed(run, folder, config(folder, "run.checkpoint_every=2", "run.keep_last=9")), run)
+
+
+def rows_of(folder: Path) -> list[Metrics]:
+    return [without_clock(row) for row in read_metrics(folder)]
+
+
+def actors_of(folder: Path) -> set[str]:
+    """Roles that left a trace."""
+    events = json.loads((folder / "timeline.json").read_text())
+    events = events["traceEvents"] if isinstance(events, dict) else events
+    return {event["args"]["name"].split("/")[0] for event in events if event.get("name") == "process_name"}
+
+
+def test_cached_log_probs_give_the_same_run_and_a_second_run_needs_no_reference(
+    run: Path, config: MakeConfig, tmp_path: Path
+) -> None:
+    cache = f"reference.cache={tmp_path}/cache"
+    first = train(config(tmp_path / "first", cache))
+    second = train(config(tmp_path / "second", cache, "seed=8"))
+    again = train(config(tmp_path / "again", cache))
+    assert len(list((tmp_path / "cache").iterdir())) == 2  # train and eval
+    wanted = rows_of(run)
+    for folder in (first, again):
+        for mine, theirs in zip(rows_of(folder), wanted, strict=True):
+            assert mine == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+    assert rows_of(first) == rows_of(again)
+    assert "reference" in actors_of(run)
+    assert "reference" not in actors_of(second) | actors_of(again)
+
+
+def assert_about_the_same(mine: Path, theirs: Path) -> None:
+    for row, wanted in zip(rows_of(mine), rows_of(theirs), strict=True):
+        assert row == pytest.approx(wanted, rel=2e-3, abs=2e-4), f"step {row['step']}"
+
+
+def test_two_sharded_ranks_learn_what_one_learns(run: Path, config: MakeConfig, tmp_path: Path) -> None:
+    assert_about_the_same(train(config(tmp_path / "run", *TWO_RANKS)), run)
+
+
+@pytest.mark.parametrize("kind", ["kto", "bco", "aot"])
+def test_what_depends_on_all_rows_of_a_step_is_the_same_on_two_ranks_and_after_a_resume(
+    kind: str, config: MakeConfig, tmp_path: Path
+) -> None:
+    loss = f"algorithm.loss=[{{type: {kind}, beta: 0.2}}]"
+    often = ("run.checkpoint_every=2", "run.keep_last=9")
+    one = train(config(tmp_path / "one", loss, *often))
+    assert_about_the_same(train(config(tmp_path / "two", loss, *TWO_RANKS)), one)
+    folder = tmp_path / "resumed"
+    assert_same_run(resumed(one, folder, config(folder, loss, *often)), one)
+    rows = read_metrics(one)
+    if kind == "kto":
+        assert rows[0]["train/kl"] == pytest.approx(0, abs=1e-5)
+        assert rows[-1]["train/wanted_ratio"] > rows[-1]["train/unwanted_ratio"] + 0.5
+    elif kind == "bco":
+        assert rows[0]["train/shift"] == 0
+        assert rows[-1]["train/shift"] != 0
+    else:
+        assert rows[-1]["train/margin"] > 1
+
+
+def test_a_reference_that_follows_at_every_step_is_the_policy(config: MakeConfig, tmp_path: Path) -> None:
+    folder = train(config(tmp_path / "run", "reference.update_every=1"))
+    for row in read_metrics(folder):
+        assert row["train/loss"] == pytest.approx(math.log(2), abs=1e-5)
+        assert row["train/margin"] == pytest.approx(0, abs=1e-4)
+
+
+def test_a_reference_that_follows_halfway_is_resumed_as_it_was(config: MakeConfig, tmp_path: Path) -> None:
+    follows = ("reference.update_every=2", "reference.update_mix=0.5", "run.checkpoint_every=2", "run.keep_last=9")
+    whole = train(config(tmp_path / "whole", *follows))
+    rows = read_metrics(whole)
+    assert rows[2]["train/margin"] < rows[1]["train/margin"]
+    folder = tmp_path / "resumed"
+    assert_same_run(resumed(whole, folder, config(folder, *follows)), whole)
+    two = train(config(tmp_path / "two", *follows, *TWO_RANKS))
+    assert_about_the_same(two, whole)
+
+
+def test_a_loss_without_reference_starts_none(config: MakeConfig, tmp_path: Path) -> None:
+    loss = "algorithm.loss=[{type: simpo}, {type: nll, weight: 0.1}]"
+    folder = train(config(tmp_path / "run", loss, "reference={}"))
+    assert "reference" not in actors_of(folder)
+    rows = read_metrics(folder)
+    assert rows[-1]["train/loss"] < rows[0]["train/loss"]
+    assert "train/chosen_ratio" not in rows[0]
