@@ -8,6 +8,7 @@ from rich.text import Text
 
 from rlhf_ray.config.jobs import EpochJob, JobConfig, PPOJob, PreferenceJob, RewardModel, RewardModelJob, SFTJob
 from rlhf_ray.config.placement import RolePlacement
+from rlhf_ray.config.reward_loss import BradleyTerry
 from rlhf_ray.config.rewards import FunctionReward, HttpReward, ModelReward, part_name
 from rlhf_ray.config.training import Critic, Policy, ScoringEngine, TrainingEngine
 from rlhf_ray.recovery.checkpoints import CheckpointStore
@@ -78,7 +79,7 @@ def _ppo_lines(config: PPOJob) -> Iterator[Line]:
 
 def _epoch_lines(config: EpochJob, inputs: "EpochInputs | None") -> Iterator[Line]:
     role = config.role
-    rows = "pairs" if isinstance(config, RewardModelJob) else "rows"
+    rows = "pairs" if isinstance(config, RewardModelJob) and isinstance(config.loss, BradleyTerry) else "rows"
     epochs = _several(config.run.epochs, "epoch")
     steps = epochs if inputs is None else f"{inputs.steps} ({epochs})"
     yield "steps", f"{steps}, {role.rows_per_step} {rows} a step"

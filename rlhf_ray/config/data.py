@@ -48,7 +48,20 @@ class PromptData(RowData):
 class ComparisonData(RowData):
     """Texts of which people liked some better than others."""
 
-    OWN_COLUMNS = ("uid", "prompt", "chosen", "rejected", "tie", "completions", "ranks", "best", "margin", "weight")
+    OWN_COLUMNS = (
+        "uid",
+        "prompt",
+        "chosen",
+        "rejected",
+        "tie",
+        "completions",
+        "ranks",
+        "best",
+        "margin",
+        "chosen_rating",
+        "rejected_rating",
+        "weight",
+    )
 
     train: str
     """Source of rows with `chosen` and `rejected`, or `completions` and their `ranks`, and optionally `prompt`: a
