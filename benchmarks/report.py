@@ -18,6 +18,7 @@ BENCHMARKS = (
     "dpo_trl",
     "dpo_memory",
     "weight_sync",
+    "lora",
     "overhead",
     "logprob_gap",
     "determinism",

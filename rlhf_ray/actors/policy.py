@@ -12,7 +12,7 @@ from rlhf_ray.algorithms.moments import Moments, whiten
 from rlhf_ray.algorithms.policy_loss import PolicyLossInputs, clipped_policy_loss
 from rlhf_ray.config import training as config
 from rlhf_ray.config.algorithm import PPO
-from rlhf_ray.config.rollout import Rollout
+from rlhf_ray.config.rollout import LoraSync
 from rlhf_ray.data.trajectory import TrajectoryBatch
 from rlhf_ray.models.lora import adapters_off
 from rlhf_ray.models.responses import ResponsePack
@@ -23,15 +23,14 @@ class PolicyWorker(PPOTrainedWorker):
     """One rank of the policy."""
 
     def load_model(
-        self, policy: config.Policy, rollout: Rollout, ppo: PPO, temperature: float, total_steps: int
+        self, policy: config.Policy, ppo: PPO, temperature: float, total_steps: int, lora_sync: LoraSync
     ) -> None:
         """Load the model and build its training engine; collective."""
-        if rollout.lora_sync == "merged":
+        if lora_sync == "merged":
             # vLLM takes seconds to import; here they pass while the other roles load.
             import rlhf_ray.engines.weight_transfer.sender  # noqa: F401
 
-        self.rollout = rollout
-        self.policy, self.ppo, self.temperature = policy, ppo, temperature
+        self.policy, self.ppo, self.temperature, self.lora_sync = policy, ppo, temperature, lora_sync
         self._whitening: Moments | None = None
         self.load_language_model(policy, total_steps)
 
@@ -91,16 +90,17 @@ class PolicyWorker(PPOTrainedWorker):
         total, tokens = (sum_over_ranks(part, platform().device) for part in (kl.total, kl.weight))
         return total / max(1.0, tokens) <= self.ppo.kl_early_stop
 
-    def connect(self, engines: list[Any], workers_per_engine: int, host: str, port: int, timeout_s: float) -> None:
+    def connect(
+        self, engines: list[Any], workers_per_engine: int, host: str, port: int, bucket_bytes: int, timeout_s: float
+    ) -> None:
         """Meet the rollout engines for weight transfer; on every rank, rank 0 sends."""
         self._sync: WeightSync | AdapterSync
-        if self.rollout.lora_sync == "adapters":
+        if self.lora_sync == "adapters":
             self._sync = AdapterSync(self.engine.model, self.rank, engines, timeout_s)
             return
         from rlhf_ray.engines.weight_transfer.sender import SyncGroup, WeightSender
 
         client = EngineClient(engines, workers_per_engine, timeout_s)
-        bucket_bytes = self.rollout.sync_bucket_mib * 2**20
         group = SyncGroup(self.rank, host, port, len(engines) * workers_per_engine, bucket_bytes, timeout_s)
         self._sync = WeightSync(client, WeightSender(self.engine.model, group, client))
 

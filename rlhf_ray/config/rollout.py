@@ -7,6 +7,8 @@ from pydantic import Field, model_validator
 from rlhf_ray.config.base import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
 from rlhf_ray.config.training import Dtype
 
+LoraSync = Literal["merged", "adapters"]
+
 
 class Sampling(Section):
     """One response's sampling. Each sample has its own seed, made from run seed, prompt uid and sample index."""
@@ -65,7 +67,7 @@ class Rollout(Section):
     """Samples that travel and are scored together. Scoring starts when the first shard is complete."""
     sync_bucket_mib: PositiveInt = 64
     """Most weights in flight at a time when new weights go to the engines."""
-    lora_sync: Literal["merged", "adapters"] = "merged"
+    lora_sync: LoraSync = "merged"
     """What goes to the engines with `policy.lora`: all weights with the adapters in them, or the adapters alone, which
     the engines then apply beside the base model."""
 

@@ -265,7 +265,9 @@ def _load_ppo_models(config: PPOJob, inputs: PPOInputs, roles: PPORoles) -> None
     policy_steps = (config.run.steps - config.algorithm.critic_warmup_steps) * updates
     loading = [
         *engines,
-        *roles.policy.call("load_model", config.policy, config.rollout, config.algorithm, temperature, policy_steps),
+        *roles.policy.call(
+            "load_model", config.policy, config.algorithm, temperature, policy_steps, config.rollout.lora_sync
+        ),
         *roles.critic.call(
             "load_model", config.critic, inputs.critic_model, config.algorithm, config.run.steps * updates, config.seed
         ),
@@ -290,6 +292,7 @@ def _load_ppo_models(config: PPOJob, inputs: PPOInputs, roles: PPORoles) -> None
         config.placement.rollout.tensor_parallel,
         host,
         port,
+        config.rollout.sync_bucket_mib * 2**20,
         timeouts.sync_s,
     )
     wait_all(connected, timeouts.setup_s, "policy and engines connecting", "run.timeouts.setup_s")

@@ -106,15 +106,12 @@ def test_a_reward_model_with_adapters_on_two_sharded_ranks(
     assert changed == {"q_proj", "v_proj", "down_proj"}
 
 
-ENGINES = 2
-
-
 @pytest.fixture(scope="module", params=["merged", "adapters"])
 def config(
     request: pytest.FixtureRequest, ppo_config: MakeConfig, wide_model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> PPOJob:
-    """A PPO run with adapters; whole weights come from two sharded ranks."""
-    ranks, stage = (2, 3) if request.param == "merged" else (1, 2)
+    """A PPO run with adapters: merged by two sharded ranks for one engine, or as they are for two engines."""
+    ranks, stage, engines = (2, 3, 1) if request.param == "merged" else (1, 2, 2)
     return ppo_config(
         tmp_path_factory.mktemp(request.param) / "run",
         f"policy.model={wide_model}",
@@ -129,7 +126,7 @@ def config(
         "reward=[{function: reward_functions:letters, name: letters}]",
         f"rollout.lora_sync={request.param}",
         "rollout.sync_bucket_mib=1",
-        f"placement.rollout.engines={ENGINES}",
+        f"placement.rollout.engines={engines}",
         "placement.rollout.cpus=0.5",
         "run.steps=2",
         "run.tensorboard=false",
@@ -178,6 +175,7 @@ def test_a_ppo_run_with_adapters(config: PPOJob, inputs: PPOInputs, roles: PPORo
 def test_after_a_sync_every_engine_samples_from_the_trainers_model(
     config: PPOJob, inputs: PPOInputs, roles: PPORoles
 ) -> None:
+    engines = config.placement.rollout.engines
     tickets = PromptCursor(len(inputs.prompts), 0, True).take(6)
     requests = requests_for(inputs.prompts, tickets, 1, run_seed=0)
     before: list[list[int]] = []
@@ -187,14 +185,14 @@ def test_after_a_sync_every_engine_samples_from_the_trainers_model(
         wanted = greedy(on_policy(roles, whole_weights), config.policy.model, requests)
         assert wanted != before, "the change must show, else the test proves nothing"
         before = wanted
-        for engine in range(ENGINES):
+        for engine in range(engines):
             batch = generated(roles, engine, requests, version)
             assert [batch.response(sample).tolist() for sample in range(len(batch))] == wanted, f"engine {engine}"
             assert set(batch.weight_versions.tolist()) == {version}
             trainers = column(roles.policy.call("logprobs", ray.put(batch)), batch)
             assert np.abs(batch.engine_logprobs - trainers).max() <= 1e-4, f"engine {engine}"
     assert changed == 2 * 7 * 2
-    assert roles.rollout.run("version", timeout_s=60, setting="") == [version] * ENGINES
+    assert roles.rollout.run("version", timeout_s=60, setting="") == [version] * engines
 
 
 def test_the_reference_is_the_model_before_training(config: PPOJob, inputs: PPOInputs, roles: PPORoles) -> None:
