@@ -99,7 +99,7 @@ def add_adapters(model: nn.Module, lora: Lora, source: str) -> None:
     whole = _trained_whole(model)
     config = LoraConfig(
         r=lora.rank,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # fractions work
+        lora_alpha=lora.alpha,
         target_modules=lora.targets if isinstance(lora.targets, str) else list(lora.targets),
         task_type="SEQ_CLS" if whole else "CAUSAL_LM",
         base_model_name_or_path=source,
