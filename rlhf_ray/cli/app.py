@@ -2,13 +2,14 @@
 
 import logging
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from rlhf_ray.cli.arguments import Config, Overrides, problems_of
+from rlhf_ray.cli.data import data
 from rlhf_ray.cli.failures import Commands, forget_failure, how_stopped, record_failure, say
 
 if TYPE_CHECKING:
@@ -26,16 +27,7 @@ main = typer.Typer(
     epilog="Exit codes: 0 success, 1 the run failed, 2 bad config or arguments, 130 interrupted, 143 terminated.",
 )
 
-Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the job.", show_default=False)]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="KEY=VALUE",
-        help="Set keys of the config, by dotted path: policy.optimizer.lr=1e-5, reward.0.weight=0.5 (entries of a list "
-        "count from 0), data.eval=null. A value is read as YAML: quote what the shell would take apart.",
-        show_default=False,
-    ),
-]
+main.add_typer(data, name="data")
 
 
 @main.callback()
@@ -146,7 +138,7 @@ def validate(
         from rlhf_ray.controllers.preflight import check
 
         _import_from_here()
-        with _problems_of(config):
+        with problems_of(config):
             inputs = check(job)
     show(config_lines(job, inputs))
     note(
@@ -178,7 +170,7 @@ def train(config: Config, overrides: Overrides = None) -> None:
         from rlhf_ray.controllers.train import train as run
 
         _import_from_here()
-        with _problems_of(config):
+        with problems_of(config):
             folder = run(job)
     except KeyboardInterrupt as stop:
         what, code = how_stopped(stop)
@@ -241,17 +233,6 @@ def _import_from_here() -> None:
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.append(here)
-
-
-@contextmanager
-def _problems_of(config: Path) -> Iterator[None]:
-    """What the check before the start finds is told of the file it was found in."""
-    from rlhf_ray.config.loading import ConfigError
-
-    try:
-        yield
-    except ConfigError as error:
-        raise ConfigError(str(config), error.problems) from None
 
 
 def _how_to_resume(job: "JobConfig") -> str:

@@ -6,6 +6,9 @@ from pydantic import Field, field_validator, model_validator
 
 from rlhf_ray.config.base import PositiveFloat, PositiveInt, Section, nearest
 
+# What comparisons are for: to score whole texts, to prefer one answer to another, to judge single answers.
+ComparisonKind = Literal["rewards", "pairs", "labels"]
+
 
 class RowData(Section):
     """What every data section has: `columns` for files whose columns have other names than `OWN_COLUMNS`."""
@@ -48,7 +51,7 @@ class PromptData(RowData):
 class ComparisonData(RowData):
     """Texts of which people liked some better than others."""
 
-    OWN_COLUMNS = (
+    OWN_COLUMNS: ClassVar[tuple[str, ...]] = (
         "uid",
         "prompt",
         "chosen",
@@ -85,8 +88,11 @@ class ComparisonData(RowData):
 class PreferenceData(ComparisonData):
     """Answers that people preferred to others, or judged one by one."""
 
+    OWN_COLUMNS = ("uid", "prompt", "chosen", "rejected", "completion", "label", "margin", "weight")
+
     train: str
-    """JSONL file; a row has `chosen` and `rejected` and mostly `prompt`, or `prompt`, `completion` and `label`."""
+    """Source of rows with `chosen` and `rejected` and mostly `prompt`, or `prompt`, `completion` and `label`: a JSONL,
+    JSON, CSV or Parquet file, a folder of `datasets.save_to_disk`, or a name on the hub."""
     max_tokens: PositiveInt = 1024
     """Budget of one answer with its prompt."""
     overlong: Literal["drop", "truncate"] = "drop"

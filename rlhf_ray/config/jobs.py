@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 
 from rlhf_ray.config.algorithm import PPO
 from rlhf_ray.config.base import NonNegativeInt, Section
-from rlhf_ray.config.data import ComparisonData, ConversationData, PreferenceData, PromptData
+from rlhf_ray.config.data import ComparisonData, ComparisonKind, ConversationData, PreferenceData, PromptData
 from rlhf_ray.config.placement import (
     Cluster,
     PPOPlacement,
@@ -210,6 +210,11 @@ class RewardModelJob(_Job):
         """The one role."""
         return EpochRole("reward", self.reward, self.placement.reward, self.data.rows_per_step)
 
+    @property
+    def kind(self) -> ComparisonKind:
+        """What its rows are for."""
+        return "rewards"
+
     @model_validator(mode="after")
     def _sections_agree(self) -> "RewardModelJob":
         _check_epochs(
@@ -275,6 +280,11 @@ class PreferenceJob(_Job):
     def role(self) -> EpochRole:
         """The role that is trained."""
         return EpochRole("policy", self.policy, self.placement.policy, self.data.rows_per_step)
+
+    @property
+    def kind(self) -> ComparisonKind:
+        """What its rows are for."""
+        return "labels" if self.algorithm.unpaired else "pairs"
 
     @property
     def reference_model(self) -> str:

@@ -239,14 +239,13 @@ def _comparisons(
     tokenizer: PreTrainedTokenizerBase,
     problems: list[str],
 ) -> ComparisonSet:
-    if isinstance(config, PreferenceJob):
-        return load_comparisons(config.data, path, tokenizer, "labels" if config.algorithm.unpaired else "pairs")
-    rows = load_comparisons(config.data, path, tokenizer, "rewards")
-    problems += _unfit_rows(config, setting, rows)
+    rows = load_comparisons(config.data, path, tokenizer, config.kind)
+    if isinstance(config, RewardModelJob):
+        problems += unfit_rows(config, setting, rows)
     return rows
 
 
-def _unfit_rows(config: RewardModelJob, setting: str, rows: ComparisonSet) -> Iterator[str]:
+def unfit_rows(config: RewardModelJob, setting: str, rows: ComparisonSet) -> Iterator[str]:
     """What of judged rows the loss of a reward model can't learn from."""
     counts = np.diff(rows.candidate_offsets)
     single = np.flatnonzero(counts == 1)

@@ -3,15 +3,14 @@
 import math
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import Any, Literal
+from typing import Any
 
+from rlhf_ray.config.data import ComparisonKind
 from rlhf_ray.data.answers import AnsweredText, render_turns
 from rlhf_ray.data.chat import ChatRenderer, Messages, check_chat, check_prompt_chat
 from rlhf_ray.data.errors import RowProblem
 from rlhf_ray.data.rows import checked_text, kind_of, value_of
 from rlhf_ray.data.tokens import Tokenizer
-
-Kind = Literal["rewards", "pairs", "labels"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +37,7 @@ class Comparison:
 class ComparisonParser:
     """Turns one row after the other into a `Comparison`."""
 
-    def __init__(self, kind: Kind, tokenizer: Tokenizer) -> None:
+    def __init__(self, kind: ComparisonKind, tokenizer: Tokenizer) -> None:
         self._kind = kind
         self._chat = ChatRenderer(tokenizer)
 

@@ -9,10 +9,10 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from rlhf_ray.config.data import ComparisonData
+from rlhf_ray.config.data import ComparisonData, ComparisonKind
 from rlhf_ray.data.answers import check_special_tokens, mark_answers, tokenise_answered
-from rlhf_ray.data.comparison_rows import Comparison, ComparisonParser, Kind
-from rlhf_ray.data.errors import DataError, RowProblem, raise_all
+from rlhf_ray.data.comparison_rows import Comparison, ComparisonParser
+from rlhf_ray.data.errors import DataError, Findings, RowProblem, raise_all
 from rlhf_ray.data.sources import parse_rows, setting_of
 from rlhf_ray.data.tokens import Tokenizer, flat_tokens, rows_within_budget
 from rlhf_ray.data.trajectory import Offsets, Tokens, offsets_of, take_rows
@@ -97,7 +97,13 @@ class ComparisonSet:
         return self.token_ids[self.token_offsets[candidate] : self.token_offsets[candidate + 1]]
 
 
-def load_comparisons(config: ComparisonData, path: str | Path, tokenizer: Tokenizer, kind: Kind) -> ComparisonSet:
+def load_comparisons(
+    config: ComparisonData,
+    path: str | Path,
+    tokenizer: Tokenizer,
+    kind: ComparisonKind,
+    findings: Findings | None = None,
+) -> ComparisonSet:
     """Read and tokenise a source of comparisons.
 
     The texts of a row are all plain or all conversations, which the chat template renders. Optional are `margin` (at
@@ -118,6 +124,7 @@ def load_comparisons(config: ComparisonData, path: str | Path, tokenizer: Tokeni
         path: `config.train` or `config.eval`.
         tokenizer: the model's.
         kind: what the rows are for.
+        findings: what is found, instead of an error for bad rows.
 
     Raises:
         DataErrors: rows are not as described, texts of a row are the same, or the tokens before an answer (`pairs`,
@@ -126,7 +133,8 @@ def load_comparisons(config: ComparisonData, path: str | Path, tokenizer: Tokeni
     """
     source = str(path)
     parser = ComparisonParser(kind, tokenizer)
-    parsed, problems = parse_rows(source, setting_of(config, source), config.columns, parser.parse)
+    shown = findings or Findings()
+    parsed = parse_rows(source, setting_of(config, source), config.columns, parser.parse, shown)
     tokens = tokenise_answered([text for row in parsed for text in row.texts], tokenizer)
     rows: list[_Row] = []
     for row in parsed:
@@ -134,9 +142,10 @@ def load_comparisons(config: ComparisonData, path: str | Path, tokenizer: Tokeni
         try:
             rows.extend(_tokenised(row, tokens_of_row, tokenizer, kind))
         except RowProblem as problem:
-            problems.append(DataError(source, row.number, str(problem)))
-    raise_all(source, problems)
-    return _within_budget(source, rows, config, kind)
+            shown.problems.append(DataError(source, row.number, str(problem)))
+    if findings is None or not rows:
+        raise_all(source, shown.problems)
+    return _within_budget(source, rows, config, kind, shown)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +160,9 @@ class _Row:
     weight: float
 
 
-def _tokenised(row: Comparison, tokens: list[list[list[int]]], tokenizer: Tokenizer, kind: Kind) -> list[_Row]:
+def _tokenised(
+    row: Comparison, tokens: list[list[list[int]]], tokenizer: Tokenizer, kind: ComparisonKind
+) -> list[_Row]:
     """The row, or for kind `labels` one for each of its candidates.
 
     Raises:
@@ -187,18 +198,22 @@ def _tokenised(row: Comparison, tokens: list[list[list[int]]], tokenizer: Tokeni
     ]
 
 
-def _within_budget(source: str, rows: Sequence[_Row], config: ComparisonData, kind: Kind) -> ComparisonSet:
+def _within_budget(
+    source: str, rows: Sequence[_Row], config: ComparisonData, kind: ComparisonKind, found: Findings
+) -> ComparisonSet:
     budget = config.max_tokens
     part = slice(-budget, None) if kind == "rewards" else slice(budget)
     cut = [[ids[part] for ids in row.texts] for row in rows]
-    over = [max(map(len, row.texts)) > budget for row in rows]
+    lengths = [max(map(len, row.texts)) for row in rows]
     # Cut, two texts can become the same, and an answer can be gone: then there is nothing left to learn from.
     useless = [
         _first_same(texts) is not None or any(map(operator.ge, row.answer_starts, map(len, texts)))
         for row, texts in zip(rows, cut, strict=True)
     ]
     end: Literal["beginning", "end"] = "end" if kind == "rewards" else "beginning"
-    places, dropped, truncated = rows_within_budget(source, end, [row.uid for row in rows], over, useless, config)
+    places, dropped, truncated = rows_within_budget(
+        source, end, [row.uid for row in rows], lengths, useless, config, found
+    )
     kept = [rows[place] for place in places]
     texts = [ids for place in places for ids in cut[place]]
     return ComparisonSet(

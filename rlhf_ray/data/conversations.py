@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from rlhf_ray.config.data import ConversationData
 from rlhf_ray.data.answers import AnsweredText, mark_answers, render_turns, tokenise_answered
 from rlhf_ray.data.chat import ChatRenderer, Messages, check_chat
-from rlhf_ray.data.errors import DataError, RowProblem, raise_all
+from rlhf_ray.data.errors import DataError, Findings, RowProblem, raise_all
 from rlhf_ray.data.rows import kind_of, text_of
 from rlhf_ray.data.sources import parse_rows, setting_of
 from rlhf_ray.data.tokens import Tokenizer, flat_tokens, rows_within_budget
@@ -91,7 +91,9 @@ def mix(sets: Sequence[tuple[ConversationSet, float]]) -> ConversationSet:
     )
 
 
-def load_conversations(config: ConversationData, path: str | Path, tokenizer: Tokenizer) -> ConversationSet:
+def load_conversations(
+    config: ConversationData, path: str | Path, tokenizer: Tokenizer, findings: Findings | None = None
+) -> ConversationSet:
     """Read and tokenise a source.
 
     A row has one of
@@ -110,6 +112,7 @@ def load_conversations(config: ConversationData, path: str | Path, tokenizer: To
         config: columns, the budget, what is learnt, and what happens to rows over the budget.
         path: one of `config.sources`, or `config.eval`.
         tokenizer: the model's.
+        findings: what is found, instead of an error for bad rows.
 
     Raises:
         DataErrors: rows are not as described, or the tokens before a learnt part are not those that a prompt would
@@ -118,23 +121,27 @@ def load_conversations(config: ConversationData, path: str | Path, tokenizer: To
     """
     source = str(path)
     parser = ConversationParser(tokenizer, learn_all=config.loss == "all")
-    rows, problems = parse_rows(source, setting_of(config, source), config.columns, parser.parse)
+    shown = findings or Findings()
+    rows = parse_rows(source, setting_of(config, source), config.columns, parser.parse, shown)
     found: list[tuple[list[int], NDArray[np.bool_]]] = []
+    uids: list[str] = []
     for row, tokens in zip(rows, tokenise_answered([row.text for row in rows], tokenizer), strict=True):
         try:
             found.append(mark_answers(row.text, tokens, tokenizer))
+            uids.append(row.uid)
         except RowProblem as problem:
-            problems.append(DataError(source, row.number, str(problem)))
-    raise_all(source, problems)
+            shown.problems.append(DataError(source, row.number, str(problem)))
+    if findings is None or not found:
+        raise_all(source, shown.problems)
 
     budget = config.max_tokens
-    over = [len(ids) > budget for ids, _ in found]
+    lengths = [len(ids) for ids, _ in found]
     # Cut to its beginning, a row can end before the first thing to learn.
     useless = [not learnt[:budget].any() for _, learnt in found]
-    kept, dropped, truncated = rows_within_budget(source, "beginning", [row.uid for row in rows], over, useless, config)
+    kept, dropped, truncated = rows_within_budget(source, "beginning", uids, lengths, useless, config, shown)
     ids = [found[i][0][:budget] for i in kept]
     return ConversationSet(
-        uids=tuple(rows[i].uid for i in kept),
+        uids=tuple(uids[i] for i in kept),
         token_ids=flat_tokens(ids),
         learnt=np.concatenate([found[i][1][:budget] for i in kept]),
         offsets=offsets_of([len(row) for row in ids]),

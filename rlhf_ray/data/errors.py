@@ -1,6 +1,7 @@
 """What is wrong with a data file: always the file, the row where there is one, the reason and the cure."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -47,6 +48,22 @@ class DataErrors(DataError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.file, self.errors)
+
+
+@dataclass
+class Findings:
+    """What loading a source shows beside its rows. A loader that is given one leaves bad rows out instead of refusing
+    the source, unless all are bad.
+
+    Attributes:
+        read: rows of the source, good and bad.
+        lengths: tokens of each good row before any was cut or dropped; of a comparison those of its longest candidate.
+        problems: what is wrong with rows, and with the source as a whole.
+    """
+
+    read: int = 0
+    lengths: list[int] = field(default_factory=list)
+    problems: list[DataError] = field(default_factory=list)
 
 
 def raise_all(source: str, problems: Sequence[DataError]) -> None:

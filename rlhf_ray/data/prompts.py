@@ -5,7 +5,7 @@ from typing import Any
 
 from rlhf_ray.config.data import PromptData
 from rlhf_ray.data.chat import ChatRenderer, check_prompt_chat
-from rlhf_ray.data.errors import DataError, RowProblem, raise_all
+from rlhf_ray.data.errors import DataError, Findings, RowProblem, raise_all
 from rlhf_ray.data.rows import kind_of, text_of, value_of
 from rlhf_ray.data.sources import parse_rows
 from rlhf_ray.data.tokens import Tokenizer, flat_tokens, report_overlong, tokenise
@@ -38,7 +38,9 @@ class PromptSet:
         return self.token_ids[self.offsets[index] : self.offsets[index + 1]]
 
 
-def load_prompts(config: PromptData, tokenizer: Tokenizer, max_prompt_tokens: int) -> PromptSet:
+def load_prompts(
+    config: PromptData, tokenizer: Tokenizer, max_prompt_tokens: int, findings: Findings | None = None
+) -> PromptSet:
     """Read and tokenise `config.prompts`.
 
     A row's prompt is text, tokenised as it is, or a list of chat messages, rendered with the tokenizer's chat
@@ -48,13 +50,15 @@ def load_prompts(config: PromptData, tokenizer: Tokenizer, max_prompt_tokens: in
         config: the source, its columns, and what happens to prompts over the budget.
         tokenizer: the policy's.
         max_prompt_tokens: the budget of one prompt.
+        findings: what is found, instead of an error for bad rows or too few.
 
     Raises:
         DataErrors: rows are not as described; all of them are listed, and nothing is loaded.
         DataError: the source can't be read or has fewer usable prompts than `config.prompts_per_step`.
     """
     parser = _PromptParser(tokenizer)
-    prompts, problems = parse_rows(config.prompts, "data.prompts", config.columns, parser.parse)
+    found = findings or Findings()
+    prompts = parse_rows(config.prompts, "data.prompts", config.columns, parser.parse, found)
     tokens: list[list[int]] = [[]] * len(prompts)
     for is_chat in (False, True):
         chosen = [i for i, prompt in enumerate(prompts) if prompt.is_chat == is_chat]
@@ -63,29 +67,37 @@ def load_prompts(config: PromptData, tokenizer: Tokenizer, max_prompt_tokens: in
         for i, ids in zip(chosen, tokenise(tokenizer, [prompts[i].text for i in chosen], **options), strict=True):
             tokens[i] = ids
     reason = f"'prompt' gives no tokens with tokenizer {tokenizer.name_or_path!r}"
-    empty = [prompt.number for prompt, ids in zip(prompts, tokens, strict=True) if not ids]
-    raise_all(config.prompts, [*problems, *(DataError(config.prompts, number, reason) for number in empty)])
+    good = [i for i, ids in enumerate(tokens) if ids]
+    found.problems += [
+        DataError(config.prompts, prompts[i].number, reason) for i in range(len(tokens)) if not tokens[i]
+    ]
+    if findings is None or not good:
+        raise_all(config.prompts, found.problems)
 
-    over = [len(ids) > max_prompt_tokens for ids in tokens]
+    found.lengths = [len(tokens[i]) for i in good]
+    over = [i for i in good if len(tokens[i]) > max_prompt_tokens]
     drop = config.overlong == "drop"
-    kept = [i for i in range(len(prompts)) if not (drop and over[i])]
+    kept = [i for i in good if not drop or len(tokens[i]) <= max_prompt_tokens]
     rows = [tokens[i][-max_prompt_tokens:] for i in kept]
     done = "dropped" if drop else "truncated to their end"
-    report_overlong(config.prompts, "prompts", done, [prompts[i].uid for i, is_over in enumerate(over) if is_over])
+    report_overlong(config.prompts, "prompts", done, [prompts[i].uid for i in over])
     if len(kept) < config.prompts_per_step:
-        raise DataError(
+        too_few = DataError(
             config.prompts,
             None,
             f"{len(kept)} of {len(prompts)} prompts fit the budget of {max_prompt_tokens} tokens, but "
             f"data.prompts_per_step is {config.prompts_per_step}: give more prompts, lower data.prompts_per_step, "
             "raise data.max_prompt_tokens, or set data.overlong to truncate",
         )
+        if findings is None or not kept:
+            raise too_few
+        findings.problems.append(too_few)
     return PromptSet(
         uids=tuple(prompts[i].uid for i in kept),
         token_ids=flat_tokens(rows),
         offsets=offsets_of([len(row) for row in rows]),
-        dropped=sum(over) if drop else 0,
-        truncated=0 if drop else sum(over),
+        dropped=len(over) if drop else 0,
+        truncated=0 if drop else len(over),
     )
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rlhf_ray.config.data import ComparisonData, ConversationData
-from rlhf_ray.data.errors import DataError, KnownProblem, RowProblem
+from rlhf_ray.data.errors import DataError, Findings, KnownProblem, RowProblem
 from rlhf_ray.data.formats import FORMATS, ROWS_PER_READ, Entries, Row, arrow_rows
 from rlhf_ray.data.rows import Uids
 
@@ -32,22 +32,23 @@ _NOT_TEXT = frozenset(
 
 
 def parse_rows(
-    source: str, setting: str, columns: Mapping[str, str], parse: Callable[[int, str, Row], _T]
-) -> tuple[list[_T], list[DataError]]:
-    """Every row of a source through `parse(number, uid, row)`: the results, and what is wrong with the other rows.
+    source: str, setting: str, columns: Mapping[str, str], parse: Callable[[int, str, Row], _T], found: Findings
+) -> list[_T]:
+    """Every row of a source through `parse(number, uid, row)`.
 
     Args:
         setting: dotted path of the config key that names the source, for errors.
         columns: as in the config: our name of a column → the source's.
         parse: raises `RowProblem` when a row can't be used.
+        found: gets the number of rows, and what is wrong with those that are left out.
 
     Raises:
         DataError: the source can't be read or is empty.
     """
     uids = Uids(stem_of(source), unit_of(source))
     parsed: list[_T] = []
-    errors: list[DataError] = []
     for number, row in read_rows(source, setting, columns):
+        found.read += 1
         try:
             if isinstance(row, RowProblem):
                 raise row
@@ -55,8 +56,8 @@ def parse_rows(
         except KnownProblem:
             continue
         except RowProblem as problem:
-            errors.append(DataError(source, number, str(problem)))
-    return parsed, errors
+            found.problems.append(DataError(source, number, str(problem)))
+    return parsed
 
 
 def read_rows(source: str, setting: str, columns: Mapping[str, str], skip: int = 0) -> Entries:

@@ -8,7 +8,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from rlhf_ray.config.data import ComparisonData, ConversationData
-from rlhf_ray.data.errors import DataError
+from rlhf_ray.data.errors import DataError, Findings
 from rlhf_ray.data.trajectory import Tokens
 
 _LOG = logging.getLogger(__name__)
@@ -51,16 +51,17 @@ def rows_within_budget(
     source: str,
     end: Literal["beginning", "end"],
     uids: Sequence[str],
-    over: Sequence[bool],
+    lengths: Sequence[int],
     useless: Sequence[bool],
     config: ComparisonData | ConversationData,
+    found: Findings,
 ) -> tuple[list[int], int, int]:
     """Drop rows that are over `config.max_tokens`, or let them be cut, and report both.
 
     Args:
         end: the end of a row that stays when it is cut.
-        over: which rows are over the budget.
-        useless: which of them would have nothing to learn from when cut.
+        lengths: tokens that count for each row.
+        useless: which rows over the budget would have nothing to learn from when cut.
 
     Returns:
         Numbers of the rows to keep, and how many are dropped and cut.
@@ -68,6 +69,8 @@ def rows_within_budget(
     Raises:
         DataError: none is kept.
     """
+    found.lengths = list(lengths)
+    over = [length > config.max_tokens for length in lengths]
     drop = [is_over and (config.overlong == "drop" or cut) for is_over, cut in zip(over, useless, strict=True)]
     cut = [is_over and not is_dropped for is_over, is_dropped in zip(over, drop, strict=True)]
     report_overlong(source, "rows", "dropped", list(compress(uids, drop)))

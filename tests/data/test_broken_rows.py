@@ -13,8 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from rlhf_ray.cli.app import main
-from rlhf_ray.config.data import ComparisonData, ConversationData, PromptData
-from rlhf_ray.data.comparison_rows import Kind
+from rlhf_ray.config.data import ComparisonData, ComparisonKind, ConversationData, PromptData
 from rlhf_ray.data.comparisons import load_comparisons
 from rlhf_ray.data.conversations import load_conversations
 from rlhf_ray.data.errors import DataErrors
@@ -259,7 +258,7 @@ def write(path: Path, rows: list[Any]) -> None:
     ],
 )
 def test_each_broken_comparison_gives_its_message(
-    kind: Kind, rows: list[tuple[Any, str]], good: Any, tmp_path: Path, strict: PreTrainedTokenizerFast
+    kind: ComparisonKind, rows: list[tuple[Any, str]], good: Any, tmp_path: Path, strict: PreTrainedTokenizerFast
 ) -> None:
     path = tmp_path / "rows.jsonl"
     write(path, [{**good, "uid": "first"}, *[row for row, _ in rows], good])

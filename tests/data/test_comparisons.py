@@ -9,8 +9,7 @@ import pytest
 from tokenizers import normalizers
 from transformers import PreTrainedTokenizerFast
 
-from rlhf_ray.config.data import ComparisonData
-from rlhf_ray.data.comparison_rows import Kind
+from rlhf_ray.config.data import ComparisonData, ComparisonKind
 from rlhf_ray.data.comparisons import ComparisonSet, load_comparisons
 from rlhf_ray.data.errors import DataError, DataErrors
 
@@ -24,7 +23,7 @@ def file(tmp_path: Path) -> Path:
 
 
 def load(
-    path: Path, lines: list[Any], tokenizer: PreTrainedTokenizerFast, kind: Kind = "rewards", **config: Any
+    path: Path, lines: list[Any], tokenizer: PreTrainedTokenizerFast, kind: ComparisonKind = "rewards", **config: Any
 ) -> ComparisonSet:
     path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
     return load_comparisons(ComparisonData(**{"train": str(path), **config}), path, tokenizer, kind)
@@ -214,7 +213,7 @@ def test_conversations_to_score_are_rendered_whole(
     ],
 )
 def test_an_answer_follows_the_tokens_of_its_prompt(
-    kind: Kind, row: dict[str, Any], prompt: str | None, file: Path, tokenizer: PreTrainedTokenizerFast
+    kind: ComparisonKind, row: dict[str, Any], prompt: str | None, file: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     found = load(file, [row], tokenizer, kind)
     if prompt is None:
@@ -258,6 +257,15 @@ def test_answers_over_the_budget_keep_their_beginning(file: Path, tokenizer: Pre
     assert (found.uids, found.dropped, found.truncated) == (("pairs:1",), 2, 1)
     for candidate in range(2):
         assert found.tokens(candidate).tolist() == whole.tokens(candidate)[:budget].tolist()
+
+
+def test_a_labelled_answer_that_is_cut_off_is_dropped(file: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = [
+        {"prompt": "Is it good?", "completion": " Yes.", "label": True},
+        {"prompt": "Is it a warm and funny film?", "completion": " Yes.", "label": True},
+    ]
+    found = load(file, rows, tokenizer, "labels", max_tokens=10, overlong="truncate")
+    assert (found.uids, found.dropped) == (("pairs:1",), 1)
 
 
 def test_first_takes_rows_with_all_their_candidates(file: Path, tokenizer: PreTrainedTokenizerFast) -> None:

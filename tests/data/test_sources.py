@@ -13,7 +13,7 @@ import pytest
 
 from rlhf_ray.config.data import ConversationData
 from rlhf_ray.data.conversations import load_conversations
-from rlhf_ray.data.errors import DataError, RowProblem
+from rlhf_ray.data.errors import DataError, Findings, RowProblem
 from rlhf_ray.data.sources import parse_rows, read_rows, stem_of, unit_of
 from rlhf_ray.data.tokens import Tokenizer
 
@@ -305,8 +305,10 @@ def test_a_uid_that_stands_twice_is_told_by_line_or_row(tmp_path: Path) -> None:
         (write_csv(tmp_path / "rows.csv", twice), "rows.csv:3: uid 'a' stands in line 2 already"),
         (write_parquet(tmp_path / "rows.parquet", twice), "rows.parquet:2: uid 'a' stands in row 1 already"),
     ]:
-        _, [problem] = parse_rows(source, "data.train", {}, lambda *_: None)
-        assert str(problem).endswith(message)
+        found = Findings()
+        parse_rows(source, "data.train", {}, lambda *_: None, found)
+        assert [str(problem)[-len(message) :] for problem in found.problems] == [message]
+        assert found.read == 2
 
 
 @every_kind
