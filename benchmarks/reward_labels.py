@@ -5,6 +5,7 @@ and from 800 pairs, which have as many texts as the fours. All are the same mode
 of steps, and are judged by the same held-out pairs. Started again, the command goes on where it was stopped.
 """
 
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +62,7 @@ def main(
     errors: list[Measure] = []
     pairs = 0
     for learner in LEARNERS:
-        folder = runs / learner.name.replace(" ", "-")
+        folder = runs / re.sub(r"\W+", "-", learner.name)
         found = _trained(load_config(configs / learner.config, [*learner.overrides, f"run.dir={folder}"]), folder)
         share = found["accuracy"]
         pairs = share["count"]
