@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
@@ -14,8 +14,10 @@ from rlhf_ray.actors.waiting import RoleTimeout, fetch, wait_all
 from rlhf_ray.config.rollout import Rollout, Sampling
 from rlhf_ray.data.requests import PromptRequest
 from rlhf_ray.data.trajectory import TrajectoryBatch
-from rlhf_ray.models.lora import Adapter
 from rlhf_ray.telemetry.trace import Span, SpanRecorder
+
+if TYPE_CHECKING:  # torch is imported with vLLM, when the engine starts
+    from rlhf_ray.models.lora import Adapter
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ class RolloutWorker:
         await self.engine.finish_update(version)
         await self.engine.resume()
 
-    async def load_adapter(self, adapter: Adapter, version: int) -> None:
+    async def load_adapter(self, adapter: "Adapter", version: int) -> None:
         """Pause, take an adapter in place of the one before, and go on with it."""
         await self.engine.pause()
         with self.recorder.span("receive adapter"):
