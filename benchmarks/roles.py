@@ -23,7 +23,7 @@ from rlhf_ray.cluster.session import ray_session
 from rlhf_ray.config.algorithm import PPO
 from rlhf_ray.config.data import PromptData
 from rlhf_ray.config.placement import Cluster, RolePlacement, RolloutPlacement
-from rlhf_ray.config.rollout import Rollout
+from rlhf_ray.config.rollout import LoraSync, Rollout
 from rlhf_ray.config.run import Timeouts
 from rlhf_ray.config.training import Policy
 from rlhf_ray.controllers.roles import join_collectives
@@ -47,14 +47,16 @@ def cluster() -> Iterator[None]:
 
 
 @contextmanager
-def rollout_role(model: Path, rollout: Rollout, dtype: Dtype, *, engines: int, threads: int) -> Iterator[RolloutGroup]:
+def rollout_role(
+    model: Path, rollout: Rollout, dtype: Dtype, *, engines: int, threads: int, adapter_rank: int | None = None
+) -> Iterator[RolloutGroup]:
     """Rollout engines that are ready to generate."""
     seating = Seating(_TIMEOUTS.setup_s)
     seat = seating.seat_engines(RolloutPlacement(engines=engines, cpus=0, threads=threads))
     actors = create_group("rollout", RolloutWorker, seat, engines, lambda rank: {"rank": rank})
     group = RolloutGroup(actors.actors, rollout, deterministic=False, timeout_s=_TIMEOUTS.rollout_s)
     try:
-        _wait(group.call("load_model", str(model), rollout, dtype, 1, SEED, False), "rollout: load_model")
+        _wait(group.call("load_model", str(model), rollout, dtype, 1, SEED, False, adapter_rank), "rollout: load_model")
         yield group
         _wait(group.call("shutdown"), "rollout: shutdown")
     finally:
@@ -63,7 +65,7 @@ def rollout_role(model: Path, rollout: Rollout, dtype: Dtype, *, engines: int, t
 
 
 @contextmanager
-def policy_role(policy: Policy, *, threads: int) -> Iterator[ActorGroup]:
+def policy_role(policy: Policy, *, threads: int, lora_sync: LoraSync = "merged") -> Iterator[ActorGroup]:
     """One rank of the policy, ready to score and train."""
     seating = Seating(_TIMEOUTS.setup_s)
     seat = seating.seat_trained("policy", RolePlacement(cpus=0, threads=threads), guests=0)
@@ -76,7 +78,7 @@ def policy_role(policy: Policy, *, threads: int) -> Iterator[ActorGroup]:
     )
     try:
         join_collectives([group], _TIMEOUTS)
-        _wait(group.call("load_model", policy, PPO(), TEMPERATURE, 1), "policy: load_model")
+        _wait(group.call("load_model", policy, PPO(), TEMPERATURE, 1, lora_sync), "policy: load_model")
         yield group
     finally:
         group.kill()

@@ -7,12 +7,14 @@ import torch
 from rlhf_ray.actors.columns import ColumnPart, TrainingColumns, on_device, response_column
 from rlhf_ray.actors.ppo_update import PPOTrainedWorker, token_mean
 from rlhf_ray.actors.trained import Stats, UpdateReport, sum_over_ranks
-from rlhf_ray.actors.weight_sync import EngineClient
+from rlhf_ray.actors.weight_sync import AdapterSync, EngineClient, WeightSync
 from rlhf_ray.algorithms.moments import Moments, whiten
 from rlhf_ray.algorithms.policy_loss import PolicyLossInputs, clipped_policy_loss
 from rlhf_ray.config import training as config
 from rlhf_ray.config.algorithm import PPO
+from rlhf_ray.config.rollout import LoraSync
 from rlhf_ray.data.trajectory import TrajectoryBatch
+from rlhf_ray.models.lora import adapters_off
 from rlhf_ray.models.responses import ResponsePack
 from rlhf_ray.platform import platform
 
@@ -20,26 +22,37 @@ from rlhf_ray.platform import platform
 class PolicyWorker(PPOTrainedWorker):
     """One rank of the policy."""
 
-    def load_model(self, policy: config.Policy, ppo: PPO, temperature: float, total_steps: int) -> None:
+    def load_model(
+        self, policy: config.Policy, ppo: PPO, temperature: float, total_steps: int, lora_sync: LoraSync
+    ) -> None:
         """Load the model and build its training engine; collective."""
-        # vLLM takes seconds to import; here they pass while the other roles load.
-        import rlhf_ray.engines.weight_transfer.sender  # noqa: F401
+        if lora_sync == "merged":
+            # vLLM takes seconds to import; here they pass while the other roles load.
+            import rlhf_ray.engines.weight_transfer.sender  # noqa: F401
 
-        self.policy, self.ppo, self.temperature = policy, ppo, temperature
+        self.policy, self.ppo, self.temperature, self.lora_sync = policy, ppo, temperature, lora_sync
         self._whitening: Moments | None = None
         self.load_language_model(policy, total_steps)
 
-    @torch.no_grad()
     def logprobs(self, batch: TrajectoryBatch) -> ColumnPart:
         """This rank's share of the responses' log-probs."""
         with self.recorder.span("log-probs"):
-            return response_column(
-                batch,
-                self.rank,
-                self.world_size,
-                self.policy.engine.micro_batch_tokens,
-                lambda pack: self.engine(pack.packed, pack.positions, pack.targets, self.temperature, "nothing")[0],
-            )
+            return self._logprobs(batch)
+
+    def reference_logprobs(self, batch: TrajectoryBatch) -> ColumnPart:
+        """The same under the model as it was before training, which it is with its adapters off."""
+        with self.recorder.span("reference log-probs"), adapters_off(self.engine.model):
+            return self._logprobs(batch)
+
+    @torch.no_grad()
+    def _logprobs(self, batch: TrajectoryBatch) -> ColumnPart:
+        return response_column(
+            batch,
+            self.rank,
+            self.world_size,
+            self.policy.engine.micro_batch_tokens,
+            lambda pack: self.engine(pack.packed, pack.positions, pack.targets, self.temperature, "nothing")[0],
+        )
 
     def update(self, shards: Any, shard_starts: Any, plan: Any, whitening: Moments | None) -> UpdateReport:
         """One PPO update; see `optimize`. Advantages are whitened by `whitening`, the moments of the whole batch."""
@@ -81,14 +94,17 @@ class PolicyWorker(PPOTrainedWorker):
         self, engines: list[Any], workers_per_engine: int, host: str, port: int, bucket_bytes: int, timeout_s: float
     ) -> None:
         """Meet the rollout engines for weight transfer; on every rank, rank 0 sends."""
+        self._sync: WeightSync | AdapterSync
+        if self.lora_sync == "adapters":
+            self._sync = AdapterSync(self.engine.model, self.rank, engines, timeout_s)
+            return
         from rlhf_ray.engines.weight_transfer.sender import SyncGroup, WeightSender
 
-        self._client = EngineClient(engines, workers_per_engine, timeout_s)
+        client = EngineClient(engines, workers_per_engine, timeout_s)
         group = SyncGroup(self.rank, host, port, len(engines) * workers_per_engine, bucket_bytes, timeout_s)
-        self._sender = WeightSender(self.engine.model, group, self._client)
+        self._sync = WeightSync(client, WeightSender(self.engine.model, group, client))
 
     def send_weights(self, version: int) -> None:
         """Give every engine the present weights under the name `version`."""
         with self.recorder.span("send weights"):
-            self._client.version = version
-            self._sender.send()
+            self._sync.send(version)

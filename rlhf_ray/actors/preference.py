@@ -121,7 +121,8 @@ class PreferenceWorker(EpochTrainedWorker):
     def prepare_losses(self, data: ComparisonSet, context: StepContext) -> None:
         """Fetch what the losses take as given."""
         reference, policy, *others = map(_fetch, (context.reference, context.policy, *context.mismatched))
-        self.take_as_given(data, reference, policy, _mismatched_kl(*others), context.shift)
+        kl = self._mismatched_kl(data, *others)
+        self.take_as_given(data, reference, policy, kl, context.shift)
 
     def take_as_given(
         self,
@@ -170,6 +171,20 @@ class PreferenceWorker(EpochTrainedWorker):
         weighted = (losses * weights).sum()
         return weighted, {"loss": Mean(float(weighted.detach()), float(weights.sum())), **stats}
 
+    def _mismatched_kl(
+        self, data: ComparisonSet, policy: AnswerLogProbs | None, reference: AnswerLogProbs | None
+    ) -> float:
+        """z0 of KTO, from the prompts of the step's rows with other answers; 0 where nothing asks for it."""
+        if policy is None:
+            return 0.0
+        parts = (policy,) if reference is None else (policy, reference)
+        sums = [float(part.values.sum(dtype="float64")) for part in parts]
+        total = sums[0] - sum(sums[1:])
+        self.check_finite(
+            "log-ratio of mismatched answers", total, lambda: [data.uids[row] for row in policy.candidates]
+        )
+        return kto_kl(total, len(policy.candidates))
+
     def _answers(
         self, data: ComparisonSet, candidates: Sequence[int], logprobs: torch.Tensor, lengths: torch.Tensor
     ) -> Answers:
@@ -200,15 +215,6 @@ class PreferenceWorker(EpochTrainedWorker):
 def _fetch(parts: Refs) -> AnswerLogProbs | None:
     """What all ranks computed; None where nothing was asked for."""
     return AnswerLogProbs.join(fetch_data(parts, "log-probs of the answers")) if parts else None
-
-
-def _mismatched_kl(policy: AnswerLogProbs | None, reference: AnswerLogProbs | None) -> float:
-    if policy is None:
-        return 0.0
-    total = float(policy.values.sum(dtype="float64"))
-    if reference is not None:
-        total -= float(reference.values.sum(dtype="float64"))
-    return kto_kl(total, len(policy.candidates))
 
 
 def _halves(answers: Answers) -> tuple[Answers, Answers]:

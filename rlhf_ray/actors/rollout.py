@@ -14,6 +14,7 @@ from rlhf_ray.actors.waiting import RoleTimeout, fetch, wait_all
 from rlhf_ray.config.rollout import Rollout, Sampling
 from rlhf_ray.data.requests import PromptRequest
 from rlhf_ray.data.trajectory import TrajectoryBatch
+from rlhf_ray.models.lora import Adapter
 from rlhf_ray.telemetry.trace import Span, SpanRecorder
 
 
@@ -46,9 +47,16 @@ class RolloutWorker:
         self.engine: Any = None  # vLLM is imported when the engine starts
 
     async def load_model(
-        self, model: str, rollout: Rollout, dtype: str, tensor_parallel: int, seed: int, trust_remote_code: bool
+        self,
+        model: str,
+        rollout: Rollout,
+        dtype: str,
+        tensor_parallel: int,
+        seed: int,
+        trust_remote_code: bool,
+        adapter_rank: int | None,
     ) -> None:
-        """Start the engine."""
+        """Start the engine; one that `load_adapter` will be called on is told the adapters' rank."""
         from rlhf_ray.engines.rollout import RolloutEngine
 
         self.engine = RolloutEngine(
@@ -58,6 +66,7 @@ class RolloutWorker:
             tensor_parallel=tensor_parallel,
             seed=seed,
             trust_remote_code=trust_remote_code,
+            adapter_rank=adapter_rank,
         )
         await self.engine.set_version(0)
 
@@ -105,6 +114,14 @@ class RolloutWorker:
     async def finish_update(self, version: int) -> None:
         """Go on with the new weights."""
         await self.engine.finish_update(version)
+        await self.engine.resume()
+
+    async def load_adapter(self, adapter: Adapter, version: int) -> None:
+        """Pause, take an adapter in place of the one before, and go on with it."""
+        await self.engine.pause()
+        with self.recorder.span("receive adapter"):
+            await self.engine.load_adapter(adapter)
+        await self.engine.set_version(version)
         await self.engine.resume()
 
     async def version(self) -> int:

@@ -1,10 +1,13 @@
-"""The engines' side of weight transfer as the trainer calls it."""
+"""New weights for the rollout engines, as the trainer sends them: all of them, or adapters alone."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import ray
+from torch import nn
 
 from rlhf_ray.actors.waiting import wait_all
+from rlhf_ray.engines.training import full_adapter
 
 
 class EngineClient:
@@ -47,3 +50,47 @@ class EngineClient:
             getattr(engine, method).remote(*args) for engine, args in zip(self._engines, arguments, strict=True)
         ]
         wait_all(refs, self._timeout_s, f"rollout: {method}", "run.timeouts.sync_s")
+
+
+@dataclass(frozen=True)
+class WeightSync:
+    """Sends all weights through vLLM's weight-transfer API.
+
+    Attributes:
+        client: the engines.
+        sender: a `WeightSender`, with which vLLM is imported.
+    """
+
+    client: EngineClient
+    sender: Any
+
+    def send(self, version: int) -> None:
+        """Give every engine the present weights under the name `version`; collective."""
+        self.client.version = version
+        self.sender.send()
+
+
+@dataclass(frozen=True)
+class AdapterSync:
+    """Sends adapters through Ray's object store; engines apply them to the base model that they have from the start.
+
+    Attributes:
+        model: with adapters.
+        rank: of this trainer process; rank 0 sends.
+        engines: rollout actors.
+        timeout_s: how long a send may take.
+    """
+
+    model: nn.Module
+    rank: int
+    engines: list[Any]
+    timeout_s: float
+
+    def send(self, version: int) -> None:
+        """Give every engine the present adapters under the name `version`; collective."""
+        adapter = full_adapter(self.model)
+        if self.rank != 0:
+            return
+        shared = ray.put(adapter)
+        refs: list[ray.ObjectRef] = [engine.load_adapter.remote(shared, version) for engine in self.engines]
+        wait_all(refs, self.timeout_s, "rollout: load_adapter", "run.timeouts.sync_s")

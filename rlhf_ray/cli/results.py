@@ -8,6 +8,7 @@ from rich.text import Text
 
 from rlhf_ray.config.jobs import EpochJob, JobConfig, PPOJob, PreferenceJob, RewardModel, RewardModelJob, SFTJob
 from rlhf_ray.config.placement import RolePlacement
+from rlhf_ray.config.reward_loss import BradleyTerry
 from rlhf_ray.config.rewards import FunctionReward, HttpReward, ModelReward, part_name
 from rlhf_ray.config.training import Critic, Policy, ScoringEngine, TrainingEngine
 from rlhf_ray.recovery.checkpoints import CheckpointStore
@@ -65,7 +66,10 @@ def _ppo_lines(config: PPOJob) -> Iterator[Line]:
     reference = config.policy.model if config.reference.from_model == "policy" else config.reference.from_model
     yield "policy", f"{config.policy.model} · {_trained(config.policy)} · {_ranks(config, 'policy')}"
     yield "critic", f"from {critic} · {_trained(config.critic)} · {_ranks(config, 'critic')}"
-    yield "reference", f"{reference} · {_engine(config.reference.engine)} · {_ranks(config, 'reference')}"
+    if config.policy_is_reference:
+        yield "reference", "the policy with its adapters off"
+    else:
+        yield "reference", f"{reference} · {_engine(config.reference.engine)} · {_ranks(config, 'reference')}"
     for part in config.reward:
         yield f"reward/{part_name(part)}", f"{_part(config, part)} · weight {part.weight:g}"
     rollout = place.rollout
@@ -75,7 +79,7 @@ def _ppo_lines(config: PPOJob) -> Iterator[Line]:
 
 def _epoch_lines(config: EpochJob, inputs: "EpochInputs | None") -> Iterator[Line]:
     role = config.role
-    rows = "pairs" if isinstance(config, RewardModelJob) else "rows"
+    rows = "pairs" if isinstance(config, RewardModelJob) and isinstance(config.loss, BradleyTerry) else "rows"
     streaming = isinstance(config, SFTJob) and config.data.streaming
     epochs = _several(config.run.epochs, "epoch")
     steps = epochs if inputs is None else f"{inputs.steps} ({epochs})"
@@ -97,7 +101,7 @@ def _preference_lines(config: PreferenceJob) -> Iterator[Line]:
     yield "loss", " + ".join(losses)
     if not config.algorithm.needs_reference:
         return
-    if config.reference_is_base:
+    if config.policy_is_reference:
         yield "reference", "the policy with its adapters off"
         return
     place, ranks = config.placement.reference, config.placement.reference_ranks

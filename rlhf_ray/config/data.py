@@ -63,6 +63,8 @@ class ComparisonData(RowData):
         "ranks",
         "best",
         "margin",
+        "chosen_rating",
+        "rejected_rating",
         "weight",
     )
 

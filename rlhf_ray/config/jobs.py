@@ -27,12 +27,15 @@ from rlhf_ray.config.training import (
     Policy,
     PreferenceReference,
     Reference,
+    ScoringEngine,
     SFTPolicy,
     SupervisedOptimizer,
     TrainingEngine,
 )
 
 TRAINED: tuple[Literal["policy", "critic"], ...] = ("policy", "critic")
+MAX_ENGINE_RANK = 512
+"""Largest rank of an adapter that vLLM applies."""
 SCORING: tuple[Literal["policy", "critic", "reference", "reward"], ...] = ("policy", "critic", "reference", "reward")
 
 
@@ -89,6 +92,11 @@ class PPOJob(_Job):
     def reward_models(self) -> list[ModelReward]:
         """The parts of the reward that are models, in order."""
         return [part for part in self.reward if isinstance(part, ModelReward)]
+
+    @property
+    def policy_is_reference(self) -> bool:
+        """The policy with its adapters off is the reference, so there are no actors for one."""
+        return self.policy.lora is not None and self.reference.from_model == "policy"
 
     @model_validator(mode="after")
     def _sections_agree(self) -> "PPOJob":
@@ -149,6 +157,23 @@ class PPOJob(_Job):
                 f"algorithm.critic_warmup_steps ({self.algorithm.critic_warmup_steps}) leaves no step of "
                 f"run.steps ({self.run.steps}) in which the policy learns"
             )
+        for role in TRAINED:
+            _check_lora(role, getattr(self, role), self.placement.gpus_of(role))
+        if self.rollout.lora_sync == "adapters":
+            if self.policy.lora is None:
+                raise ValueError("rollout.lora_sync is 'adapters', but policy.lora is not set: there are none to send")
+            if self.policy.lora.rank > MAX_ENGINE_RANK:
+                raise ValueError(
+                    f"rollout.lora_sync is 'adapters', but policy.lora.rank ({self.policy.lora.rank}) is more than the "
+                    f"{MAX_ENGINE_RANK} that vLLM takes: lower it, or set rollout.lora_sync to 'merged'"
+                )
+            if self.policy.lora.base == "nf4":
+                raise ValueError(
+                    "rollout.lora_sync is 'adapters', but policy.lora.base is 'nf4': the engines' base model is not "
+                    "quantised, so it is another than the trainer's; set rollout.lora_sync to 'merged'"
+                )
+        if self.policy_is_reference:
+            _check_unused_reference(self.reference, self.placement.reference)
         return self
 
 
@@ -298,7 +323,7 @@ class PreferenceJob(_Job):
         return self.policy.model if self.reference.from_model == "policy" else self.reference.from_model
 
     @property
-    def reference_is_base(self) -> bool:
+    def policy_is_reference(self) -> bool:
         """Whether the reference is the policy with its adapters off, which needs no second copy of the model."""
         return self.policy.lora is not None and self.reference.from_model == "policy"
 
@@ -308,8 +333,13 @@ class PreferenceJob(_Job):
         _check_epochs(self.role, "data.rows_per_step", self.run, self.data.eval, measures)
         if not self.algorithm.needs_reference and self.reference != PreferenceReference():
             raise ValueError("reference has no effect: algorithm.loss and algorithm.reference_free compare with none")
-        if self.algorithm.needs_reference and self.reference_is_base:
-            self._check_base()
+        if self.algorithm.needs_reference and self.policy_is_reference:
+            _check_unused_reference(self.reference, self.placement.reference)
+            if self.reference.update_every:
+                raise ValueError(
+                    f"reference.update_every is {self.reference.update_every}, but with policy.lora the reference is "
+                    "the policy with its adapters off, which stays as it is"
+                )
         ranks = self.placement.reference_ranks
         if self.algorithm.needs_reference and self.data.rows_per_step < ranks:
             raise ValueError(
@@ -317,19 +347,36 @@ class PreferenceJob(_Job):
             )
         return self
 
-    def _check_base(self) -> None:
-        reference, defaults = self.reference, PreferenceReference()
-        why = "with policy.lora the reference is the policy with its adapters off"
-        if reference.update_every:
-            raise ValueError(f"reference.update_every is {reference.update_every}, but {why}, which stay as they are")
-        if reference.engine != defaults.engine:
-            raise ValueError(f"reference.engine has no effect: {why}, held as policy.engine says")
-        if self.placement.reference != PreferencePlacement().reference:
-            raise ValueError(f"placement.reference has no effect: {why}")
+
+def _check_unused_reference(reference: Reference, placement: RolePlacement) -> None:
+    """With LoRA the policy is the reference too, which then has no engine and no place of its own."""
+    unused = {
+        "reference.engine": reference.engine != ScoringEngine(),
+        "placement.reference": placement != PPOPlacement().reference,
+    }
+    for path in (path for path, is_set in unused.items() if is_set):
+        raise ValueError(
+            f"{path} has no effect beside policy.lora: the policy with its adapters off is the reference. Leave it "
+            "out, or name a model folder in reference.from"
+        )
+
+
+def _check_lora(role: str, section: Policy | Critic | RewardModel, gpus: float) -> None:
+    if section.lora is None or section.lora.base == "as_model":
+        return
+    if section.engine.zero_stage == 3:
+        raise ValueError(
+            f"{role}.lora.base is {section.lora.base!r}, which ZeRO can't shard, but {role}.engine.zero_stage is 3"
+        )
+    if not gpus:
+        raise ValueError(
+            f"{role}.lora.base is {section.lora.base!r}, which needs a GPU, but placement.{role}.gpus is 0"
+        )
 
 
 def _check_epochs(role: EpochRole, rows_key: str, run: EpochRun, held_out: str | None, measures: set[str]) -> None:
     """`measures` are the metrics of an evaluation."""
+    _check_lora(role.name, role.trained, role.placement.gpus)
     if role.rows_per_step < role.ranks:
         raise ValueError(f"{rows_key} ({role.rows_per_step}) is less than placement.{role.name}.ranks ({role.ranks})")
     metric = "" if run.keep_best is None else run.keep_best.metric

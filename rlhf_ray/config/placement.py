@@ -78,9 +78,15 @@ class PPOPlacement(_Timeouts):
 
     def ranks_of(self, role: Literal["policy", "critic", "reference", "reward"]) -> int:
         """Ranks of a role, colocated or not."""
+        return self._host_of(role).ranks or 1
+
+    def gpus_of(self, role: Literal["policy", "critic", "reference", "reward"]) -> float:
+        """GPUs of the bundle that a rank of a role sits on."""
+        return self._host_of(role).gpus
+
+    def _host_of(self, role: Literal["policy", "critic", "reference", "reward"]) -> RolePlacement:
         placement: RolePlacement = getattr(self, role)
-        host = placement if placement.colocate is None else getattr(self, placement.colocate)
-        return host.ranks or 1
+        return placement if placement.colocate is None else getattr(self, placement.colocate)
 
 
 class PreferencePlacement(_Timeouts):

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Discriminator, Field, model_validator
 
-from rlhf_ray.config.base import Fraction, NonNegativeFloat, PositiveFloat, Section
+from rlhf_ray.config.base import Fraction, NonNegativeFloat, PositiveFloat, PositiveFraction, Section
 
 Smoothing = Annotated[float, Field(ge=0, lt=0.5)]
 PositiveSmoothing = Annotated[float, Field(gt=0, lt=0.5)]
@@ -61,7 +61,7 @@ class DiscoPOPLoss(_MarginLoss):
 
     type: Literal["discopop"]
     """The loss."""
-    tau: PositiveFloat = 0.05
+    tau: PositiveFraction = 0.05
     """Temperature of the modulation between the logistic and the exponential loss."""
 
 

@@ -1,11 +1,13 @@
 """How responses are sampled, and the vLLM engines that sample them."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from rlhf_ray.config.base import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
 from rlhf_ray.config.training import Dtype
+
+LoraSync = Literal["merged", "adapters"]
 
 
 class Sampling(Section):
@@ -65,6 +67,9 @@ class Rollout(Section):
     """Samples that travel and are scored together. Scoring starts when the first shard is complete."""
     sync_bucket_mib: PositiveInt = 64
     """Most weights in flight at a time when new weights go to the engines."""
+    lora_sync: LoraSync = "merged"
+    """What goes to the engines with `policy.lora`: all weights with the adapters in them, or the adapters alone, which
+    the engines then apply beside the base model."""
 
     @model_validator(mode="after")
     def _response_fits_the_engine(self) -> "Rollout":

@@ -161,7 +161,8 @@ class Reference(Section):
     """The model that the policy is held close to."""
 
     from_model: str = Field(default="policy", alias="from")
-    """`policy` is the policy as it was before training; else a model folder with the same tokenizer."""
+    """`policy` is the policy as it was before training (with `policy.lora`, its own ranks with adapters off); else a
+    model folder with the same tokenizer."""
     engine: ScoringEngine = ScoringEngine()
     """How it is held and fed."""
 

@@ -139,7 +139,7 @@ class PPOController:
             shard,
             rewards=self._start_rewards(shard),
             old_logprobs=roles.policy.call("logprobs", trajectories),
-            reference_logprobs=roles.reference.call("logprobs", trajectories),
+            reference_logprobs=roles.reference_logprobs(trajectories),
             values=roles.critic.call("values", trajectories),
         )
 
@@ -276,6 +276,9 @@ class PPOController:
     def _resume(self) -> None:
         checkpoint = self.folder.resumed
         if checkpoint is None:
+            lora = self.config.policy.lora
+            if lora is not None and lora.base != "as_model":  # the engines' base is the one before it was rounded
+                self._run("policy", "send_weights", self.version, limit="sync_s")
             return
         self.checkpointing.load(checkpoint)
         self.step, self.version = checkpoint.step, checkpoint.state["version"]

@@ -9,10 +9,19 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_ray.config.jobs import EpochJob, JobConfig, PPOJob, PreferenceJob, RewardModelJob, SFTJob
+from rlhf_ray.config.jobs import (
+    EpochJob,
+    JobConfig,
+    PPOJob,
+    PreferenceJob,
+    RewardModel,
+    RewardModelJob,
+    SFTJob,
+)
 from rlhf_ray.config.loading import ConfigError
 from rlhf_ray.config.reward_loss import BradleyTerry
 from rlhf_ray.config.rewards import FunctionReward, HttpReward, ModelReward
+from rlhf_ray.config.training import Critic, Policy
 from rlhf_ray.data.comparisons import ComparisonSet, load_comparisons
 from rlhf_ray.data.conversations import ConversationSet, load_conversations, mix
 from rlhf_ray.data.errors import DataError
@@ -22,6 +31,7 @@ from rlhf_ray.data.seeds import derive_seed
 from rlhf_ray.data.streaming import ConversationStream
 from rlhf_ray.models.heads import (
     ModelError,
+    check_lora,
     check_scores,
     check_tokenizer_matches,
     load_config,
@@ -137,6 +147,7 @@ def _check_ppo(config: PPOJob, problems: list[str]) -> PPOInputs:
                 f"rollout.engine.max_model_len ({config.rollout.engine.max_model_len}) is more than the {longest} "
                 f"positions of policy.model {policy.model!r}"
             )
+        _check_lora(problems, "policy", policy.model, policy)
     with _collect(problems, "reference.from"):
         if tokenizer is not None and not _same_vocabulary(
             reference, tokenizer, trust_remote_code=policy.trust_remote_code
@@ -150,6 +161,7 @@ def _check_ppo(config: PPOJob, problems: list[str]) -> PPOInputs:
                 f"critic.init_from: {critic!r} has another vocabulary than policy.model {policy.model!r}, whose tokens "
                 "the critic reads"
             )
+        _check_lora(problems, "critic", critic, config.critic)
     same_tokens = []
     for index, part in enumerate(config.reward):
         with _collect(problems, f"reward.{index}"):
@@ -183,6 +195,7 @@ def _check_epochs(config: EpochJob, problems: list[str]) -> EpochInputs:
     with _collect(problems, f"{config.role.name}.model"):
         tokenizer = load_tokenizer(section.model, trust_remote_code=section.trust_remote_code)
         check_tokenizer_matches(section.model, tokenizer, trust_remote_code=section.trust_remote_code)
+        _check_lora(problems, config.role.name, section.model, section)
     train: RowSet | ConversationStream | None = None
     held_out: RowSet | None = None
     if tokenizer is not None:
@@ -236,6 +249,13 @@ def _streamed(config: SFTJob, tokenizer: PreTrainedTokenizerBase, problems: list
         with _collect(problems, reader.setting):
             reader.check()
     return stream
+
+
+def _check_lora(problems: list[str], role: str, model: str, section: Policy | Critic | RewardModel) -> None:
+    if section.lora is None:
+        return
+    with _collect(problems, f"{role}.lora"):
+        check_lora(model, section.lora, scalar=role != "policy", trust_remote_code=section.trust_remote_code)
 
 
 def _mixed(config: SFTJob, tokenizer: PreTrainedTokenizerBase, problems: list[str]) -> ConversationSet | None:

@@ -61,7 +61,7 @@ class LiveReference(ReferenceColumns):
         timeouts = config.run.timeouts
         if roles.reference is not None:
             return cls(roles.reference, "answer_logprobs", config.reference.engine.micro_batch_tokens, timeouts)
-        if config.algorithm.needs_reference and config.reference_is_base:
+        if config.algorithm.needs_reference and config.policy_is_reference:
             return cls(roles.policy, "base_logprobs", config.policy.engine.micro_batch_tokens, timeouts)
         return None
 
@@ -162,7 +162,7 @@ def reference_cache(config: PreferenceJob) -> ReferenceCache | None:
     reference = config.reference
     if reference.cache is None:
         return None
-    engine = config.policy.engine if config.reference_is_base else reference.engine
+    engine = config.policy.engine if config.policy_is_reference else reference.engine
     trusted = config.policy.trust_remote_code
     return ReferenceCache(Path(reference.cache), config.reference_model, engine.dtype, trust_remote_code=trusted)
 

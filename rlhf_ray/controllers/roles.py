@@ -52,18 +52,29 @@ class RewardPart:
 
 @dataclass(frozen=True)
 class PPORoles:
-    """The five roles."""
+    """The five roles; `reference` is None where the policy with its adapters off is the reference."""
 
     policy: ActorGroup
     critic: ActorGroup
-    reference: ActorGroup
+    reference: ActorGroup | None
     rewards: tuple[RewardPart, ...]
     rollout: RolloutGroup
 
     @property
     def groups(self) -> list[ActorGroup]:
         """All of them."""
-        return [self.policy, self.critic, self.reference, self.rollout, *(part.group for part in self.rewards)]
+        return [*self.models, self.rollout, *(part.group for part in self.rewards)]
+
+    @property
+    def models(self) -> list[ActorGroup]:
+        """Policy, critic and reference."""
+        return [self.policy, self.critic] if self.reference is None else [self.policy, self.critic, self.reference]
+
+    def reference_logprobs(self, trajectories: ray.ObjectRef) -> list[ray.ObjectRef]:
+        """Start to compute the reference's log-probs of a shard."""
+        if self.reference is None:
+            return self.policy.call("reference_logprobs", trajectories)
+        return self.reference.call("logprobs", trajectories)
 
 
 @contextmanager
@@ -82,11 +93,8 @@ def ppo_roles(config: PPOJob, inputs: PPOInputs) -> Iterator[PPORoles]:
             started.append(created)
             return created
 
-        policy, critic, reference = (
-            group("policy", PolicyWorker),
-            group("critic", CriticWorker),
-            group("reference", ReferenceWorker),
-        )
+        policy, critic = group("policy", PolicyWorker), group("critic", CriticWorker)
+        reference = None if config.policy_is_reference else group("reference", ReferenceWorker)
         rewards = tuple(_reward_part(part, group) for part in config.reward)
         started += [part.group for part in rewards if not part.collective]
         engines = create_group(
@@ -201,7 +209,7 @@ def join_collectives(groups: Sequence[ActorGroup], timeouts: Timeouts) -> None:
 def _ppo_seats(config: PPOJob, seating: Seating) -> dict[str, Seat]:
     placement = config.placement
     models = len(config.reward_models)
-    weight = {"policy": 1, "critic": 1, "reference": 1, "reward": models}
+    weight = {"policy": 1, "critic": 1, "reference": 0 if config.policy_is_reference else 1, "reward": models}
     seats: dict[str, Seat] = {}
     for role in ("policy", "critic", "reference", "reward"):
         own = getattr(placement, role)
@@ -251,18 +259,23 @@ def _load_ppo_models(config: PPOJob, inputs: PPOInputs, roles: PPORoles) -> None
         config.placement.rollout.tensor_parallel,
         config.seed,
         trust,
+        config.policy.lora.rank if config.policy.lora and config.rollout.lora_sync == "adapters" else None,
     )
-    collective = [roles.policy, roles.critic, roles.reference, *(p.group for p in roles.rewards if p.collective)]
-    join_collectives(collective, timeouts)
+    join_collectives([*roles.models, *(p.group for p in roles.rewards if p.collective)], timeouts)
     policy_steps = (config.run.steps - config.algorithm.critic_warmup_steps) * updates
     loading = [
         *engines,
-        *roles.policy.call("load_model", config.policy, config.algorithm, temperature, policy_steps),
+        *roles.policy.call(
+            "load_model", config.policy, config.algorithm, temperature, policy_steps, config.rollout.lora_sync
+        ),
         *roles.critic.call(
             "load_model", config.critic, inputs.critic_model, config.algorithm, config.run.steps * updates, config.seed
         ),
-        *roles.reference.call("load_model", inputs.reference_model, config.reference.engine, temperature, trust),
     ]
+    if roles.reference is not None:
+        loading += roles.reference.call(
+            "load_model", inputs.reference_model, config.reference.engine, temperature, trust
+        )
     same_tokens = iter(inputs.same_tokens)
     for part, reward in zip(roles.rewards, config.reward, strict=True):
         if isinstance(reward, ModelReward):

@@ -77,7 +77,7 @@ def _train_ppo(config: PPOJob, inputs: PPOInputs) -> None:
 def _train_preference(config: PreferenceJob, inputs: PreferenceInputs) -> None:
     cache = reference_cache(config)
     complete = cache is not None and all(map(cache.has, inputs.sets))
-    with_reference = config.algorithm.needs_reference and not config.reference_is_base and not complete
+    with_reference = config.algorithm.needs_reference and not config.policy_is_reference and not complete
     with (
         RunFolder(config, inputs.steps) as folder,
         preference_roles(config, inputs.steps, with_reference=with_reference) as roles,

@@ -61,7 +61,7 @@ class ComparisonParser:
             answers = {key: value_of(row, key) for key in ("chosen", "rejected")}
             is_tie = self._kind == "rewards" and "tie" in row and _truth(row, "tie")
             ranks = (0, 0) if is_tie else (0, 1)
-        margin = _number(row, "margin") if "margin" in row else 0.0
+        margin = _number(row, "margin") if "margin" in row else self._rating_margin(row, ranks)
         weight = _number(row, "weight") if "weight" in row else 1.0
         if margin < 0:
             raise RowProblem(f"'margin' is {margin:g}, but must be at least 0")
@@ -71,6 +71,16 @@ class ComparisonParser:
             raise RowProblem(f"'weight' is {weight:g}, but must be more than 0")
         given = {"prompt": row["prompt"]} if "prompt" in row else {}
         return Comparison(number, uid, tuple(answers), self._texts(given, answers), ranks, margin, weight)
+
+    def _rating_margin(self, row: dict[str, Any], ranks: tuple[int, ...]) -> float:
+        """By how much the chosen text was rated higher; 0 for a tie, and where the row has no ratings."""
+        names = ("chosen_rating", "rejected_rating")
+        if self._kind != "rewards" or ranks != (0, 1) or any(row.get(name) is None for name in names):
+            return 0.0
+        chosen, rejected = (_number(row, name) for name in names)
+        if chosen < rejected:
+            raise RowProblem(f"'chosen_rating' is {chosen:g}, less than 'rejected_rating', which is {rejected:g}")
+        return chosen - rejected
 
     def _texts(self, given: dict[str, Any], answers: dict[str, Any]) -> tuple[AnsweredText, ...]:
         values = given | answers

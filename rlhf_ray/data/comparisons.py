@@ -107,7 +107,8 @@ def load_comparisons(
     """Read and tokenise a source of comparisons.
 
     The texts of a row are all plain or all conversations, which the chat template renders. Optional are `margin` (at
-    least 0), by how much the best is better, and `weight` (above 0), what the row counts.
+    least 0), by how much the best is better, and `weight` (above 0), what the row counts. A pair for `rewards` with
+    `chosen_rating` and `rejected_rating` has their difference as its margin, unless it says another.
 
     - `rewards`: `chosen` and `rejected` (with `tie: true` equally good), or `completions` with `ranks` (0 for the best,
       equal numbers are ties) or with `best` (the place of the one that is better than all others). A `prompt` is put in

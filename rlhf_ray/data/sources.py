@@ -26,7 +26,9 @@ _T = TypeVar("_T")
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+(:[\w.-]+)?")
 # A cell of a CSV file is text, but these are read as JSON.
-_NOT_TEXT = frozenset({"messages", "completions", "ranks", "best", "label", "tie", "margin", "weight"})
+_NOT_TEXT = frozenset(
+    {"messages", "completions", "ranks", "best", "label", "tie", "margin", "chosen_rating", "rejected_rating", "weight"}
+)
 
 
 def parse_rows(

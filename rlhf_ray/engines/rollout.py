@@ -2,13 +2,17 @@
 
 import asyncio
 import os
+import tempfile
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, get_args
 
 from vllm import AsyncEngineArgs, SamplingParams
 from vllm.config import WeightTransferConfig
+from vllm.config.lora import MaxLoRARanks
 from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
 from vllm.inputs import TokensPrompt
+from vllm.lora.request import LoRARequest
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -18,6 +22,7 @@ from rlhf_ray.config.rollout import RolloutEngine as EngineConfig
 from rlhf_ray.config.rollout import Sampling
 from rlhf_ray.data.requests import PromptRequest
 from rlhf_ray.data.trajectory import FinishReason, Trajectory
+from rlhf_ray.models.lora import Adapter
 from rlhf_ray.platform import platform
 
 
@@ -29,7 +34,15 @@ class RolloutEngine:
     """
 
     def __init__(
-        self, model: str, engine: EngineConfig, *, dtype: str, tensor_parallel: int, seed: int, trust_remote_code: bool
+        self,
+        model: str,
+        engine: EngineConfig,
+        *,
+        dtype: str,
+        tensor_parallel: int,
+        seed: int,
+        trust_remote_code: bool,
+        adapter_rank: int | None = None,
     ) -> None:
         on_cpu = platform().device.type == "cpu"
         if on_cpu:
@@ -58,8 +71,10 @@ class RolloutEngine:
                 weight_transfer_config=WeightTransferConfig(backend=platform().weight_transfer),
                 generation_config="vllm",  # sampling comes from the job's config alone
                 **extras,
+                **_lora_settings(adapter_rank),
             )
         )
+        self._adapter: LoRARequest | None = None
         self._requests = 0
         self.queued = 0
 
@@ -72,7 +87,9 @@ class RolloutEngine:
         request_id = f"{self._requests}:{prompt.uid}:{prompt.sample_index}"
         prompt_tokens = TokensPrompt(prompt_token_ids=list(prompt.tokens))
         try:
-            answers = await self._engine.add_request(request_id, prompt_tokens, _sampling_params(sampling, prompt.seed))
+            answers = await self._engine.add_request(
+                request_id, prompt_tokens, _sampling_params(sampling, prompt.seed), lora_request=self._adapter
+            )
         finally:
             self.queued += 1  # also when it was refused: others wait until all have come
         output = await answers.get()
@@ -106,8 +123,17 @@ class RolloutEngine:
         """Make the new weights the engine's."""
         await self._engine.finish_weight_update(str(version))
 
+    async def load_adapter(self, adapter: Adapter) -> None:
+        """Take an adapter in place of the one before. vLLM reads it from a folder, which need not be shared."""
+        with tempfile.TemporaryDirectory(prefix="rlhf-ray-adapter-") as folder:
+            adapter.write(Path(folder))
+            replace = LoRARequest("policy", 1, folder, load_inplace=True)
+            if not await self._engine.add_lora(replace):
+                raise RuntimeError("vLLM did not load the policy's adapter and gives no reason")
+        self._adapter = LoRARequest("policy", 1, folder)  # it is loaded: the folder, which is gone, is not read again
+
     async def set_version(self, version: int) -> None:
-        """Name the weights that the engine was started with."""
+        """Name the weights in use."""
         await self._engine.update_weight_version(str(version))
 
     async def version(self) -> int:
@@ -117,6 +143,17 @@ class RolloutEngine:
     def shutdown(self) -> None:
         """End the engine's processes."""
         self._engine.shutdown()
+
+
+def _lora_settings(rank: int | None) -> dict[str, Any]:
+    """One slot for the policy's adapter, of the least rank that vLLM has kernels for."""
+    if rank is None:
+        return {}
+    return {
+        "enable_lora": True,
+        "max_loras": 1,
+        "max_lora_rank": min(known for known in get_args(MaxLoRARanks) if known >= rank),
+    }
 
 
 def _cpu_extras() -> dict[str, Any]:

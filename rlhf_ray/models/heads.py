@@ -17,7 +17,7 @@ from transformers import (
 
 from rlhf_ray.config.training import Lora
 from rlhf_ray.models.attention import PACKED_ATTENTION
-from rlhf_ray.models.lora import add_adapters
+from rlhf_ray.models.lora import add_adapters, missing_package, quantization
 from rlhf_ray.models.packed import PackedSequences
 from rlhf_ray.models.token_logprobs import Beside, TokenLogProbs
 
@@ -161,6 +161,38 @@ def check_scores(model: str, *, trust_remote_code: bool = False) -> None:
         raise ModelError(model, f"it has {config.num_labels} labels; a reward model has one")
 
 
+def check_lora(model: str, lora: Lora, *, scalar: bool, trust_remote_code: bool = False) -> None:
+    """The model must have the layers that `lora` names, and this machine what it needs.
+
+    Raises:
+        ModelError: naming what is missing.
+    """
+    empty = empty_model(model, scalar=scalar, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    lacks = missing_package(lora)
+    if lacks is not None:
+        raise ModelError(model, lacks)
+    unquantised = lora.model_copy(update={"base": "as_model"})
+    if scalar:
+        _with_adapters(ScalarModel(empty), model, unquantised)
+    else:
+        _with_adapters(CausalModel(empty, vocab_chunk_tokens=1), model, unquantised)
+
+
+def empty_model(model: str, *, scalar: bool, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The shapes of a model, without weights, on torch's meta device. `scalar` gives it one label.
+
+    Raises:
+        ModelError: as `load_config`.
+    """
+    config = load_config(model, trust_remote_code=trust_remote_code)
+    if scalar:
+        config.num_labels = 1
+    auto: Any = AutoModelForSequenceClassification if scalar else AutoModelForCausalLM
+    with torch.device("meta"):
+        empty: PreTrainedModel = auto.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    return empty
+
+
 def _is_classifier(config: Any) -> bool:
     return any("SequenceClassification" in name for name in config.architectures or [])
 
@@ -179,7 +211,7 @@ def load_causal(
         ModelError: when the folder can't be loaded as one, or has no such layers as `lora` names.
     """
     config = _without_dropout(load_config(model, trust_remote_code=trust_remote_code))
-    loaded = _load(AutoModelForCausalLM, model, config, dtype, trust_remote_code)
+    loaded = _load(AutoModelForCausalLM, model, config, dtype, trust_remote_code, lora)
     head = loaded.get_output_embeddings()
     if head is None or getattr(head, "bias", None) is not None:
         raise ModelError(model, "its vocabulary head is missing or has a bias, which is not supported")
@@ -201,7 +233,7 @@ def load_scalar(
     if not is_new and config.num_labels != 1:
         raise ModelError(model, f"it has {config.num_labels} labels; a reward model has one")
     config.num_labels = 1
-    loaded = _load(AutoModelForSequenceClassification, model, config, dtype, trust_remote_code)
+    loaded = _load(AutoModelForSequenceClassification, model, config, dtype, trust_remote_code, lora)
     if not isinstance(getattr(loaded, "score", None), nn.Linear):
         raise ModelError(model, f"{type(loaded).__name__} has no linear head named score: it is no decoder classifier")
     if is_new:
@@ -226,13 +258,16 @@ def _with_adapters(wrapped: RoleModel, model: str, lora: Lora | None) -> RoleMod
     return wrapped
 
 
-def _load(auto: Any, model: str, config: Any, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
+def _load(
+    auto: Any, model: str, config: Any, dtype: torch.dtype, trust_remote_code: bool, lora: Lora | None
+) -> PreTrainedModel:
     try:
         loaded: PreTrainedModel = auto.from_pretrained(
             model,
             config=config,
             dtype=dtype,
             attn_implementation=PACKED_ATTENTION,
+            quantization_config=quantization(lora, dtype),
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
         )

@@ -4,6 +4,7 @@ peft puts them into the transformers model in place, which otherwise stays what 
 as its base. The state dict of a model with adapters holds what is trained and nothing else.
 """
 
+import importlib.util
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from transformers import BitsAndBytesConfig
 
 from rlhf_ray.config.training import Lora
 from rlhf_ray.models.weights import ADAPTER_NAME
@@ -57,6 +59,29 @@ class Adapter:
         save_file(self.tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
+def missing_package(lora: Lora) -> str | None:
+    """What is to be installed before the base weights can be held as `lora` says, None when all is there."""
+    if lora.base == "nf4" and importlib.util.find_spec("bitsandbytes") is None:
+        return "lora.base: nf4 needs bitsandbytes, which is not installed: pip install 'rlhf_ray[nf4]'"
+    return None
+
+
+def quantization(lora: Lora | None, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    """How transformers loads the base weights: as they are, or as QLoRA does (Dettmers et al. 2023, arXiv:2305.14314).
+
+    Linear layers of the decoder are held in 4 bits and computed with in `dtype`; the heads stay as they are.
+    """
+    if lora is None or lora.base == "as_model":
+        return None
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=lora.base,
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=["lm_head", "score"],
+    )
+
+
 def add_adapters(model: nn.Module, lora: Lora, source: str) -> None:
     """Give a `CausalModel` or `ScalarModel` adapters and freeze all else but a scalar head.
 
@@ -85,6 +110,10 @@ def add_adapters(model: nn.Module, lora: Lora, source: str) -> None:
             known = sorted({name.rpartition(".")[2] for name in linear})
             raise ValueError(f"targets: {target!r} is no linear layer of its decoder, which has {', '.join(known)}")
     inject_adapter_in_model(config, inner)
+    if lora.base != "as_model":
+        # What is written of the model is decoded and merged, so its config must not ask for 4 bits.
+        inner.hf_quantizer = None
+        del inner.config.quantization_config
     for name in whole:
         inner.get_submodule(name).requires_grad_(True)
     model.register_state_dict_post_hook(_keep_trained)

@@ -7,15 +7,10 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    GenerationConfig,
-    PreTrainedModel,
-)
+from transformers import GenerationConfig, PreTrainedModel
 
 from rlhf_ray.config.jobs import JobConfig, PPOJob, RewardModel, RewardModelJob
 from rlhf_ray.config.loading import load_config
@@ -179,15 +174,12 @@ def _merge(
 
 def _without_weights(trained: _TrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     try:
-        config = heads.load_config(trained.source, trust_remote_code=trained.trust_remote_code)
+        model = heads.empty_model(
+            trained.source, scalar=trained.scalar, dtype=dtype, trust_remote_code=trained.trust_remote_code
+        )
     except ModelError as error:
         note = "config, tokenizer and code of an export come from there; a relative path counts from the current folder"
         raise ModelError(trained.source, f"{error.reason} ({note})") from error
-    if trained.scalar:
-        config.num_labels = 1
-    auto: Any = AutoModelForSequenceClassification if trained.scalar else AutoModelForCausalLM
-    with torch.device("meta"):  # shapes only
-        model: PreTrainedModel = auto.from_config(config, dtype=dtype, trust_remote_code=trained.trust_remote_code)
     if not trained.scalar:
         with suppress(OSError):  # the model came without one
             model.generation_config = GenerationConfig.from_pretrained(trained.source)

@@ -320,7 +320,7 @@ def test_a_model_folder_that_has_gone(cli: RunCli, tiny_model_dir: Path, tmp_pat
 
 
 def test_adapters_are_merged_and_written_by_themselves(cli: RunCli, tiny_model_dir: Path, tmp_path: Path) -> None:
-    run_dir = make_run(tmp_path / "run", "tiny", tiny_model_dir, "policy.lora={rank: 2, alpha: 4}")
+    run_dir = make_run(tmp_path / "run", "tiny", tiny_model_dir, "policy.lora={rank: 2, alpha: 4}", "reference={}")
     lora = Lora(rank=2, alpha=4.0)
     model = load_causal(str(tiny_model_dir), dtype=torch.float32, vocab_chunk_tokens=64, lora=lora)
     weights = changed(model, seed=1)
@@ -343,7 +343,7 @@ def test_adapters_are_merged_and_written_by_themselves(cli: RunCli, tiny_model_d
 
 
 def test_a_checkpoint_of_whole_weights_does_not_fit_a_lora(cli: RunCli, tiny_model_dir: Path, tmp_path: Path) -> None:
-    run_dir = make_run(tmp_path / "run", "tiny", tiny_model_dir, "policy.lora={rank: 2}")
+    run_dir = make_run(tmp_path / "run", "tiny", tiny_model_dir, "policy.lora={rank: 2}", "reference={}")
     write_checkpoint(run_dir, 2, policy=policy_weights(tiny_model_dir))
     done = cli("export", run_dir, tmp_path / "out")
     assert done.exit_code == 1

@@ -130,6 +130,7 @@ def test_a_section_given_in_part_keeps_its_other_defaults() -> None:
     assert config.reward.optimizer.lr == 1e-5
 
 
+LORA = {"model": "m", "lora": {}}
 STAGE_0 = {"model": "m", "engine": {"zero_stage": 0, "offload_optimizer": True}}
 
 # What is said about each conflict, whole: both dotted paths, both values.
@@ -349,16 +350,17 @@ CONFLICTS: list[tuple[dict[str, Any], str]] = [
     (
         preference(policy={"model": "m", "lora": {}}, reference={"update_every": 3}),
         "reference.update_every is 3, but with policy.lora the reference is the policy with its adapters off, which "
-        "stay as they are",
+        "stays as it is",
     ),
     (
         preference(policy={"model": "m", "lora": {}}, reference={"engine": {"dtype": "float32"}}),
-        "reference.engine has no effect: with policy.lora the reference is the policy with its adapters off, held as "
-        "policy.engine says",
+        "reference.engine has no effect beside policy.lora: the policy with its adapters off is the reference. Leave "
+        "it out, or name a model folder in reference.from",
     ),
     (
         preference(policy={"model": "m", "lora": {}}, placement={"reference": {"colocate": None}}),
-        "placement.reference has no effect: with policy.lora the reference is the policy with its adapters off",
+        "placement.reference has no effect beside policy.lora: the policy with its adapters off is the reference. "
+        "Leave it out, or name a model folder in reference.from",
     ),
     (
         preference(placement={"reference": {"colocate": "critic"}}),
@@ -378,6 +380,50 @@ CONFLICTS: list[tuple[dict[str, Any], str]] = [
         "run.keep_best.metric is 'eval/acuracy', but an evaluation measures eval/accuracy, eval/chosen_logprob, "
         "eval/chosen_ratio, eval/loss, eval/margin, eval/rejected_logprob, eval/rejected_ratio",
     ),
+    (
+        ppo(policy={"model": "m", "lora": {"targets": []}}),
+        "policy.lora.targets is empty: name layers, such as q_proj, or leave it out for all-linear",
+    ),
+    (
+        ppo(policy=LORA, reference={"engine": {"dtype": "float32"}}),
+        "reference.engine has no effect beside policy.lora: the policy with its adapters off is the reference. Leave "
+        "it out, or name a model folder in reference.from",
+    ),
+    (
+        ppo(policy=LORA, placement={"reference": {"colocate": "critic"}}),
+        "placement.reference has no effect beside policy.lora: the policy with its adapters off is the reference. "
+        "Leave it out, or name a model folder in reference.from",
+    ),
+    (
+        ppo(rollout={"lora_sync": "adapters"}),
+        "rollout.lora_sync is 'adapters', but policy.lora is not set: there are none to send",
+    ),
+    (
+        ppo(policy={"model": "m", "lora": {"rank": 600}}, rollout={"lora_sync": "adapters"}),
+        "rollout.lora_sync is 'adapters', but policy.lora.rank (600) is more than the 512 that vLLM takes: lower it, "
+        "or set rollout.lora_sync to 'merged'",
+    ),
+    (
+        ppo(
+            policy={"model": "m", "lora": {"base": "nf4"}},
+            rollout={"lora_sync": "adapters"},
+            placement={"policy": {"gpus": 1}, "rollout": {"gpus": 1}},
+        ),
+        "rollout.lora_sync is 'adapters', but policy.lora.base is 'nf4': the engines' base model is not quantised, so "
+        "it is another than the trainer's; set rollout.lora_sync to 'merged'",
+    ),
+    (
+        ppo(policy={"model": "m", "lora": {"base": "nf4"}}),
+        "policy.lora.base is 'nf4', which needs a GPU, but placement.policy.gpus is 0",
+    ),
+    (
+        sft(policy={"model": "m", "lora": {"base": "nf4"}, "engine": {"zero_stage": 3}}),
+        "policy.lora.base is 'nf4', which ZeRO can't shard, but policy.engine.zero_stage is 3",
+    ),
+    (
+        reward_model(reward={"model": "m", "lora": {"base": "nf4"}}),
+        "reward.lora.base is 'nf4', which needs a GPU, but placement.reward.gpus is 0",
+    ),
 ]
 
 
@@ -396,6 +442,23 @@ def test_a_colocated_role_has_as_many_ranks_as_its_host() -> None:
     placement = PPOJob(**ppo(placement={"policy": {"ranks": 2}, "critic": {"ranks": 3}})).placement
     roles = ("policy", "critic", "reference", "reward")
     assert [placement.ranks_of(role) for role in roles] == [2, 3, 2, 3]
+
+
+def test_with_adapters_the_policy_is_the_reference_unless_it_is_another_model() -> None:
+    another = {"from": "other", "engine": {"dtype": "float32"}}
+    for policy, reference, wanted in ((LORA, {}, True), (LORA, another, False), ({"model": "m"}, {}, False)):
+        assert PPOJob(**ppo(policy=policy, reference=reference)).policy_is_reference == wanted
+
+
+def test_a_colocated_critic_has_its_hosts_gpus() -> None:
+    gpus = {
+        "policy": {"gpus": 1},
+        "rollout": {"gpus": 1},
+        "critic": {"colocate": "policy"},
+        "reward": {"colocate": "policy"},
+    }
+    quantised = {"lora": {"base": "nf4"}}
+    assert PPOJob(**ppo(critic=quantised, placement=gpus)).placement.gpus_of("critic") == 1
 
 
 @pytest.mark.parametrize(

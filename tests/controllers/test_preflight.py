@@ -280,3 +280,38 @@ def test_a_reward_can_be_normalised_only_by_a_model_that_has_a_scale(
     ]
     write_scale(model, ScoreScale(0.5, 2.0))
     assert isinstance(check(config), PPOInputs)
+
+
+def test_layers_that_lora_names_are_looked_for(ppo: MakeConfig, tiny: Path) -> None:
+    model = str(tiny / "models/tiny")
+    problems = problems_of(
+        ppo(
+            policy={"model": model, "lora": {"targets": ["q_proj", "w1"]}},
+            critic={"init_from": model, "lora": {"targets": ["score"]}},
+        )
+    )
+    known = "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
+    assert problems == [
+        f"{role}.lora: model {model!r}: can't get the adapters of lora: targets: {target!r} is no linear layer of its "
+        f"decoder, which has {known}"
+        for role, target in (("policy", "w1"), ("critic", "score"))
+    ]
+
+
+def test_a_missing_model_is_told_once(pairs: MakeConfig, tmp_path: Path) -> None:
+    [problem] = problems_of(pairs(reward={"model": str(tmp_path / "none"), "lora": {}}))
+    assert problem.startswith("reward.model: ")
+
+
+def test_four_bits_need_their_package(pairs: MakeConfig, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    lora = {"lora": {"base": "nf4"}}
+    [problem] = problems_of(
+        pairs(reward={"model": str(tiny / "models/tiny"), **lora}, placement={"reward": {"gpus": 1}})
+    )
+    assert problem.startswith("reward.lora: ")
+    assert problem.endswith("needs bitsandbytes, which is not installed: pip install 'rlhf_ray[nf4]'")
+
+
+def test_a_good_lora_is_no_problem(ppo: MakeConfig, tiny: Path) -> None:
+    check(ppo(policy={"model": str(tiny / "models/tiny"), "lora": {"targets": ["q_proj"]}}))

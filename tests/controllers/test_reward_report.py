@@ -54,6 +54,12 @@ def test_pairs_are_counted_and_judged() -> None:
     assert report.calibration_error == pytest.approx(((1 - sure[0]) + (1 - sure[1]) + sure[2]) / 3)
 
 
+def test_equal_scores_are_not_right() -> None:
+    report = report_of(comparisons([[0, 1], [0, 1]]), scores(0.5, 0.5, 0.5, 0.25), 1, "f", held_out=True)
+    assert report.accuracy is not None
+    assert report.accuracy.value == 0.5
+
+
 def test_the_distribution_of_the_scores_is_of_all_and_of_the_best() -> None:
     report = report_of(comparisons([[0, 1], [1, 0]]), scores(4, 0, -2, 2), 1, "f", held_out=True)
     assert {name: (d.count, d.mean, d.std) for name, d in report.scores.items()} == {

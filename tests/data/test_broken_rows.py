@@ -198,6 +198,11 @@ RANKED = {"completions": ["a", "b", "c"]}
 REWARDS: list[tuple[Any, str]] = [
     ({**TEXTS, "tie": "yes"}, "'tie' is text, but must be true or false"),
     ({**TEXTS, "tie": True, "margin": 2}, "'margin' is 2, but nothing in the row is better than the rest"),
+    (
+        {**TEXTS, "chosen_rating": 1, "rejected_rating": 2.5},
+        "'chosen_rating' is 1, less than 'rejected_rating', which is 2.5",
+    ),
+    ({**TEXTS, "chosen_rating": "5", "rejected_rating": 1}, "'chosen_rating' is text, but must be a number"),
     ({**RANKED, "best": 0, "chosen": "a"}, "has 'completions' and 'chosen', but must have a ranking or a pair"),
     ({"completions": "a", "best": 0}, "'completions' is text, but must be a list"),
     ({"completions": ["a"], "best": 0}, "'completions' has 1 entries, but must have at least 2 to compare"),

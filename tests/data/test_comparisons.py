@@ -168,6 +168,20 @@ def test_rankings_choices_and_ties_become_ranks(file: Path, tokenizer: PreTraine
     assert found.lengths.tolist() == [sum(len(found.tokens(c)) for c in found.candidates([row])) for row in range(4)]
 
 
+def test_ratings_of_a_pair_are_its_margin_unless_it_says_another(
+    file: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    rated = {"chosen": "a", "rejected": "b", "chosen_rating": 1.5, "rejected_rating": -1}
+    rows = [rated, {**rated, "margin": 1}, {**rated, "tie": True}, {**rated, "rejected_rating": None}]
+    assert load(file, rows, tokenizer).margins.tolist() == [2.5, 1, 0, 0]
+    columns = {"chosen_rating": "score_chosen", "rejected_rating": "score_rejected"}
+    [margin] = load(
+        file, [{"chosen": "a", "rejected": "b", "score_chosen": 3, "score_rejected": 1}], tokenizer, columns=columns
+    ).margins
+    assert margin == 2
+    assert load(file, [{"prompt": "Is it?", "chosen": " a", "rejected": " b"} | rated], tokenizer, "pairs").margins == 0
+
+
 @pytest.mark.parametrize(
     "row",
     [

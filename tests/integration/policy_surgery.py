@@ -18,6 +18,16 @@ def change_weights(worker: PolicyWorker, part: str, seed: int) -> int:
     return len(chosen)
 
 
+def change_trained(worker: PolicyWorker, seed: int) -> int:
+    """Move all that is trained by random steps, and say how many tensors that were; collective."""
+    chosen = [parameter for parameter in worker.engine.model.parameters() if parameter.requires_grad]
+    random = torch.Generator().manual_seed(seed)
+    with torch.no_grad(), deepspeed.zero.GatheredParameters(chosen, modifier_rank=0):
+        for parameter in chosen:
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=random))
+    return len(chosen)
+
+
 def whole_weights(worker: PolicyWorker) -> dict[str, torch.Tensor]:
     """All weights; collective."""
     return {name: tensor.detach().clone() for name, tensor in full_weights(worker.engine.model, 2**20)}

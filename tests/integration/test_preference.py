@@ -178,3 +178,17 @@ def test_a_loss_without_reference_starts_none(config: MakeConfig, tmp_path: Path
     rows = read_metrics(folder)
     assert rows[-1]["train/loss"] < rows[0]["train/loss"]
     assert "train/chosen_ratio" not in rows[0]
+
+
+def test_with_lora_the_policy_without_its_adapters_is_the_reference(config: MakeConfig, tmp_path: Path) -> None:
+    lora = ("policy.lora={rank: 4, alpha: 8}", "reference={}", "run.checkpoint_every=2", "run.keep_last=9")
+    whole = train(config(tmp_path / "whole", *lora))
+    assert "reference" not in actors_of(whole)
+    rows = read_metrics(whole)
+    assert rows[0]["train/loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert rows[-1]["train/loss"] < rows[0]["train/loss"] - 0.01
+    folder = tmp_path / "resumed"
+    assert_same_run(resumed(whole, folder, config(folder, *lora)), whole)
+    cached = train(config(tmp_path / "cached", *lora, "reference={cache: " + str(tmp_path / "cache") + "}"))
+    for mine, theirs in zip(rows_of(cached), rows, strict=True):
+        assert mine == pytest.approx(without_clock(theirs), rel=1e-4, abs=1e-5)

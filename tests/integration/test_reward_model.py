@@ -93,6 +93,16 @@ def test_the_best_model_is_the_one_that_is_reported_on(reward_config: MakeConfig
     assert scale_of(str(folder / "export")) == ScoreScale(best["score/mean"], best["score/std"])
 
 
+def test_rankings_are_learnt_and_judged_by_pairs(tiny: Path, reward_config: MakeConfig, tmp_path: Path) -> None:
+    rankings = f"data.train={tiny}/data/tiny_rankings_train.jsonl"
+    folder = train(reward_config(tmp_path / "run", "loss={type: plackett_luce}", rankings, "run.epochs=4"))
+    rows = read_metrics(folder)
+    assert rows[-1]["train/loss"] < rows[0]["train/loss"]
+    assert rows[-1]["train/accuracy"] > 0.9
+    report = read_report(folder)
+    assert (report["rows"]["rows"], report["rows"]["candidates"], report["rows"]["pairs"]) == (32, 64, 32)
+
+
 def test_a_resumed_run_gives_the_same_rows(reward_run: Path, reward_config: MakeConfig, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(reward_run, folder)

@@ -25,7 +25,6 @@ from rlhf_ray.actors.rollout import RolloutGroup
 from rlhf_ray.actors.waiting import RoleFailure, wait_all
 from rlhf_ray.config.jobs import PPOJob
 from rlhf_ray.config.rewards import FunctionReward
-from rlhf_ray.config.rollout import Sampling
 from rlhf_ray.controllers.ppo import PPOController
 from rlhf_ray.controllers.ppo_report import TrainingDiverged
 from rlhf_ray.controllers.preflight import PPOInputs, check
@@ -33,13 +32,12 @@ from rlhf_ray.controllers.roles import PPORoles, ppo_roles
 from rlhf_ray.controllers.run_folder import Checkpointing, RunFolder
 from rlhf_ray.data.cursor import PromptCursor
 from rlhf_ray.data.requests import PromptRequest, requests_for
-from rlhf_ray.data.trajectory import TrajectoryBatch
 from rlhf_ray.rewards.errors import RewardError
 from rlhf_ray.telemetry.metrics import read_metrics
 from runs import MakeConfig, assert_nothing_is_left, engine_processes
+from sampling import generated, greedy
 
 ENGINES = 2
-GREEDY = Sampling(temperature=0.0, max_new_tokens=12, ignore_eos=True)
 
 # Together they are all weights of the model.
 PARTS = ("embed_tokens", "self_attn", "mlp", "layernorm", "model.norm")
@@ -128,26 +126,6 @@ def whole(roles: PPORoles) -> dict[str, torch.Tensor]:
     """The trainer's weights, gathered from both ranks."""
     gathered = [actor.__ray_call__.remote(whole_weights) for actor in roles.policy.actors]
     return dict(wait_all(gathered, 60, "weights", "")[0])
-
-
-def greedy(weights: dict[str, torch.Tensor], model: str, requests: list[PromptRequest]) -> list[list[int]]:
-    """Tokens of transformers' own model with these weights, one prompt and one token at a time."""
-    theirs = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    theirs.load_state_dict(weights, strict=False)
-    responses = []
-    for request in requests:
-        tokens = list(request.tokens)
-        for _ in range(GREEDY.max_new_tokens):
-            with torch.no_grad():
-                tokens.append(int(theirs(torch.tensor([tokens])).logits[0, -1].argmax()))
-        responses.append(tokens[len(request.tokens) :])
-    return responses
-
-
-def generated(roles: PPORoles, engine: int, requests: list[PromptRequest], version: int) -> TrajectoryBatch:
-    batch, _ = roles.rollout.call_one(engine, "generate", requests, GREEDY, version, num_returns=2)
-    [found] = wait_all([batch], 60, "rollout: generate", "")
-    return found  # type: ignore[no-any-return]
 
 
 def test_after_a_sync_every_engine_samples_from_the_trainers_weights(

@@ -38,8 +38,6 @@ def sigmoid_loss(margins: Tensor, beta: float, label_smoothing: float = 0.0) -> 
     check_positive("beta", beta)
     check_label_smoothing(label_smoothing)
     logits = beta * margins
-    if label_smoothing == 0:
-        return -logsigmoid(logits)
     return -(1 - label_smoothing) * logsigmoid(logits) - label_smoothing * logsigmoid(-logits)
 
 
@@ -164,8 +162,8 @@ def discopop_loss(margins: Tensor, beta: float, tau: float = 0.05) -> Tensor:
         s = σ(β·m / τ)
         loss = (1 - s) · -log σ(β·m) + s · exp(-β·m)
 
-    The blend rises around margin 0, so descent raises the chosen and lowers the rejected log-prob only to the left and
-    to the right of that bump (for τ = 0.05: β·m outside (-0.09, 0.21)).
+    The blend has a bump around margin 0: descent raises the chosen and lowers the rejected log-prob except on its left
+    flank, where it does the opposite (for τ = 0.05: β·m from -0.12 to 0.07).
 
     Source: Lu et al. 2024, "Discovering Preference Optimization Algorithms with and for Large Language Models",
     arXiv:2406.08414, equation 5, the log-ratio modulated loss.

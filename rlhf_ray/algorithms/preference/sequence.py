@@ -41,7 +41,7 @@ def length_desensitised_weights(lengths: Tensor, public_lengths: Tensor, alpha: 
     The log-prob of the answer is then the sum of w_t · log p_t, for the policy and the reference alike. At alpha 1 it
     is the ordinary one; at 0 both answers of a pair are cut to the length of the shorter.
 
-    Source: Liu et al. 2024, "Length Desensitization in Direct Preference Optimization", arXiv:2409.06411, section 3.
+    Source: Liu et al. 2024, "Length Desensitization in Direct Preference Optimization", arXiv:2409.06411.
 
     Args:
         lengths: tokens of each answer, int64 `[answers]`, at least 1 each.
@@ -77,7 +77,7 @@ def sampled_alignment(logprobs: Tensor, collisions: Tensor, lengths: Tensor) -> 
 
     Σ_v p_v² is the mean probability of a sampled token, so an answer of the policy's own has about 0.
 
-    Source: Zhou et al. 2024, "WPO: Enhancing RLHF with Weighted Preference Optimization", arXiv:2406.11827, section 3,
+    Source: Zhou et al. 2024, "WPO: Enhancing RLHF with Weighted Preference Optimization", arXiv:2406.11827,
     "sampled alignment".
 
     Args:

@@ -60,7 +60,7 @@ def kto_kl(mismatched_log_ratio_sum: float, rows: float) -> float:
 
         z = max(0, Σ log-ratio(x_i, y_j) / rows)    j ≠ i
 
-    Source: Ethayarajh et al. 2024, arXiv:2402.01306, section 4.1 (the shared, biased estimate of the KL).
+    Source: Ethayarajh et al. 2024, arXiv:2402.01306, the shared, biased estimate of the KL.
 
     Args:
         mismatched_log_ratio_sum: over the whole optimizer step, all ranks and micro-batches.

@@ -170,3 +170,15 @@ def test_the_adapter_loads_with_peft_and_is_the_same_model(tiny_model_dir: Path,
         plain = load(tiny_model_dir, lora=None)
         plain.model.load_state_dict(theirs.merge_and_unload().state_dict())
         torch.testing.assert_close(outputs(plain), outputs(model), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("load", [causal, scalar])
+def test_weights_in_four_bits_are_merged_as_the_model_computes_with_them(load: Load, tiny_model_dir: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    model = moved(load(tiny_model_dir, Lora(rank=4, alpha=8.0, base="nf4")))
+    model.train()  # as in training: outside of it bitsandbytes repacks the codes on a CPU
+    plain = load(tiny_model_dir, lora=None)
+    with adapters_off(model):
+        assert (outputs(model) - outputs(plain)).abs().max() > 0.01, "the base is another after rounding"
+    torch.testing.assert_close(outputs(merged_into(model, plain)), outputs(model), rtol=0, atol=1e-4)
+    assert not hasattr(model.model.config, "quantization_config")

@@ -1,0 +1,137 @@
+"""What adapters change: `python -m benchmarks.lora MODEL`.
+
+The same model once with all weights trained and once with adapters, and with these both ways of weight sync: share of
+the weights that is trained, size of a checkpoint, time of a weight sync, and response tokens/s of the engine after it.
+Both ways live in one process each, one after the other.
+"""
+
+import tempfile
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Annotated
+
+import typer
+
+from benchmarks.common import (
+    CORES,
+    RESULTS,
+    ROOT,
+    DataOption,
+    DtypeOption,
+    Machine,
+    Measure,
+    ModelArgument,
+    RepeatsOption,
+    ResultsOption,
+    ThreadsOption,
+    report,
+    run_command,
+    say,
+)
+from benchmarks.roles import TEMPERATURE, cluster, connect, policy_role, prompt_batches, rollout_role, send_weights
+from rlhf_ray.actors.group import ActorGroup
+from rlhf_ray.actors.policy import PolicyWorker
+from rlhf_ray.actors.rollout import RolloutGroup
+from rlhf_ray.config.rollout import LoraSync, Rollout, RolloutEngine, Sampling
+from rlhf_ray.config.training import Lora, Policy, TrainingEngine
+from rlhf_ray.data.requests import PromptRequest, cut_into_shards
+
+_MEGABYTE = 1e6
+
+
+def main(
+    model: ModelArgument,
+    rank: Annotated[int, typer.Option(min=1, help="Rank of the adapters.")] = 16,
+    dtype: DtypeOption = "bfloat16",
+    prompts: Annotated[int, typer.Option(min=1, help="Prompts in one repetition.")] = 64,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each response.")] = 32,
+    data: DataOption = ROOT / "data" / "imdb_prompts.jsonl",
+    threads: ThreadsOption = CORES,
+    repeats: RepeatsOption = 3,
+    results: ResultsOption = RESULTS,
+) -> None:
+    """Sizes with and without adapters, and times of both ways of weight sync."""
+    arguments, machine = dict(locals()), Machine.here()
+    engine = TrainingEngine.model_validate({"dtype": dtype})
+    plain = Policy(model=str(model), engine=engine)
+    adapted = Policy(model=str(model), engine=engine, lora=Lora(rank=rank))
+    rollout = Rollout(
+        sampling=Sampling(temperature=TEMPERATURE, max_new_tokens=new_tokens, ignore_eos=True),
+        engine=RolloutEngine(max_model_len=128, max_num_seqs=64),
+    )
+    batches = prompt_batches(model, data, prompts, 1 + repeats, 128 - new_tokens)
+    with cluster():
+        with policy_role(plain, threads=threads) as trainer:
+            whole = _checkpoint_bytes(trainer)
+        found: dict[LoraSync, tuple[list[float], list[float]]] = {}
+        ways: tuple[LoraSync, ...] = ("merged", "adapters")
+        for sync in ways:
+            applied = rank if sync == "adapters" else None
+            with (
+                policy_role(adapted, threads=threads, lora_sync=sync) as trainer,
+                rollout_role(model, rollout, dtype, engines=1, threads=threads, adapter_rank=applied) as engines,
+            ):
+                [(trained, weights)] = _counts(trainer)
+                small = _checkpoint_bytes(trainer)
+                connect(trainer, engines, rollout.sync_bucket_mib)
+                found[sync] = _measure(trainer, engines, batches, rollout)
+    report(
+        "lora",
+        f"{model.name}, {dtype}, rank {rank}",
+        arguments,
+        [
+            Measure(name="share of the weights that is trained", value=trained / weights),
+            Measure(name="checkpoint with adapters", value=small / _MEGABYTE, unit="MB"),
+            Measure(name="checkpoint of all weights", value=whole / _MEGABYTE, unit="MB"),
+            *(Measure(name=f"weight sync, {sync}", value=median(found[sync][0]), unit="s") for sync in ways),
+            *(
+                Measure(
+                    name=f"response tokens/s, {sync}",
+                    value=prompts * new_tokens / median(found[sync][1]),
+                    unit="tokens/s",
+                )
+                for sync in ways
+            ),
+        ],
+        machine,
+        results,
+    )
+
+
+def _counts(trainer: ActorGroup) -> list[tuple[int, int]]:
+    def counts(worker: PolicyWorker) -> tuple[int, int]:
+        parameters = list(worker.engine.model.parameters())
+        trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+        return trained, sum(parameter.numel() for parameter in parameters) - trained
+
+    import ray
+
+    return ray.get([actor.__ray_call__.remote(counts) for actor in trainer.actors], timeout=60)
+
+
+def _checkpoint_bytes(trainer: ActorGroup) -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        trainer.run("save", folder, timeout_s=300, setting="")
+        return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
+
+
+def _measure(
+    trainer: ActorGroup, engines: RolloutGroup, batches: list[list[PromptRequest]], rollout: Rollout
+) -> tuple[list[float], list[float]]:
+    """Seconds of each sync, and of the generation after it; the first of both is the warm-up."""
+    syncs, generations = [], []
+    for version, batch in enumerate(batches, start=1):
+        began = perf_counter()
+        send_weights(trainer, version)
+        synced = perf_counter()
+        for _ in engines.generate(cut_into_shards(batch, rollout.shard_samples), version):
+            pass
+        syncs.append(synced - began)
+        generations.append(perf_counter() - synced)
+        say(f"sync {syncs[-1]:.3f} s, generation {generations[-1]:.2f} s")
+    return syncs[1:], generations[1:]
+
+
+if __name__ == "__main__":
+    run_command(main)
