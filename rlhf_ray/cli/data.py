@@ -8,11 +8,6 @@ from rlhf_ray.cli.failures import BAD_INPUT, say
 data = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at the data of a job.")
 
 
-@data.callback()
-def _data() -> None:
-    """Look at the data of a job."""
-
-
 @data.command(short_help="Show what a job learns from its data.")
 def inspect(config: Config, overrides: Overrides = None) -> None:
     """Read the data of a job as `train` would, and show what it learns from it, without starting anything.

@@ -80,15 +80,18 @@ def _ppo_lines(config: PPOJob) -> Iterator[Line]:
 def _epoch_lines(config: EpochJob, inputs: "EpochInputs | None") -> Iterator[Line]:
     role = config.role
     rows = "pairs" if isinstance(config, RewardModelJob) and isinstance(config.loss, BradleyTerry) else "rows"
+    streaming = isinstance(config, SFTJob) and config.data.streaming
     epochs = _several(config.run.epochs, "epoch")
     steps = epochs if inputs is None else f"{inputs.steps} ({epochs})"
+    if isinstance(config, SFTJob) and config.run.steps is not None:
+        steps = str(config.run.steps)
     yield "steps", f"{steps}, {role.rows_per_step} {rows} a step"
     held = _held(role.ranks, "rank", role.placement.cpus, role.placement.gpus)
     yield role.name, f"{role.trained.model} · {_trained(role.trained)} · {held}"
     if isinstance(config, PreferenceJob):
         yield from _preference_lines(config)
     if inputs is not None:
-        yield rows, _counts(inputs.train)
+        yield rows, "read while training" if streaming else _counts(inputs.train)  # type: ignore[arg-type]
         if inputs.held_out is not None:
             yield f"held-out {rows}", _counts(inputs.held_out)
 

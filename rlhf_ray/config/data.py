@@ -9,6 +9,8 @@ from rlhf_ray.config.base import PositiveFloat, PositiveInt, Section, nearest
 # What comparisons are for: to score whole texts, to prefer one answer to another, to judge single answers.
 ComparisonKind = Literal["rewards", "pairs", "labels"]
 
+DEFAULT_SHUFFLE_BUFFER = 1000
+
 
 class RowData(Section):
     """What every data section has: `columns` for files whose columns have other names than `OWN_COLUMNS`."""
@@ -105,7 +107,8 @@ class ConversationSource(Section):
     path: str
     """Source, as `data.train`."""
     weight: PositiveFloat = 1.0
-    """How often an epoch has each row: 2 has all twice, 0.5 the first half of the source once."""
+    """How often an epoch has each row: 2 has all twice, 0.5 the first half of the source once. With `data.streaming`
+    the share of rows that are taken from this source."""
 
 
 class ConversationData(RowData):
@@ -125,6 +128,11 @@ class ConversationData(RowData):
     """Rows of `eval` that are used, from its beginning; by default all."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Our columns that the sources name otherwise: `{prompt: question, completion: answer}`."""
+    streaming: bool = False
+    """Read rows while training instead of before, so that they need not fit into memory. Needs `run.steps`. Rows that
+    can't be used are skipped and told of."""
+    shuffle_buffer: PositiveInt = DEFAULT_SHUFFLE_BUFFER
+    """With `streaming`: rows that wait, of which the next is drawn at random; 1 keeps the order of the sources."""
     rows_per_step: PositiveInt = 32
     """Rows in one optimizer step."""
     loss: Literal["assistant", "all"] = "assistant"
@@ -143,4 +151,12 @@ class ConversationData(RowData):
     def _has_a_source(self) -> "ConversationData":
         if not self.sources:
             raise ValueError(".train is empty, but needs at least one source")
+        return self
+
+    @model_validator(mode="after")
+    def _streaming_agrees(self) -> "ConversationData":
+        if self.shuffle_buffer != DEFAULT_SHUFFLE_BUFFER and not self.streaming:
+            raise ValueError(f".shuffle_buffer ({self.shuffle_buffer}) has no effect without .streaming: true")
+        if self.train_rows is not None and self.streaming:
+            raise ValueError(f".train_rows ({self.train_rows}) has no effect with .streaming: run.steps is the limit")
         return self

@@ -20,7 +20,7 @@ from rlhf_ray.config.preference import Preference
 from rlhf_ray.config.reward_loss import BradleyTerry, RewardLoss
 from rlhf_ray.config.rewards import ModelReward, RewardPart, part_name
 from rlhf_ray.config.rollout import Rollout
-from rlhf_ray.config.run import EpochRun, PPORun
+from rlhf_ray.config.run import EpochRun, PPORun, SFTRun
 from rlhf_ray.config.training import (
     Critic,
     Lora,
@@ -263,7 +263,7 @@ class SFTJob(_Job):
     """What it learns to write."""
     placement: SFTPlacement = SFTPlacement()
     """Where actors sit."""
-    run: EpochRun
+    run: SFTRun
     """The run."""
 
     @property
@@ -273,6 +273,12 @@ class SFTJob(_Job):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> "SFTJob":
+        if self.data.streaming and self.run.steps is None:
+            raise ValueError("data.streaming: true needs run.steps, since a stream has no length")
+        if self.data.streaming and self.run.epochs != 1:
+            raise ValueError(f"run.epochs ({self.run.epochs}) has no effect with data.streaming: set run.steps")
+        if self.run.steps is not None and not self.data.streaming:
+            raise ValueError(f"run.steps ({self.run.steps}) is for data.streaming: true; set run.epochs")
         _check_epochs(
             self.role,
             "data.rows_per_step",

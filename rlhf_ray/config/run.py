@@ -99,3 +99,10 @@ class EpochRun(Run):
     patience: PositiveInt | None = None
     """End the run after so many evaluations in a row without a new best of `keep_best.metric`, and export the best
     checkpoint instead of the last. Each new best gets a checkpoint. None goes on to the last epoch."""
+
+
+class SFTRun(EpochRun):
+    """A run over a data set, or of a number of steps over a streamed one."""
+
+    steps: PositiveInt | None = None
+    """Optimizer steps of a run with `data.streaming`, which takes the place of `epochs`."""

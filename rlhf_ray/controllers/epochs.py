@@ -15,11 +15,11 @@ from rlhf_ray.actors.waiting import wait_all
 from rlhf_ray.config.jobs import EpochJob, SFTJob
 from rlhf_ray.controllers.early_stop import EarlyStop
 from rlhf_ray.controllers.ppo_report import StepRecord, TrainingDiverged, write_failed_samples
-from rlhf_ray.controllers.preflight import EpochInputs, RowSet
+from rlhf_ray.controllers.preflight import EpochInputs
+from rlhf_ray.controllers.row_sources import LoadedRows, RowSource, Split, StreamedRows
 from rlhf_ray.controllers.run_folder import Checkpointing, RunFolder
-from rlhf_ray.data.cursor import PromptCursor
 from rlhf_ray.data.packing import plan_micro_batches
-from rlhf_ray.data.seeds import derive_seed
+from rlhf_ray.data.streaming import ConversationStream
 from rlhf_ray.models.score_scale import ScoreScale
 from rlhf_ray.telemetry.metrics import Metrics, reduce_means
 
@@ -27,20 +27,6 @@ logger = logging.getLogger("rlhf_ray")
 
 # In a checkpoint's state: the run has no further steps, although it may have planned some.
 ENDED = "ended"
-
-
-class Split:
-    """A data set in the object store.
-
-    Attributes:
-        name: `train` or `eval`.
-        rows: the data set.
-        ref: to it, in a list so that a call passes the reference and not the data.
-    """
-
-    def __init__(self, name: str, rows: RowSet) -> None:
-        self.name, self.rows = name, rows
-        self.ref = [ray.put(rows)]
 
 
 class EpochController:
@@ -60,10 +46,13 @@ class EpochController:
         self.total = inputs.steps
         # Of the step whose weights the ranks hold.
         self.metrics: Metrics = {}
-        self.cursor = PromptCursor(len(inputs.train), derive_seed(config.seed, "rows"), shuffle=True)
         run = config.run
         self.early_stop = EarlyStop(run.keep_best, run.patience) if run.keep_best and run.patience else None
-        self.training = Split("train", inputs.train)
+        self.rows: RowSource = (
+            StreamedRows(config, inputs.train, folder)
+            if isinstance(inputs.train, ConversationStream)
+            else LoadedRows(config, inputs, inputs.train)
+        )
         self.held_out = None if inputs.held_out is None else Split("eval", inputs.held_out)
 
     def train(self) -> None:
@@ -83,12 +72,12 @@ class EpochController:
     def train_step(self, step: int) -> None:
         """One optimizer step, with evaluation and checkpoint when due."""
         record = StepRecord(step, self.folder.recorder)
-        role, data = self.config.role, self.inputs.train
-        rows = np.array([ticket.index for ticket in self.cursor.take(self._rows_of(step))])
-        lengths, weight = data.lengths[rows], float(data.weights[rows].sum())
+        role = self.config.role
+        split, rows, of_rows = self.rows.take(step)
+        lengths, weight = split.rows.lengths[rows], float(split.rows.weights[rows].sum())
         plan = plan_micro_batches(lengths, len(self.group), role.trained.engine.micro_batch_tokens)
-        context = self.context(self.training, rows)
-        per_rank = [(self.training.ref, [rows[micro].tolist() for micro in mine], weight, context) for mine in plan]
+        context = self.context(split, rows)
+        per_rank = [(split.ref, [rows[micro].tolist() for micro in mine], weight, context) for mine in plan]
         try:
             reports = self._wait(self.group.call_each("step", per_rank), "step", "update_s")
         except NonFiniteLossError as error:
@@ -97,9 +86,8 @@ class EpochController:
         self.step = step
 
         metrics: Metrics = {f"train/{name}": v for name, v in reduce_means([r.means for r in reports]).items()}
-        metrics |= self.after_step(step, reports)
+        metrics |= of_rows | self.after_step(step, reports)
         metrics["train/lr"] = reports[0].lr
-        metrics["epoch"] = step * self.config.run.epochs / self.total
         metrics["throughput/train_tokens_per_s"] = float(lengths.sum()) / max(report.seconds for report in reports)
         last, every = step == self.total, self.config.run.eval_every
         best = False
@@ -130,6 +118,12 @@ class EpochController:
         return {f"eval/{name}": value for name, value in found.items()}
 
     @property
+    def training(self) -> Split:
+        """The data set of a job that has it in memory."""
+        assert isinstance(self.rows, LoadedRows)
+        return self.rows.split
+
+    @property
     def _over(self) -> bool:
         return self.early_stop is not None and self.early_stop.over
 
@@ -138,7 +132,7 @@ class EpochController:
         """All roles."""
         return [self.group]
 
-    def context(self, split: "Split", rows: NDArray[np.int64]) -> Any:
+    def context(self, split: Split, rows: NDArray[np.int64]) -> Any:
         """What the losses of some rows need beside them; `prepare_losses` of the workers takes it."""
         return None
 
@@ -148,14 +142,14 @@ class EpochController:
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint holds of the controller."""
-        state: dict[str, Any] = {"cursor": self.cursor.state_dict()}
+        state: dict[str, Any] = {"cursor": self.rows.state_dict()}
         if self.early_stop is not None:
             state["early_stop"] = self.early_stop.state_dict()
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint."""
-        self.cursor.load_state_dict(state["cursor"])
+        self.rows.load_state_dict(state["cursor"])
         if self.early_stop is not None and "early_stop" in state:
             self.early_stop.load_state_dict(state["early_stop"])
 
@@ -169,12 +163,7 @@ class EpochController:
         self.step, self.metrics = best.step, best.metrics
         return True
 
-    def _rows_of(self, step: int) -> int:
-        """Rows of a step: epochs do not run into each other, so the last step of one takes what is left."""
-        per_step, per_epoch = self.config.role.rows_per_step, self.total // self.config.run.epochs
-        return min(per_step, len(self.inputs.train) - (step - 1) % per_epoch * per_step)
-
-    def on_rows(self, method: str, split: "Split", *context: Any) -> list[Any]:
+    def on_rows(self, method: str, split: Split, *context: Any) -> list[Any]:
         """What a method that learns nothing gives for the rows of a data set, by rank."""
         max_tokens = self.config.role.trained.engine.micro_batch_tokens
         plan = plan_micro_batches(split.rows.lengths, len(self.group), max_tokens)

@@ -27,6 +27,8 @@ from rlhf_ray.data.conversations import ConversationSet, load_conversations, mix
 from rlhf_ray.data.errors import DataError
 from rlhf_ray.data.mismatched import mismatched
 from rlhf_ray.data.prompts import PromptSet, load_prompts
+from rlhf_ray.data.seeds import derive_seed
+from rlhf_ray.data.streaming import ConversationStream
 from rlhf_ray.models.heads import (
     ModelError,
     check_lora,
@@ -93,12 +95,12 @@ class EpochInputs:
 
     Attributes:
         steps: of the run; the last of an epoch may be smaller.
-        train: rows to train on.
+        train: rows to train on, or what reads them.
         held_out: rows to evaluate on, None without `data.eval`.
     """
 
     steps: int
-    train: RowSet
+    train: RowSet | ConversationStream
     held_out: RowSet | None
 
 
@@ -194,11 +196,13 @@ def _check_epochs(config: EpochJob, problems: list[str]) -> EpochInputs:
         tokenizer = load_tokenizer(section.model, trust_remote_code=section.trust_remote_code)
         check_tokenizer_matches(section.model, tokenizer, trust_remote_code=section.trust_remote_code)
         _check_lora(problems, config.role.name, section.model, section)
-    train: RowSet | None = None
+    train: RowSet | ConversationStream | None = None
     held_out: RowSet | None = None
     if tokenizer is not None:
         if isinstance(config, SFTJob):
-            train = _mixed(config, tokenizer, problems)
+            train = (
+                _streamed(config, tokenizer, problems) if config.data.streaming else _mixed(config, tokenizer, problems)
+            )
         else:
             with _collect(problems, "data.train"):
                 train = _comparisons(config, config.data.train, "data.train", tokenizer, problems)
@@ -214,6 +218,10 @@ def _check_epochs(config: EpochJob, problems: list[str]) -> EpochInputs:
         _check_reference(config, tokenizer, problems)
     if problems or train is None:
         raise ConfigError("preflight", problems)
+    if isinstance(train, ConversationStream):
+        assert isinstance(config, SFTJob)
+        assert config.run.steps is not None
+        return EpochInputs(config.run.steps, train, held_out)
     steps = config.run.epochs * -(-len(train) // config.role.rows_per_step)
     if not isinstance(config, PreferenceJob):
         return EpochInputs(steps, train, held_out)
@@ -233,6 +241,14 @@ def _check_reference(config: PreferenceJob, tokenizer: PreTrainedTokenizerBase, 
             problems.append(
                 f"reference.from: {model!r} has another vocabulary than policy.model {config.policy.model!r}"
             )
+
+
+def _streamed(config: SFTJob, tokenizer: PreTrainedTokenizerBase, problems: list[str]) -> ConversationStream:
+    stream = ConversationStream(config.data, tokenizer, derive_seed(config.seed, "rows"))
+    for reader in stream.readers:
+        with _collect(problems, reader.setting):
+            reader.check()
+    return stream
 
 
 def _check_lora(problems: list[str], role: str, model: str, section: Policy | Critic | RewardModel) -> None:

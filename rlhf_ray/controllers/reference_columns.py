@@ -21,8 +21,8 @@ from rlhf_ray.actors.preference import Refs
 from rlhf_ray.actors.waiting import wait_all
 from rlhf_ray.config.jobs import PreferenceJob
 from rlhf_ray.config.run import Timeouts
-from rlhf_ray.controllers.epochs import Split
 from rlhf_ray.controllers.roles import PreferenceRoles
+from rlhf_ray.controllers.row_sources import Split
 from rlhf_ray.data.comparisons import ComparisonSet
 from rlhf_ray.data.packing import plan_micro_batches
 from rlhf_ray.data.trajectory import Floats, offsets_of

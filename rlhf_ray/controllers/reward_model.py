@@ -14,7 +14,8 @@ from rlhf_ray.algorithms.calibration import (
 from rlhf_ray.algorithms.reward_model.rows import candidate_pairs
 from rlhf_ray.config.jobs import RewardModelJob
 from rlhf_ray.config.reward_loss import RewardLoss
-from rlhf_ray.controllers.epochs import EpochController, Split
+from rlhf_ray.controllers.epochs import EpochController
+from rlhf_ray.controllers.row_sources import Split
 from rlhf_ray.data.comparisons import ComparisonSet
 from rlhf_ray.telemetry.metrics import Metrics, reduce_means
 from rlhf_ray.telemetry.reward_report import Distribution, JudgedRows, RewardReport, write_report

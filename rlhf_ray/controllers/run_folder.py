@@ -18,7 +18,7 @@ from rlhf_ray.recovery.checkpoints import Checkpoint, CheckpointStore
 from rlhf_ray.telemetry.manifest import write_manifest
 from rlhf_ray.telemetry.metrics import MetricsLog
 from rlhf_ray.telemetry.progress import Progress
-from rlhf_ray.telemetry.rows import replace_file
+from rlhf_ray.telemetry.rows import RowFile, replace_file
 from rlhf_ray.telemetry.samples import SamplesLog
 from rlhf_ray.telemetry.trace import Span, SpanRecorder, Timeline
 
@@ -56,6 +56,10 @@ class RunFolder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stack.__exit__(kind, error, trace)
+
+    def open_rows(self, name: str) -> RowFile:
+        """A file of rows by step, taken back to the step that the run goes on from."""
+        return self._stack.enter_context(RowFile(self.path / name, self.resumed.step if self.resumed else None))
 
     def start_progress(self) -> None:
         """Show progress from here on: the actors are up, so a step takes as long as a step takes."""

@@ -151,7 +151,9 @@ def load_conversations(
 
 
 @dataclass(frozen=True, slots=True)
-class _Row:
+class ParsedRow:
+    """A row as text."""
+
     number: int
     uid: str
     text: AnsweredText
@@ -164,13 +166,13 @@ class ConversationParser:
         self._chat = ChatRenderer(tokenizer)
         self._learn_all = learn_all
 
-    def parse(self, number: int, uid: str, row: dict[str, Any]) -> _Row:
+    def parse(self, number: int, uid: str, row: dict[str, Any]) -> ParsedRow:
         """A row as text with what is learnt of it.
 
         Raises:
             RowProblem: it is not as `load_conversations` says.
         """
-        return _Row(number, uid, self._text(row))
+        return ParsedRow(number, uid, self._text(row))
 
     def _text(self, row: dict[str, Any]) -> AnsweredText:
         kinds = [kind for kind in ("text", "messages", "prompt") if kind in row]

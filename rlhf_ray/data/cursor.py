@@ -90,8 +90,8 @@ class PromptCursor:
         """
         own = self.state_dict()
         for field in ("size", "seed", "shuffle"):
-            if state[field] != own[field]:
-                raise CursorError(field, state[field], own[field])
+            if state.get(field) != own[field]:
+                raise CursorError(field, state.get(field), own[field])
         if not 0 <= state["position"] < self._size:
             raise CursorError("position", state["position"], f"0 to {self._size - 1}")
         if state["epoch"] < 0:

@@ -21,6 +21,7 @@ class MetricName:
 _ALL = (
     MetricName("step", "step of the run, from 1; every other value of the row belongs to it"),
     MetricName("epoch", "passes over the training data so far, a fraction within a pass"),
+    MetricName("data/dropped", "sft with data.streaming: rows that were skipped while the rows of this step were read"),
     MetricName("reward/mean", "score of a sample: weighted sum of the parts, before shaping; mean over the batch"),
     MetricName("reward/std", "standard deviation of the score over the batch"),
     MetricName("reward/<part>", "unweighted score by one part of the reward, mean over the batch"),

@@ -176,6 +176,17 @@ def test_a_model_without_a_tokenizer_is_bad_input(cli: RunCli, job: Callable[...
     assert f"error: {config}: policy.model: model 'nowhere'" in done.stderr
 
 
+def test_a_stream_is_inspected_as_a_whole_and_validated(cli: RunCli, job: Callable[..., Path], tmp_path: Path) -> None:
+    config = job("sft", [{"text": "A film."}, {"text": ""}], data={"streaming": True})
+    done = cli("data", "inspect", config, "run.steps=5")
+    assert (done.exit_code, "rows: 2 read, 1 kept" in done.stdout) == (2, True)
+    done = cli("validate", config, "run.steps=5")
+    assert done.exit_code == 0, done.output
+    lines = [line.split(maxsplit=1) for line in done.stdout.splitlines()]
+    assert ["steps", "5, 32 rows a step"] in lines
+    assert ["rows", "read while training"] in lines
+
+
 def test_learnt_text_is_green_on_a_terminal(job: Callable[..., Path]) -> None:
     raw = json.loads(job("sft", [{"prompt": "It is", "completion": " a film."}]).read_text())
     [report] = inspect_sources(parse_config(raw))

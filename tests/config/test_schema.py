@@ -243,6 +243,26 @@ CONFLICTS: list[tuple[dict[str, Any], str]] = [
         "run.keep_best.metric is 'eval/loss', but data.eval is not set",
     ),
     (
+        sft(data={"train": "t", "streaming": True}),
+        "data.streaming: true needs run.steps, since a stream has no length",
+    ),
+    (
+        sft(data={"train": "t", "streaming": True}, run={"dir": "d", "steps": 5, "epochs": 3}),
+        "run.epochs (3) has no effect with data.streaming: set run.steps",
+    ),
+    (
+        sft(run={"dir": "d", "steps": 5}),
+        "run.steps (5) is for data.streaming: true; set run.epochs",
+    ),
+    (
+        sft(data={"train": "t", "shuffle_buffer": 5}),
+        "data.shuffle_buffer (5) has no effect without data.streaming: true",
+    ),
+    (
+        sft(data={"train": "t", "streaming": True, "train_rows": 5}, run={"dir": "d", "steps": 5}),
+        "data.train_rows (5) has no effect with data.streaming: run.steps is the limit",
+    ),
+    (
         ppo(data={"prompts": "p", "columns": {"promt": "question"}}),
         "data.columns: 'promt' is none of our columns; did you mean 'prompt'? (our name stands before the file's)",
     ),

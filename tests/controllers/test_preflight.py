@@ -14,6 +14,7 @@ from rlhf_ray.config.loading import ConfigError, parse_config
 from rlhf_ray.controllers.preflight import EpochInputs, PPOInputs, check
 from rlhf_ray.data.comparisons import ComparisonSet
 from rlhf_ray.data.prepare import prepare
+from rlhf_ray.data.streaming import ConversationStream
 from rlhf_ray.models.score_scale import ScoreScale, write_scale
 from rlhf_ray.models.tiny import build_tiny_model
 
@@ -200,6 +201,25 @@ def test_bad_conversations_and_a_missing_model_are_listed(tiny: Path, tmp_path: 
     assert len(mixed.train) == 24 + 16
     [problem] = problems_of(sft(tiny / "models/tiny", [good, {"path": str(path)}]))
     assert problem.startswith("data.train.1.path: ")
+
+
+def test_a_stream_is_looked_into_before_the_run(tiny: Path, tmp_path: Path) -> None:
+    def streamed(*sources: Path) -> SFTJob:
+        data = {"train": [{"path": str(source)} for source in sources], "streaming": True, "shuffle_buffer": 4}
+        sections = {"policy": {"model": str(tiny / "models/tiny")}, "data": data}
+        run = {"dir": str(tmp_path / "run"), "steps": 7}
+        return SFTJob.model_validate({"job": "sft", "name": "n", **sections, "run": run})
+
+    good, bad, partly = tiny / "data/tiny_chats_train.jsonl", tmp_path / "bad.jsonl", tmp_path / "partly.jsonl"
+    bad.write_text('{"text": ""}\n{\n')
+    partly.write_text('{"text": ""}\n{"text": "A film."}\n')
+    inputs = check(streamed(good, partly))
+    assert isinstance(inputs, EpochInputs)
+    assert isinstance(inputs.train, ConversationStream)
+    assert (inputs.steps, inputs.train.take(2)[0].uids[1]) == (7, "partly:2")
+    found = problems_of(streamed(good, bad, tmp_path / "none.jsonl"))
+    assert [problem.partition(":")[0] for problem in found] == ["data.train.1.path", "data.train.2.path"]
+    assert all(f"{bad}:{line}: " in found[0] for line in (1, 2))
 
 
 def test_bad_pairs_and_a_missing_model_are_listed_together(pairs: MakeConfig, tmp_path: Path) -> None:

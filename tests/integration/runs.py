@@ -8,10 +8,13 @@ from typing import Any
 
 import psutil
 import ray
+import torch
 from ray.util import placement_group_table
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from rlhf_ray.config.jobs import PPOJob
+from rlhf_ray.data.conversations import ConversationSet
 from rlhf_ray.telemetry.metrics import Metrics, read_metrics
 from rlhf_ray.telemetry.names import find_metric
 
@@ -34,6 +37,20 @@ def assert_same_run(found: Path, wanted: Path) -> None:
     assert rows == wanted_rows
     mine, theirs = exported_weights(found / "export"), exported_weights(wanted / "export")
     assert all(mine[name].equal(tensor) for name, tensor in theirs.items())
+
+
+def transformers_loss(model: Path, rows: ConversationSet) -> float:
+    """Mean −log p of the learnt tokens, one row at a time, by transformers' own forward pass and loss."""
+    theirs = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64)
+    total = 0.0
+    for row in range(len(rows)):
+        ids = torch.from_numpy(rows.tokens(row)).long()
+        labels = torch.full_like(ids, -100)
+        labels[rows.learnt_places(row)] = ids[rows.learnt_places(row)]
+        with torch.no_grad():
+            mean = theirs(input_ids=ids[None], labels=labels[None]).loss
+        total += float(mean) * len(rows.learnt_places(row))
+    return total / int(rows.weights.sum())
 
 
 # In the environment of all processes that these tests start, and so a way to tell them from others.

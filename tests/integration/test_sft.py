@@ -7,16 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
-from rlhf_ray.config.data import ConversationData
 from rlhf_ray.config.jobs import SFTJob
 from rlhf_ray.controllers.train import train
 from rlhf_ray.data.conversations import load_conversations
 from rlhf_ray.recovery.convert import export_checkpoint
 from rlhf_ray.telemetry.metrics import read_metrics
 from rlhf_ray.telemetry.names import find_metric
-from runs import assert_same_run, exported_weights
+from runs import assert_same_run, exported_weights, transformers_loss
 
 STEPS = 6
 
@@ -41,24 +40,10 @@ def test_the_model_learns_what_it_is_shown(sft_run: Path) -> None:
 def test_losses_are_those_of_transformers(sft_run: Path, tiny: Path, sft_config: MakeConfig) -> None:
     data = sft_config(tiny / "unused").data
     last = read_metrics(sft_run)[-1]
-    assert last["eval/loss"] == pytest.approx(_loss(sft_run / "export", data, data.eval), abs=1e-5)
+    assert data.eval is not None
+    held_out = load_conversations(data, data.eval, AutoTokenizer.from_pretrained(sft_run / "export"))
+    assert last["eval/loss"] == pytest.approx(transformers_loss(sft_run / "export", held_out), abs=1e-5)
     assert last["eval/perplexity"] == pytest.approx(math.exp(last["eval/loss"]))
-
-
-def _loss(model: Path, data: ConversationData, path: str | None) -> float:
-    """Mean −log p of the learnt tokens, one row at a time, by transformers' own forward pass and loss."""
-    assert path is not None
-    theirs = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64)
-    rows = load_conversations(data, path, AutoTokenizer.from_pretrained(model))
-    total = 0.0
-    for row in range(len(rows)):
-        ids = torch.from_numpy(rows.tokens(row)).long()
-        labels = torch.full_like(ids, -100)
-        labels[rows.learnt_places(row)] = ids[rows.learnt_places(row)]
-        with torch.no_grad():
-            mean = theirs(input_ids=ids[None], labels=labels[None]).loss
-        total += float(mean) * len(rows.learnt_places(row))
-    return total / int(rows.weights.sum())
 
 
 def test_a_checkpoint_can_be_exported(sft_run: Path, tmp_path: Path) -> None:

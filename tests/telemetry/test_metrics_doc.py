@@ -14,8 +14,8 @@ Made from `rlhf_ray.telemetry.names` by `python tests/telemetry/test_metrics_doc
 A run writes one JSON object per step to `metrics.jsonl` in its folder, and the same numbers to TensorBoard, W&B and
 MLflow where they are configured (`run.tensorboard`, `run.wandb`, `run.mlflow`).
 
-- Jobs over a data set (`sft`, `reward_model`, `preference`) log `epoch`, `train/*`, `eval/*`, some of `time/*` and
-  `throughput/train_tokens_per_s`. All others belong to `job: ppo`.
+- Jobs over a data set (`sft`, `reward_model`, `preference`) log `epoch`, `data/*`, `train/*`, `eval/*`, some of
+  `time/*` and `throughput/train_tokens_per_s`. All others belong to `job: ppo`.
 - A metric is missing from the rows of steps in which it has no value: `policy/*` while only the critic learns
   (`algorithm.critic_warmup_steps`), `eval/*` between evaluations, `time/checkpoint_s` between checkpoints.
 - `<part>` is the name of a part of the reward: its `name`, or what stands in for it (docs/config.md).
