@@ -133,15 +133,13 @@ def test_two_sharded_ranks_learn_what_one_learns(run: Path, config: MakeConfig, 
 
 
 @pytest.mark.parametrize("kind", ["kto", "bco", "aot"])
-def test_what_depends_on_all_rows_of_a_step_is_the_same_on_two_ranks_and_after_a_resume(
+def test_what_depends_on_all_rows_of_a_step_is_the_same_on_two_ranks(
     kind: str, config: MakeConfig, tmp_path: Path
 ) -> None:
     loss = f"algorithm.loss=[{{type: {kind}, beta: 0.2}}]"
     often = ("run.checkpoint_every=2", "run.keep_last=9")
     one = train(config(tmp_path / "one", loss, *often))
     assert_about_the_same(train(config(tmp_path / "two", loss, *TWO_RANKS)), one)
-    folder = tmp_path / "resumed"
-    assert_same_run(resumed(one, folder, config(folder, loss, *often)), one)
     rows = read_metrics(one)
     if kind == "kto":
         assert rows[0]["train/kl"] == pytest.approx(0, abs=1e-5)
@@ -149,6 +147,9 @@ def test_what_depends_on_all_rows_of_a_step_is_the_same_on_two_ranks_and_after_a
     elif kind == "bco":
         assert rows[0]["train/shift"] == 0
         assert rows[-1]["train/shift"] != 0
+        # The running mean of rewards is part of a checkpoint.
+        folder = tmp_path / "resumed"
+        assert_same_run(resumed(one, folder, config(folder, loss, *often)), one)
     else:
         assert rows[-1]["train/margin"] > 1
 
