@@ -15,9 +15,17 @@ class _Loss(Section):
     """Factor in the sum of losses."""
 
 
-class _MarginLoss(_Loss):
+class _ScaledLoss(_Loss):
     beta: PositiveFloat = 0.1
     """How closely the policy is held to the reference: larger is closer."""
+
+
+class _SmoothedLoss(_ScaledLoss):
+    label_smoothing: Smoothing = 0.0
+    """Share of the pairs whose label is taken to be wrong."""
+
+
+class _MarginLoss(_ScaledLoss):
     divergence: Literal["reverse_kl", "forward_kl", "js", "alpha"] = "reverse_kl"
     """What holds the policy to the reference; `js` is the Jensen–Shannon divergence, `alpha` the α-divergence."""
     divergence_alpha: PositiveFloat = 1.0
@@ -74,41 +82,33 @@ class IPOLoss(_Loss):
     """How closely the policy is held to the reference: the margin aims at 1/(2·tau)."""
 
 
-class NormalisedLoss(_Loss):
+class NormalisedLoss(_SmoothedLoss):
     """DPO on log-ratios per token, so that length is no advantage."""
 
     type: Literal["sigmoid_norm"]
     """The loss."""
     beta: PositiveFloat = 2.0
     """How closely the policy is held to the reference: larger is closer."""
-    label_smoothing: Smoothing = 0.0
-    """Share of the pairs whose label is taken to be wrong."""
 
 
-class RatioLoss(_Loss):
+class RatioLoss(_ScaledLoss):
     """Losses that look at each answer's log-ratio for itself: noise contrastive alignment (`nca`), self-play preference
     optimisation (`sppo`), anchored preference optimisation for a policy that is worse (`apo_zero`) or better
     (`apo_down`) than the chosen answers."""
 
     type: Literal["nca", "sppo", "apo_zero", "apo_down"]
     """The loss."""
-    beta: PositiveFloat = 0.1
-    """How closely the policy is held to the reference: larger is closer."""
 
 
-class TransportLoss(_Loss):
+class TransportLoss(_SmoothedLoss):
     """Alignment via optimal transport: the whole distribution of chosen answers against that of the rejected ones, over
     an optimizer step. `aot` compares pairs, `aot_unpaired` chosen with rejected answers of any prompts."""
 
     type: Literal["aot", "aot_unpaired"]
     """The loss."""
-    beta: PositiveFloat = 0.1
-    """How closely the policy is held to the reference: larger is closer."""
-    label_smoothing: Smoothing = 0.0
-    """Share of the pairs whose label is taken to be wrong."""
 
 
-class SimPOLoss(_Loss):
+class SimPOLoss(_SmoothedLoss):
     """SimPO: log-probs per token, without a reference, and a target margin."""
 
     type: Literal["simpo"]
@@ -117,19 +117,15 @@ class SimPOLoss(_Loss):
     """Scale of the margin."""
     gamma: NonNegativeFloat = 1.0
     """Target of the scaled margin."""
-    label_smoothing: Smoothing = 0.0
-    """Share of the pairs whose label is taken to be wrong."""
 
 
-class CPOLoss(_Loss):
+class CPOLoss(_SmoothedLoss):
     """CPO: DPO without a reference, and the negative log-likelihood of the chosen answer."""
 
     type: Literal["cpo"]
     """The loss."""
     beta: PositiveFloat = 0.1
     """Scale of the margin."""
-    label_smoothing: Smoothing = 0.0
-    """Share of the pairs whose label is taken to be wrong."""
     nll_weight: NonNegativeFloat = 1.0
     """Weight of the negative log-likelihood per token of the chosen answer."""
 
@@ -150,26 +146,22 @@ class NLLLoss(_Loss):
     """The loss."""
 
 
-class KTOLoss(_Loss):
+class KTOLoss(_ScaledLoss):
     """KTO: single answers with a label, against the KL of mismatched prompts and answers."""
 
     type: Literal["kto"]
     """The loss."""
-    beta: PositiveFloat = 0.1
-    """How closely the policy is held to the reference: larger is closer."""
     desirable_weight: PositiveFloat = 1.0
     """Weight of wanted answers; with many unwanted ones raise it until both kinds weigh about the same."""
     undesirable_weight: PositiveFloat = 1.0
     """Weight of unwanted answers."""
 
 
-class BCOLoss(_Loss):
+class BCOLoss(_ScaledLoss):
     """BCO: a classifier of single answers whose logit is the implicit reward less its running mean."""
 
     type: Literal["bco"]
     """The loss."""
-    beta: PositiveFloat = 0.1
-    """How closely the policy is held to the reference: larger is closer."""
 
 
 UnpairedLoss = KTOLoss | BCOLoss
