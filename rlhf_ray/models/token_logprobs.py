@@ -94,7 +94,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
         for part in chunks:
             logits = _logits(hidden[part], weight, ctx.temperature)
             log_p = logits.sub_(normalisers[part, None])
-            p = log_p.exp()
+            p = log_p.exp() if with_entropy else log_p.exp_()
             if with_entropy:
                 factor = log_p.add_(entropy[part, None]).mul_(grad_entropy[part, None]).add_(grad_logprobs[part, None])
                 grad = p.mul_(factor.neg_())
