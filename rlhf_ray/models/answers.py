@@ -6,6 +6,7 @@ from typing import Self
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from rlhf_ray.data.comparisons import ComparisonSet
 from rlhf_ray.models.packed import PackedSequences
@@ -13,7 +14,7 @@ from rlhf_ray.models.packed import PackedSequences
 
 @dataclass(frozen=True)
 class AnswerPack:
-    """Some candidates, packed.
+    """Some candidates, packed. Candidates of a row that have the same prompt share its tokens.
 
     Attributes:
         packed: the sequences.
@@ -30,10 +31,33 @@ class AnswerPack:
     @classmethod
     def of(cls, data: ComparisonSet, candidates: Sequence[int], device: torch.device) -> Self:
         """Pack candidates in the given order. With none, the pack is a dummy without answer tokens."""
-        sequences = [data.tokens(candidate) for candidate in candidates]
-        ends = np.cumsum([len(sequence) for sequence in sequences], dtype=np.int64)
-        lengths = data.answer_lengths[np.asarray(candidates, np.int64)]
-        places = [np.arange(end - length, end) for end, length in zip(ends, lengths, strict=True)]
-        answers = torch.from_numpy(np.concatenate([*places, np.empty(0, np.int64)])).to(device)
-        packed = PackedSequences.of(sequences or [data.tokens(0)[:1]], device)
-        return cls(packed, answers - 1, packed.input_ids[0][answers], torch.from_numpy(lengths).to(device))
+        sequences: list[NDArray[np.int32]] = []
+        prefixes: list[tuple[int, int]] = []
+        places: list[NDArray[np.int64]] = []
+        # Where the last prompt lies in the pack.
+        shared_start, shared = 0, np.empty(0, np.int32)
+        end = 0
+        for candidate in candidates:
+            tokens, length = data.tokens(candidate), int(data.answer_starts[candidate])
+            prompt = tokens[:length]
+            if np.array_equal(prompt, shared):
+                sequences.append(tokens[length:])
+                prefixes.append((shared_start, length))
+            else:
+                shared_start, shared = end, prompt
+                sequences.append(tokens)
+                prefixes.append((0, 0))
+            own = np.arange(end, end + len(sequences[-1]))
+            # The first token of an answer is predicted by the prompt's last, wherever it lies.
+            answer = own[len(own) - len(tokens) + length :]
+            places.append(np.concatenate([[shared_start + length - 1], answer[:-1]]))
+            end += len(own)
+        if not sequences:
+            sequences = [data.tokens(0)[:1]]
+        targets = [data.tokens(candidate)[data.answer_starts[candidate] :] for candidate in candidates]
+        return cls(
+            packed=PackedSequences.of(sequences, device, prefixes),
+            positions=torch.from_numpy(np.concatenate([*places, np.empty(0)]).astype(np.int64)).to(device),
+            targets=torch.from_numpy(np.concatenate([*targets, np.empty(0)]).astype(np.int64)).to(device),
+            lengths=torch.from_numpy(np.array([len(answer) for answer in targets], np.int64)).to(device),
+        )

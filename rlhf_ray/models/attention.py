@@ -18,6 +18,8 @@ from rlhf_ray.platform import platform
 
 PACKED_ATTENTION = "rlhf_ray_packed"
 
+Prefixes = tuple[tuple[int, int], ...]
+
 
 @dataclass(frozen=True)
 class _Bucket:
@@ -25,7 +27,7 @@ class _Bucket:
 
     Attributes:
         rows: int64 `[sequences, length]`, token of each place; places past a sequence's end repeat its last token.
-        real: bool `[sequences, length]`, places that hold a token of their own.
+        real: bool `[sequences, length]`, places that hold a token of the sequence's own: none of its prefix.
         tokens: int64 `[real places]`, where their results go.
     """
 
@@ -45,13 +47,15 @@ def packed_attention(
     *,
     cu_seq_lens_q: torch.Tensor,
     max_length_q: int,
+    shared_prefixes: Prefixes | None = None,
     **kwargs: object,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of each token to the tokens before it in its own sequence.
+    """Attention of each token to the tokens before it in its own sequence, and to those of the sequence's prefix.
 
     Args:
         query: `[1, heads, tokens, head size]`; `key` and `value` may have fewer heads (grouped queries).
         cu_seq_lens_q: int32 `[sequences + 1]`.
+        shared_prefixes: `PackedSequences.prefixes`.
 
     Returns:
         `[1, tokens, heads, head size]`, and None for the weights.
@@ -66,30 +70,66 @@ def packed_attention(
         raise NotImplementedError("this model has attention sinks, which packed attention here does not compute")
     query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))  # [tokens, heads, size]
     if platform().attention == "varlen_flash":
-        from torch.nn.attention.varlen import varlen_attn
+        return _varlen(query, key, value, cu_seq_lens_q, max_length_q, shared_prefixes, scaling)[None], None
+    return _bucketed(query, key, value, cu_seq_lens_q, shared_prefixes, scaling)[None], None
 
-        out = varlen_attn(
-            query,
-            key,
-            value,
-            cu_seq_lens_q,
-            cu_seq_lens_q,
-            max_length_q,
-            max_length_q,
-            scale=scaling,
-            window_size=(-1, 0),
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
-        return out.unsqueeze(0), None  # type: ignore[union-attr]
-    return _bucketed(query, key, value, cu_seq_lens_q, scaling)[None], None
+
+def _varlen(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    max_length: int,
+    prefixes: Prefixes | None,
+    scaling: float | None,
+) -> torch.Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    own = None
+    if prefixes is not None:
+        places, own, cu_seqlens = (part.to(query.device) for part in _unshared(tuple(cu_seqlens.tolist()), prefixes))
+        query, key, value = query[places], key[places], value[places]
+    out: torch.Tensor = varlen_attn(  # type: ignore[assignment]
+        query,
+        key,
+        value,
+        cu_seqlens,
+        cu_seqlens,
+        max_length,
+        max_length,
+        scale=scaling,
+        window_size=(-1, 0),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return out if own is None else out[own]
+
+
+@lru_cache(maxsize=64)
+def _unshared(cu_seqlens: tuple[int, ...], prefixes: Prefixes) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Whole sequences one after the other: the token of each place, whether it is the sequence's own, and where each
+    sequence starts."""
+    places = [_places(*span, *prefix) for span, prefix in zip(pairwise(cu_seqlens), prefixes, strict=True)]
+    own = [torch.arange(len(whole)) >= length for whole, (_, length) in zip(places, prefixes, strict=True)]
+    starts = torch.tensor([0, *map(len, places)]).cumsum(0).to(torch.int32)
+    return torch.cat(places), torch.cat(own), starts
+
+
+def _places(start: int, end: int, prefix_start: int, prefix_length: int) -> torch.Tensor:
+    """Tokens of one whole sequence."""
+    return torch.cat([torch.arange(prefix_start, prefix_start + prefix_length), torch.arange(start, end)])
 
 
 def _bucketed(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seqlens: torch.Tensor, scaling: float | None
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    prefixes: Prefixes | None,
+    scaling: float | None,
 ) -> torch.Tensor:
-    buckets = _buckets(tuple(cu_seqlens.tolist()))
+    buckets = _buckets(tuple(cu_seqlens.tolist()), prefixes)
     gqa = query.shape[1] != key.shape[1]
-    if len(buckets) == 1 and bool(buckets[0].real.all()):  # one length: the batch is a view
+    if prefixes is None and len(buckets) == 1 and bool(buckets[0].real.all()):  # one length: the batch is a view
         shape = buckets[0].rows.shape
         q, k, v = (states.unflatten(0, shape).transpose(1, 2) for states in (query, key, value))
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=gqa)
@@ -105,18 +145,21 @@ def _bucketed(
 
 
 @lru_cache(maxsize=64)
-def _buckets(cu_seqlens: tuple[int, ...]) -> list[_Bucket]:
+def _buckets(cu_seqlens: tuple[int, ...], prefixes: Prefixes | None) -> list[_Bucket]:
     """Group sequences whose lengths differ by at most a quarter, so that little of a batch is padding."""
-    by_size: dict[int, list[tuple[int, int]]] = {}
-    for start, end in pairwise(cu_seqlens):
-        by_size.setdefault(math.ceil(math.log(end - start, 1.25)), []).append((start, end))
+    spans = list(pairwise(cu_seqlens))
+    by_size: dict[int, list[tuple[torch.Tensor, int]]] = {}
+    for span, prefix in zip(spans, prefixes or [(0, 0)] * len(spans), strict=True):
+        whole = _places(*span, *prefix)
+        by_size.setdefault(math.ceil(math.log(len(whole), 1.25)), []).append((whole, prefix[1]))
     buckets = []
-    for spans in by_size.values():
-        starts = torch.tensor([start for start, _ in spans])[:, None]
-        lengths = torch.tensor([end - start for start, end in spans])[:, None]
+    for sequences in by_size.values():
+        lengths = torch.tensor([len(whole) for whole, _ in sequences])[:, None]
+        before = torch.tensor([length for _, length in sequences])[:, None]
         place = torch.arange(int(lengths.max()))[None]
-        real = place < lengths
-        rows = starts + torch.minimum(place, lengths - 1)
+        padded = [torch.cat([whole, whole[-1:].expand(place.shape[1] - len(whole))]) for whole, _ in sequences]
+        rows = torch.stack(padded)
+        real = (place >= before) & (place < lengths)
         buckets.append(_Bucket(rows, real, rows[real]))
     return buckets
 

@@ -77,6 +77,8 @@ class ScalarModel(nn.Module):
 
 def _hidden_states(model: PreTrainedModel, packed: PackedSequences) -> torch.Tensor:
     """Final hidden states `[tokens, hidden]`."""
+    # Only where there are some: not every architecture hands on what it does not know.
+    shared = {} if packed.prefixes is None else {"shared_prefixes": packed.prefixes}
     out = model.base_model(
         input_ids=packed.input_ids,
         position_ids=packed.position_ids,
@@ -85,6 +87,7 @@ def _hidden_states(model: PreTrainedModel, packed: PackedSequences) -> torch.Ten
         cu_seq_lens_k=packed.cu_seqlens,
         max_length_q=packed.max_length,
         max_length_k=packed.max_length,
+        **shared,
     )
     hidden: torch.Tensor = out.last_hidden_state[0]
     return hidden

@@ -15,6 +15,7 @@ from rlhf_ray.actors.preference import PreferenceWorker
 from rlhf_ray.config.preference import Preference
 from rlhf_ray.data.comparisons import ComparisonSet
 from rlhf_ray.data.trajectory import offsets_of
+from rlhf_ray.models.answers import AnswerPack
 from rlhf_ray.models.heads import CausalModel, load_causal
 
 PAIRS = 6
@@ -68,16 +69,21 @@ def worker_of(model: CausalModel, loss: Sequence[dict[str, Any]], **algorithm: A
 def padded_logprobs(folder: Path, data: ComparisonSet) -> list[list[float]]:
     """Log-probs of each answer's tokens from transformers' own padded forward pass, all logits in float64."""
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        return [answer.tolist() for answer in answer_logprobs(theirs, data)]
+
+
+def answer_logprobs(theirs: Any, data: ComparisonSet) -> list[torch.Tensor]:
+    """Log-probs of each answer's tokens, padded."""
     texts = [data.tokens(candidate) for candidate in range(len(data.answer_starts))]
     ids = torch.zeros(len(texts), max(map(len, texts)), dtype=torch.int64)
     mask = torch.zeros_like(ids)
     for row, text in enumerate(texts):
         ids[row, : len(text)], mask[row, : len(text)] = torch.from_numpy(text.astype(np.int64)), 1
-    with torch.no_grad():
-        log_p = theirs(ids, attention_mask=mask).logits.double().log_softmax(-1)
+    log_p = theirs(ids, attention_mask=mask).logits.double().log_softmax(-1)
     return [
-        [float(log_p[row, place - 1, int(text[place])]) for place in range(int(data.answer_starts[row]), len(text))]
-        for row, text in enumerate(texts)
+        log_p[row, start - 1 : len(text) - 1].gather(-1, ids[row, start : len(text), None])[:, 0]
+        for row, (text, start) in enumerate(zip(texts, data.answer_starts, strict=True))
     ]
 
 
@@ -222,10 +228,38 @@ def test_a_packed_batch_has_the_loss_of_the_padded_one(
     total, stats = worker.micro_batch_loss(data, range(PAIRS))
     pairs = pairs_of(data, padded_logprobs(tiny_model_dir, data), reference)
     wanted = [weight * formula(pair) for weight, pair in zip(data.weights, pairs, strict=True)]
-    assert float(total) == pytest.approx(sum(wanted), rel=2e-4)
+    assert float(total.detach()) == pytest.approx(sum(wanted), rel=2e-4)
     assert stats["loss"].value == pytest.approx(sum(wanted) / data.weights.sum(), rel=2e-4)
     assert stats["accuracy"].value == sum(margin(pair) > 0 for pair in pairs) / PAIRS
     assert stats["margin"].value == pytest.approx(sum(map(margin, pairs)) / PAIRS, abs=1e-3)
+
+
+def test_a_prompt_that_is_computed_once_for_both_answers_has_the_gradient_of_the_padded_batch(
+    model: CausalModel, tiny_model_dir: Path
+) -> None:
+    data = comparisons(2)
+    reference = reference_of(data)
+    worker = worker_of(model, [SIGMOID])
+    worker.take_as_given(data, reference, None, 0.0, 0.0)
+    pack = AnswerPack.of(data, range(2 * PAIRS), torch.device("cpu"))
+    assert pack.packed.input_ids.numel() == len(data.token_ids) - data.answer_starts[::2].sum()
+    model.zero_grad()
+    worker.micro_batch_loss(data, range(PAIRS))[0].backward()
+
+    theirs = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
+    sums = torch.stack([answer.sum() for answer in answer_logprobs(theirs, data)])
+    ratios = sums - torch.from_numpy(np.add.reduceat(reference.values.astype(np.float64), reference.offsets[:-1]))
+    losses = -torch.nn.functional.logsigmoid(0.3 * (ratios[::2] - ratios[1::2]))
+    (losses * torch.from_numpy(data.weights)).sum().backward()
+    wanted = dict(theirs.named_parameters())
+    for name, parameter in model.model.named_parameters():
+        torch.testing.assert_close(parameter.grad, wanted[name].grad, rtol=1e-3, atol=1e-5)
+
+
+def test_answers_to_different_prompts_share_nothing(model: CausalModel) -> None:
+    data = comparisons(2)
+    pack = AnswerPack.of(data, [0, 3, 2, 1], torch.device("cpu"))
+    assert pack.packed.prefixes == ((0, 0), (0, 0), (len(data.tokens(0)), int(data.answer_starts[3])), (0, 0))
 
 
 def test_losses_add_up_by_their_weights(model: CausalModel) -> None:
@@ -307,8 +341,6 @@ def test_losses_that_couple_all_pairs_have_the_gradient_of_the_sorted_batch(kind
 
 def summed_logprobs(worker: PreferenceWorker, data: ComparisonSet) -> torch.Tensor:
     """Sums over the tokens of each answer with their gradient, one answer after the other."""
-    from rlhf_ray.models.answers import AnswerPack
-
     pack = AnswerPack.of(data, range(2 * PAIRS), torch.device("cpu"))
     logprobs = worker.engine(pack.packed, pack.positions, pack.targets, 1.0)[0].double()
     return torch.stack([part.sum() for part in logprobs.split(pack.lengths.tolist())])

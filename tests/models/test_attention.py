@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf_ray.models.attention import packed_attention
+from rlhf_ray.models.attention import _unshared, packed_attention
 
 SIZE = 8
 
@@ -118,3 +118,24 @@ def test_a_sliding_window_that_would_bind_is_refused() -> None:
     attend(window=6)
     with pytest.raises(NotImplementedError, match="window of 5 tokens.* sequence of 6"):
         attend(window=5)
+
+
+# Own tokens of each sequence, and its prefix within the pack as start and length.
+SHARED = [(7, (0, 0)), (2, (0, 4)), (3, (0, 7)), (5, (0, 0)), (1, (12, 2)), (6, (12, 5))]
+
+
+def test_a_shared_prefix_is_attended_to_as_if_each_sequence_had_its_own() -> None:
+    lengths, prefixes = [own for own, _ in SHARED], tuple(prefix for _, prefix in SHARED)
+    parts = states(lengths, heads=4, kv_heads=2, seed=3)
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
+    mine, _ = packed_attention(
+        torch.nn.Identity(), *parts, None, None, cu_seq_lens_q=cu_seqlens, max_length_q=11, shared_prefixes=prefixes
+    )
+    places, own, starts = _unshared(tuple(cu_seqlens.tolist()), prefixes)
+    whole = [own + length for own, (_, length) in SHARED]
+    assert starts.tolist() == [0, *torch.tensor(whole).cumsum(0).tolist()]
+    assert places[own].tolist() == list(range(sum(lengths)))
+    wanted = padded(tuple(part[:, :, places] for part in parts), whole)[:, own]
+    torch.testing.assert_close(mine, wanted.float(), rtol=1e-5, atol=1e-5)
+    for got, want in zip(gradients(mine, parts), gradients(wanted, parts), strict=True):
+        torch.testing.assert_close(got, want.float(), rtol=1e-5, atol=1e-5)
