@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 # Arguments and options that benchmarks have in common.
 ModelArgument = Annotated[Path, typer.Argument(metavar="MODEL", help="Model folder.", exists=True, file_okay=False)]
-ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="Config of a PPO job.", exists=True)]
+ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="Config of a job.", exists=True)]
 OverridesArgument = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Keys of the config to set.", show_default=False)
 ]

@@ -5,9 +5,10 @@ policy's. TRL's is an optimizer step of its `DPOTrainer` on the same pairs of to
 optimizer and both models in memory. Both live side by side and take turns. The learning rate is so low that every
 repetition does the same; that the gradient norms agree shows that it is the same on both sides.
 
-TRL has what serves it best: PyTorch's fused attention, no gradient checkpointing, weights in the job's number format
-(our optimizer keeps float32 weights beside them, TRL's does not), and micro-batches that are collated before its clock
-starts. `--trl-pairs` sets their size: more pairs are more padding, fewer are more passes.
+TRL has what serves it best: PyTorch's fused attention, no gradient checkpointing, weights in the job's number format,
+and micro-batches that are collated before its clock starts. `--trl-pairs` sets their size: more pairs are more padding,
+fewer are more passes. Our optimizer keeps float32 weights beside bfloat16 ones; TRL's does not, so what it saves it
+loses in small updates. `--trl-autocast` has it train at our precision, with float32 weights, which is slower.
 """
 
 import threading
@@ -62,6 +63,9 @@ def main(
     config: ConfigArgument,
     overrides: OverridesArgument = None,
     trl_pairs: Annotated[int, typer.Option(min=1, help="Pairs of TRL's forward pass; divides rows_per_step.")] = 4,
+    trl_autocast: Annotated[
+        bool, typer.Option("--trl-autocast", help="TRL with float32 weights under bfloat16 autocast.")
+    ] = False,
     repeats: RepeatsOption = 3,
     results: ResultsOption = RESULTS,
 ) -> None:
@@ -73,6 +77,9 @@ def main(
     pairs = job.data.rows_per_step
     if pairs % trl_pairs:
         raise typer.BadParameter(f"{trl_pairs} does not divide data.rows_per_step ({pairs})", param_hint="--trl-pairs")
+    dtype = job.policy.engine.dtype
+    if trl_autocast and dtype != "bfloat16":
+        raise typer.BadParameter(f"policy.engine.dtype is {dtype}", param_hint="--trl-autocast")
     threads = job.placement.policy.threads or max(1, int(job.placement.policy.cpus))
     ours: list[float] = []
     theirs: list[float] = []
@@ -82,7 +89,8 @@ def main(
         FreshProcess(process_env(threads)) as process,
     ):
         side = OurSide(job, data, roles)
-        process.call(_start_trl, threads, job.policy, _beta(job.algorithm), _token_ids(data), trl_pairs, repeats + 1)
+        settings = TRLSettings(_beta(job.algorithm), trl_pairs, trl_autocast, repeats + 1)
+        process.call(_start_trl, threads, job.policy, settings, _token_ids(data))
         for number in range(repeats + 1):  # the first is the warm-up
             done = side.step()
             ours.append(done.seconds)
@@ -93,7 +101,7 @@ def main(
     lengths = data.lengths
     report(
         "dpo_trl",
-        f"{config.name}, {job.policy.engine.dtype}",
+        f"{config.name}, {dtype}" + (", TRL with autocast" if trl_autocast else ""),
         arguments,
         [
             Measure(name="DPO pairs/s ÷ TRL's DPOTrainer", value=rate / rate_trl, asked="at least 2"),
@@ -189,12 +197,26 @@ def _padded(data: ComparisonSet, pairs: int) -> int:
     return int((lengths.max(axis=1) * pairs * 2).sum())
 
 
+@dataclass(frozen=True)
+class TRLSettings:
+    """What TRL's trainer is told beside the policy's section.
+
+    Attributes:
+        pairs_per_pass: divides the number of pairs.
+        autocast: float32 weights, and bfloat16 where autocast says so; else weights in the policy's number format.
+        steps: optimizer steps of the run.
+    """
+
+    beta: float
+    pairs_per_pass: int
+    autocast: bool
+    steps: int
+
+
 class TRLSide:
     """TRL's trainer in a thread of its own, which stops before each optimizer step until it is asked for it."""
 
-    def __init__(
-        self, policy: Policy, beta: float, rows: Sequence[PairTokens], pairs_per_pass: int, steps: int
-    ) -> None:
+    def __init__(self, policy: Policy, settings: TRLSettings, rows: Sequence[PairTokens]) -> None:
         from datasets import Dataset
         from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
         from trl import DPOConfig, DPOTrainer
@@ -221,7 +243,7 @@ class TRLSide:
                     side._answers.put(BareReport(float(logs["grad_norm"]), self._seconds))
 
         def load() -> Any:
-            dtype = DTYPES[policy.engine.dtype]
+            dtype = torch.float32 if settings.autocast else DTYPES[policy.engine.dtype]
             return AutoModelForCausalLM.from_pretrained(policy.model, dtype=dtype, attn_implementation="sdpa")
 
         self._scratch = TemporaryDirectory()
@@ -231,10 +253,10 @@ class TRLSide:
             ref_model=load(),
             args=DPOConfig(
                 output_dir=self._scratch.name,
-                beta=beta,
-                max_steps=steps,
-                per_device_train_batch_size=pairs_per_pass,
-                gradient_accumulation_steps=len(rows) // pairs_per_pass,
+                beta=settings.beta,
+                max_steps=settings.steps,
+                per_device_train_batch_size=settings.pairs_per_pass,
+                gradient_accumulation_steps=len(rows) // settings.pairs_per_pass,
                 train_sampling_strategy="sequential",
                 max_length=None,
                 optim="adamw_torch_fused",
@@ -246,7 +268,7 @@ class TRLSide:
                 max_grad_norm=policy.engine.gradient_clip,
                 lr_scheduler_type="constant",
                 gradient_checkpointing=False,
-                bf16=False,  # the weights are, or are not
+                bf16=settings.autocast,
                 use_cpu=platform().device.type == "cpu",
                 dataloader_pin_memory=False,
                 logging_steps=1,
@@ -254,7 +276,7 @@ class TRLSide:
                 report_to="none",
                 disable_tqdm=True,
             ),
-            train_dataset=Dataset.from_list([vars(row) for row in rows] * steps),
+            train_dataset=Dataset.from_list([vars(row) for row in rows] * settings.steps),
             processing_class=AutoTokenizer.from_pretrained(policy.model),
             callbacks=[InTurns()],
         )
