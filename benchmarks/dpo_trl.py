@@ -62,7 +62,7 @@ from rlhf_ray.platform import platform
 def main(
     config: ConfigArgument,
     overrides: OverridesArgument = None,
-    trl_pairs: Annotated[int, typer.Option(min=1, help="Pairs of TRL's forward pass; divides rows_per_step.")] = 4,
+    trl_pairs: Annotated[int, typer.Option(min=1, help="Pairs of TRL's forward pass; divides rows_per_step.")] = 2,
     trl_autocast: Annotated[
         bool, typer.Option("--trl-autocast", help="TRL with float32 weights under bfloat16 autocast.")
     ] = False,
