@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Fine-tunes SmolLM2 on the answers that people chose, then trains the result by DPO against those that they rejected.
 # Each job starts from the model folder that the one before has written. Run again, it uses what is there.
-#   scripts/sft_dpo.sh           SmolLM2-135M on LLaMA-Factory's demo pairs, about 15 minutes on two cores
-#   scripts/sft_dpo.sh --tiny    a tiny random model, about a minute, no downloads beyond the packages
+#   scripts/sft_dpo.sh           SmolLM2-135M on LLaMA-Factory's demo pairs
+#   scripts/sft_dpo.sh --tiny    a tiny random model, a minute or two, no downloads beyond the packages
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

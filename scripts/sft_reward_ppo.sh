@@ -2,8 +2,8 @@
 # Fine-tunes SmolLM2 on IMDB reviews, trains a reward model on human ratings from the result, and runs PPO on the one
 # against the other. Each job starts from the model folders that those before have written. Run again, it uses what is
 # there.
-#   scripts/sft_reward_ppo.sh           SmolLM2-135M, about 12 minutes on two cores
-#   scripts/sft_reward_ppo.sh --tiny    a tiny random model, about two minutes, no downloads beyond the packages
+#   scripts/sft_reward_ppo.sh           SmolLM2-135M
+#   scripts/sft_reward_ppo.sh --tiny    a tiny random model, a few minutes, no downloads beyond the packages
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
