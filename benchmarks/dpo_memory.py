@@ -2,8 +2,9 @@
 
 A forward pass of the reference, then a forward and a backward pass of the policy, over pairs of random tokens without
 prompts, so that every token but the first of a text is predicted. Ours runs the texts packed through `CausalModel`,
-which makes the logits of `--vocab-chunk-tokens` positions at a time. The plain way is `model(...).logits`, log-softmax
-in float32 and gather. A third side stops before the vocabulary head: what the others take beyond it is the head's.
+which never has more logits than those of `--vocab-chunk-tokens` positions. The plain way is `model(...).logits`,
+log-softmax in float32 and gather. A third side stops before the vocabulary head: what the others take beyond it is the
+head's.
 
 Each side has a process of its own. Counted is what the kernel saw at most in memory, less what was there when both
 models were loaded. There is no optimizer.
@@ -53,7 +54,7 @@ def main(
     dtype: DtypeOption = "bfloat16",
     tokens: Annotated[int, typer.Option(min=4, help="Tokens of the micro-batch.")] = 4096,
     text_tokens: Annotated[int, typer.Option(min=2, help="Tokens of one text; two texts are a pair.")] = 512,
-    vocab_chunk_tokens: Annotated[int, typer.Option(min=1, help="Positions whose logits exist at a time.")] = 1024,
+    vocab_chunk_tokens: Annotated[int, typer.Option(min=1, help="As in the config.")] = 256,
     threads: ThreadsOption = CORES,
     results: ResultsOption = RESULTS,
 ) -> None:

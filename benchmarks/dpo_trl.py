@@ -5,10 +5,10 @@ policy's. TRL's is an optimizer step of its `DPOTrainer` on the same pairs of to
 optimizer and both models in memory. Both live side by side and take turns. The learning rate is so low that every
 repetition does the same; that the gradient norms agree shows that it is the same on both sides.
 
-TRL has what serves it best: PyTorch's fused attention, no gradient checkpointing, weights in the job's number format,
-and micro-batches that are collated before its clock starts. `--trl-pairs` sets their size: more pairs are more padding,
-fewer are more passes. Our optimizer keeps float32 weights beside bfloat16 ones; TRL's does not, so what it saves it
-loses in small updates. `--trl-autocast` has it train at our precision, with float32 weights, which is slower.
+TRL has what serves it best: PyTorch's fused attention, no gradient checkpointing, and micro-batches that are collated
+before its clock starts. `--trl-pairs` sets their size: more pairs are more padding, fewer are more passes. A job in
+bfloat16 computes in it and updates float32 weights, and so does TRL, by autocast, unless it is told otherwise.
+`--trl-bfloat16-weights` tells it otherwise: faster, and an update that is small beside its weight is lost.
 """
 
 import threading
@@ -55,7 +55,6 @@ from rlhf_ray.controllers.reference_columns import LiveReference
 from rlhf_ray.controllers.roles import PreferenceRoles, preference_roles
 from rlhf_ray.data.comparisons import ComparisonSet
 from rlhf_ray.data.packing import plan_micro_batches
-from rlhf_ray.engines.training import DTYPES
 from rlhf_ray.platform import platform
 
 
@@ -63,8 +62,8 @@ def main(
     config: ConfigArgument,
     overrides: OverridesArgument = None,
     trl_pairs: Annotated[int, typer.Option(min=1, help="Pairs of TRL's forward pass; divides rows_per_step.")] = 2,
-    trl_autocast: Annotated[
-        bool, typer.Option("--trl-autocast", help="TRL with float32 weights under bfloat16 autocast.")
+    trl_bfloat16_weights: Annotated[
+        bool, typer.Option("--trl-bfloat16-weights", help="TRL without float32 weights.")
     ] = False,
     repeats: RepeatsOption = 3,
     results: ResultsOption = RESULTS,
@@ -78,8 +77,8 @@ def main(
     if pairs % trl_pairs:
         raise typer.BadParameter(f"{trl_pairs} does not divide data.rows_per_step ({pairs})", param_hint="--trl-pairs")
     dtype = job.policy.engine.dtype
-    if trl_autocast and dtype != "bfloat16":
-        raise typer.BadParameter(f"policy.engine.dtype is {dtype}", param_hint="--trl-autocast")
+    if trl_bfloat16_weights and dtype != "bfloat16":
+        raise typer.BadParameter(f"policy.engine.dtype is {dtype}", param_hint="--trl-bfloat16-weights")
     threads = job.placement.policy.threads or max(1, int(job.placement.policy.cpus))
     ours: list[float] = []
     theirs: list[float] = []
@@ -89,7 +88,7 @@ def main(
         FreshProcess(process_env(threads)) as process,
     ):
         side = OurSide(job, data, roles)
-        settings = TRLSettings(_beta(job.algorithm), trl_pairs, trl_autocast, repeats + 1)
+        settings = TRLSettings(_beta(job.algorithm), trl_pairs, dtype == "bfloat16", trl_bfloat16_weights, repeats + 1)
         process.call(_start_trl, threads, job.policy, settings, _token_ids(data))
         for number in range(repeats + 1):  # the first is the warm-up
             done = side.step()
@@ -101,7 +100,7 @@ def main(
     lengths = data.lengths
     report(
         "dpo_trl",
-        f"{config.name}, {dtype}" + (", TRL with autocast" if trl_autocast else ""),
+        f"{config.name}, {dtype}" + (", TRL without float32 weights" if trl_bfloat16_weights else ""),
         arguments,
         [
             Measure(name="DPO pairs/s ÷ TRL's DPOTrainer", value=rate / rate_trl, asked="at least 2"),
@@ -203,13 +202,15 @@ class TRLSettings:
 
     Attributes:
         pairs_per_pass: divides the number of pairs.
-        autocast: float32 weights, and bfloat16 where autocast says so; else weights in the policy's number format.
+        bfloat16: compute in it.
+        bfloat16_weights: have no float32 weights beside.
         steps: optimizer steps of the run.
     """
 
     beta: float
     pairs_per_pass: int
-    autocast: bool
+    bfloat16: bool
+    bfloat16_weights: bool
     steps: int
 
 
@@ -243,7 +244,7 @@ class TRLSide:
                     side._answers.put(BareReport(float(logs["grad_norm"]), self._seconds))
 
         def load() -> Any:
-            dtype = torch.float32 if settings.autocast else DTYPES[policy.engine.dtype]
+            dtype = torch.bfloat16 if settings.bfloat16_weights else torch.float32
             return AutoModelForCausalLM.from_pretrained(policy.model, dtype=dtype, attn_implementation="sdpa")
 
         self._scratch = TemporaryDirectory()
@@ -268,7 +269,7 @@ class TRLSide:
                 max_grad_norm=policy.engine.gradient_clip,
                 lr_scheduler_type="constant",
                 gradient_checkpointing=False,
-                bf16=settings.autocast,
+                bf16=settings.bfloat16 and not settings.bfloat16_weights,
                 use_cpu=platform().device.type == "cpu",
                 dataloader_pin_memory=False,
                 logging_steps=1,

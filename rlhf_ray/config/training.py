@@ -26,8 +26,8 @@ class ScoringEngine(Section):
     """3 shards the weights over the ranks and gathers them layer by layer; 0 keeps a copy on each rank."""
     micro_batch_tokens: PositiveInt = 8192
     """Tokens (prompt and response) packed into one forward pass. A longer sample goes through alone."""
-    vocab_chunk_tokens: PositiveInt = 1024
-    """Response positions whose logits exist at the same time."""
+    vocab_chunk_tokens: PositiveInt = 256
+    """Logits that exist at the same time, as positions with the whole vocabulary; more positions take it in parts."""
     offload_parameters: bool = False
     """Keep sharded weights in host memory between uses (needs `zero_stage: 3`)."""
 
@@ -47,8 +47,8 @@ class TrainingEngine(Section):
     """Number format of weights and activations. The optimizer keeps float32 master weights either way."""
     micro_batch_tokens: PositiveInt = 8192
     """Tokens packed into one forward and backward pass of a rank. Does not change the gradient."""
-    vocab_chunk_tokens: PositiveInt = 1024
-    """Response positions whose logits exist at the same time."""
+    vocab_chunk_tokens: PositiveInt = 256
+    """Logits that exist at the same time, as positions with the whole vocabulary; more positions take it in parts."""
     gradient_clip: NonNegativeFloat = 1.0
     """Largest global gradient norm of an optimizer step; 0 turns clipping off."""
     offload_optimizer: bool = False

@@ -22,18 +22,19 @@ Prefixes = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
-class _Bucket:
-    """Sequences that attend in one batch.
+class _Buckets:
+    """Sequences of similar length side by side, each bucket attending in one batch.
 
     Attributes:
-        rows: int64 `[sequences, length]`, token of each place; places past a sequence's end repeat its last token.
-        real: bool `[sequences, length]`, places that hold a token of the sequence's own: none of its prefix.
-        tokens: int64 `[real places]`, where their results go.
+        rows: for each bucket, int64 `[sequences * length]`, token of each place; places past a sequence's end repeat
+            its last token.
+        lengths: length of each bucket's sequences.
+        places: int64 `[tokens]`, the place of each token in its own sequence, all buckets end to end.
     """
 
-    rows: torch.Tensor
-    real: torch.Tensor
-    tokens: torch.Tensor
+    rows: list[torch.Tensor]
+    lengths: list[int]
+    places: torch.Tensor
 
 
 def packed_attention(
@@ -129,39 +130,34 @@ def _bucketed(
 ) -> torch.Tensor:
     buckets = _buckets(tuple(cu_seqlens.tolist()), prefixes)
     gqa = query.shape[1] != key.shape[1]
-    if prefixes is None and len(buckets) == 1 and bool(buckets[0].real.all()):  # one length: the batch is a view
-        shape = buckets[0].rows.shape
-        q, k, v = (states.unflatten(0, shape).transpose(1, 2) for states in (query, key, value))
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=gqa)
-        return out.transpose(1, 2).flatten(0, 1)
     parts = []
-    for bucket in buckets:
-        q, k, v = (states[bucket.rows].transpose(1, 2) for states in (query, key, value))
+    for rows, length in zip(buckets.rows, buckets.lengths, strict=True):
+        # Plain indexing would do the same, with a backward pass that is several times slower.
+        q, k, v = (states.index_select(0, rows).unflatten(0, (-1, length)) for states in (query, key, value))
+        q, k, v = (states.transpose(1, 2) for states in (q, k, v))
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=gqa)
-        parts.append(out.transpose(1, 2)[bucket.real])
-    back = torch.empty(query.shape[0], dtype=torch.int64)
-    back[torch.cat([bucket.tokens for bucket in buckets])] = torch.arange(query.shape[0])
-    return torch.cat(parts)[back]
+        parts.append(out.transpose(1, 2).flatten(0, 1))
+    return torch.cat(parts).index_select(0, buckets.places)
 
 
 @lru_cache(maxsize=64)
-def _buckets(cu_seqlens: tuple[int, ...], prefixes: Prefixes | None) -> list[_Bucket]:
+def _buckets(cu_seqlens: tuple[int, ...], prefixes: Prefixes | None) -> _Buckets:
     """Group sequences whose lengths differ by at most a quarter, so that little of a batch is padding."""
     spans = list(pairwise(cu_seqlens))
     by_size: dict[int, list[tuple[torch.Tensor, int]]] = {}
     for span, prefix in zip(spans, prefixes or [(0, 0)] * len(spans), strict=True):
         whole = _places(*span, *prefix)
         by_size.setdefault(math.ceil(math.log(len(whole), 1.25)), []).append((whole, prefix[1]))
-    buckets = []
+    rows, lengths = [], []
+    places, end = torch.empty(cu_seqlens[-1], dtype=torch.int64), 0
     for sequences in by_size.values():
-        lengths = torch.tensor([len(whole) for whole, _ in sequences])[:, None]
-        before = torch.tensor([length for _, length in sequences])[:, None]
-        place = torch.arange(int(lengths.max()))[None]
-        padded = [torch.cat([whole, whole[-1:].expand(place.shape[1] - len(whole))]) for whole, _ in sequences]
-        rows = torch.stack(padded)
-        real = (place >= before) & (place < lengths)
-        buckets.append(_Bucket(rows, real, rows[real]))
-    return buckets
+        length = max(len(whole) for whole, _ in sequences)
+        for whole, before in sequences:
+            places[whole[before:]] = torch.arange(end + before, end + len(whole))
+            end += length
+        rows.append(torch.cat([whole[torch.arange(length).clamp(max=len(whole) - 1)] for whole, _ in sequences]))
+        lengths.append(length)
+    return _Buckets(rows, lengths, places)
 
 
 AttentionInterface.register(PACKED_ATTENTION, packed_attention)

@@ -10,10 +10,10 @@ Beside = Literal["entropy", "collision", "nothing"]
 
 
 class TokenLogProbs(nn.Module):
-    """The vocabulary head of a causal model, applied to a few hundred positions at a time.
+    """The vocabulary head of a causal model, applied to a block of the vocabulary at a time.
 
-    Logits `[chunk, vocab]` are made, reduced and dropped; the backward pass makes them again. Peak memory is
-    therefore that of one chunk, however many positions there are.
+    Logits `[positions, block]` are made, reduced and dropped; the backward pass makes them again. A block is so large
+    that there are never more logits than `chunk_tokens` positions have, however many positions there are.
     """
 
     def __init__(self, head: nn.Module, chunk_tokens: int) -> None:
@@ -40,12 +40,18 @@ class TokenLogProbs(nn.Module):
             temperature: divides the logits.
             beside: `entropy` in nats; `collision`, log Σ p², without a gradient; with `nothing` the second is empty.
         """
-        out = _ChunkedLogProbs.apply(hidden, self.weight, targets, temperature, self.chunk_tokens, beside)
+        weight = self.weight
+        size = max(1, len(weight) * self.chunk_tokens // max(1, len(hidden)))
+        blocks = [slice(start, min(start + size, len(weight))) for start in range(0, len(weight), size)]
+        out = _BlockwiseLogProbs.apply(hidden, weight, targets, temperature, blocks, beside)
         return out
 
 
-class _ChunkedLogProbs(torch.autograd.Function):
-    """With p = softmax(z), H = −Σ p log p: ∂log p_t/∂z = 1_t − p and ∂H/∂z = −p·(log p + H)."""
+class _BlockwiseLogProbs(torch.autograd.Function):
+    """With p = softmax(z), H = −Σ p log p: ∂log p_t/∂z = 1_t − p and ∂H/∂z = −p·(log p + H).
+
+    Sums over the vocabulary are put together from those of its blocks.
+    """
 
     @staticmethod
     def forward(
@@ -54,58 +60,57 @@ class _ChunkedLogProbs(torch.autograd.Function):
         weight: torch.Tensor,
         targets: torch.Tensor,
         temperature: float,
-        chunk: int,
+        blocks: list[slice],
         beside: Beside,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        logprobs = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
-        normalisers = torch.empty_like(logprobs)
-        second = logprobs.new_empty(0 if beside == "nothing" else len(hidden))
-        for part in _chunks(len(hidden), chunk):
-            logits = _logits(hidden[part], weight, temperature)
-            normaliser = logits.logsumexp(-1)
-            chosen = logits.gather(-1, targets[part, None])[:, 0]
-            logprobs[part] = chosen - normaliser
-            normalisers[part] = normaliser
+        chosen = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        normaliser = torch.full_like(chosen, -torch.inf)
+        mean_logit, collision = torch.zeros_like(chosen), normaliser
+        for block in blocks:
+            logits = _logits(hidden, weight[block], temperature)
+            inside, places = _within(block, targets)
+            chosen = torch.where(inside, logits.gather(-1, places)[:, 0], chosen)
+            of_block, before = logits.logsumexp(-1), normaliser
+            normaliser = torch.logaddexp(before, of_block)
             if beside == "entropy":
-                mean_logit = torch.linalg.vecdot(logits.sub(normaliser[:, None]).exp_(), logits)
-                second[part] = normaliser - mean_logit
+                p = logits.sub(normaliser[:, None]).exp_()
+                mean_logit = mean_logit * (before - normaliser).exp() + torch.linalg.vecdot(p, logits)
             elif beside == "collision":
-                second[part] = logits.mul_(2).logsumexp(-1) - 2 * normaliser
-        ctx.save_for_backward(hidden, weight, targets, normalisers, second)
-        ctx.temperature, ctx.chunk = temperature, chunk
+                collision = torch.logaddexp(collision, logits.mul_(2).logsumexp(-1))
+        second = normaliser.new_empty(0)
+        if beside == "entropy":
+            second = normaliser - mean_logit
+        elif beside == "collision":
+            second = collision - 2 * normaliser
+        ctx.save_for_backward(hidden, weight, targets, normaliser, second)
+        ctx.temperature, ctx.blocks = temperature, blocks
         if beside != "entropy":
             ctx.mark_non_differentiable(second)
-        return logprobs, second
+        return chosen - normaliser, second
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        hidden, weight, targets, normalisers, entropy = ctx.saved_tensors
-        grad_logprobs, grad_entropy = grads
+        hidden, weight, targets, normaliser, entropy = ctx.saved_tensors
+        by_logprobs, by_entropy = (grad[:, None] / ctx.temperature for grad in grads)
         # Zeros stand for a second output that no loss uses or that has no gradient.
-        with_entropy = bool(grad_entropy.any())
-        grad_hidden = torch.empty_like(hidden)
-        chunks = _chunks(len(hidden), ctx.chunk)
-        # Several chunks add up in float32: a sum kept in bfloat16 would lose what each adds.
-        wide = len(chunks) > 1 and weight.dtype != torch.float64
+        with_entropy = bool(by_entropy.any())
+        by_hidden = torch.zeros_like(hidden, dtype=torch.promote_types(hidden.dtype, torch.float32))
         # A head that is not trained, as beside adapters, needs no gradient as large as itself.
-        grad_weight = None
-        if ctx.needs_input_grad[1]:
-            grad_weight = torch.zeros_like(weight, dtype=torch.float32 if wide else weight.dtype)
-        for part in chunks:
-            logits = _logits(hidden[part], weight, ctx.temperature)
-            log_p = logits.sub_(normalisers[part, None])
-            p = log_p.exp() if with_entropy else log_p.exp_()
+        by_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+        for block in ctx.blocks:
+            log_p = _logits(hidden, weight[block], ctx.temperature).sub_(normaliser[:, None])
             if with_entropy:
-                factor = log_p.add_(entropy[part, None]).mul_(grad_entropy[part, None]).add_(grad_logprobs[part, None])
-                grad = p.mul_(factor.neg_())
+                p = log_p.exp()
+                by_logits = log_p.add_(entropy[:, None]).mul_(by_entropy).add_(by_logprobs).mul_(p).neg_()
             else:
-                grad = p.mul_(-grad_logprobs[part, None])
-            grad.scatter_add_(-1, targets[part, None], grad_logprobs[part, None].to(grad.dtype))
-            grad = grad.div_(ctx.temperature).to(weight.dtype)
-            grad_hidden[part] = grad @ weight
-            if grad_weight is not None:
-                grad_weight += grad.T @ hidden[part]
-        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None, None
+                by_logits = log_p.exp_().mul_(-by_logprobs)
+            inside, places = _within(block, targets)
+            by_logits.scatter_add_(-1, places, torch.where(inside[:, None], by_logprobs, 0).to(by_logits.dtype))
+            by_logits = by_logits.to(weight.dtype)
+            by_hidden += by_logits @ weight[block]
+            if by_weight is not None:
+                torch.mm(by_logits.T, hidden, out=by_weight[block])
+        return by_hidden.to(hidden.dtype), by_weight, None, None, None, None
 
 
 def _logits(hidden: torch.Tensor, weight: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -114,5 +119,7 @@ def _logits(hidden: torch.Tensor, weight: torch.Tensor, temperature: float) -> t
     return logits if temperature == 1.0 else logits / temperature
 
 
-def _chunks(length: int, chunk: int) -> list[slice]:
-    return [slice(start, min(start + chunk, length)) for start in range(0, length, chunk)]
+def _within(block: slice, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which targets lie in a block of the vocabulary, `[positions]`, and where, `[positions, 1]`: 0 for the others."""
+    inside = (targets >= block.start) & (targets < block.stop)
+    return inside, torch.where(inside, targets - block.start, 0)[:, None]
