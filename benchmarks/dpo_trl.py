@@ -55,6 +55,8 @@ from rlhf_ray.controllers.reference_columns import LiveReference
 from rlhf_ray.controllers.roles import PreferenceRoles, preference_roles
 from rlhf_ray.data.comparisons import ComparisonSet
 from rlhf_ray.data.packing import plan_micro_batches
+from rlhf_ray.models.answers import AnswerPack
+from rlhf_ray.models.heads import empty_model
 from rlhf_ray.platform import platform
 
 
@@ -97,7 +99,9 @@ def main(
             theirs.append(reference.seconds)
             say(f"{number}/{repeats}: ours {ours[-1]:.3f} s, TRL {reference.seconds:.3f} s")
     rate, rate_trl = (pairs / median(seconds[1:]) for seconds in (ours, theirs))
-    lengths = data.lengths
+    packed, padded = _packed(job, data), _padded(data, trl_pairs)
+    answers = int(data.answer_lengths.sum())
+    layers, head = _sizes(job.policy.model)
     report(
         "dpo_trl",
         f"{config.name}, {dtype}" + (", TRL without float32 weights" if trl_bfloat16_weights else ""),
@@ -107,9 +111,15 @@ def main(
             Measure(name="DPO", value=rate, unit="pairs/s"),
             Measure(name="TRL", value=rate_trl, unit="pairs/s"),
             Measure(name="pairs in one step", value=pairs),
-            Measure(name="tokens in one step, of prompts and answers", value=int(lengths.sum())),
-            Measure(name="tokens in one step, of answers", value=int(data.answer_lengths.sum())),
-            Measure(name="tokens in one step, with TRL's padding", value=_padded(data, trl_pairs)),
+            Measure(name="tokens in one step, of prompts and answers", value=int(data.lengths.sum())),
+            Measure(name="tokens in one step, of answers", value=answers),
+            Measure(name="tokens in one step, packed with shared prompts", value=packed),
+            Measure(name="tokens in one step, with TRL's padding", value=padded),
+            # Forward pass of the reference, and of the policy forward and backward; our head's logits are made twice.
+            Measure(
+                name="products with weights, TRL ÷ ours, counted",
+                value=4 * (layers + head) * padded / (4 * layers * packed + 5 * head * answers),
+            ),
             Measure(
                 name="relative difference of the gradient norms", value=abs(done.grad_norm / reference.grad_norm - 1)
             ),
@@ -189,6 +199,20 @@ def _token_ids(data: ComparisonSet) -> list[PairTokens]:
         good, bad = data.tokens(chosen).tolist(), data.tokens(rejected).tolist()
         found.append(PairTokens(good[:prompt], good[prompt:], bad[prompt:]))
     return found
+
+
+def _packed(job: PreferenceJob, data: ComparisonSet) -> int:
+    [plan] = plan_micro_batches(data.lengths, 1, job.policy.engine.micro_batch_tokens)
+    packs = (AnswerPack.of(data, data.candidates(rows).tolist(), torch.device("cpu")) for rows in plan)
+    return sum(pack.packed.input_ids.shape[1] for pack in packs)
+
+
+def _sizes(model: str) -> tuple[int, int]:
+    """Weights of a model's layers, and of its vocabulary head."""
+    empty = empty_model(model, scalar=False, dtype=torch.float32)
+    tables = {id(table.weight): table.weight for table in (empty.get_input_embeddings(), empty.get_output_embeddings())}
+    every = sum(parameter.numel() for parameter in empty.parameters())
+    return every - sum(table.numel() for table in tables.values()), empty.get_output_embeddings().weight.numel()
 
 
 def _padded(data: ComparisonSet, pairs: int) -> int:
