@@ -100,8 +100,9 @@ def main(
             say(f"{number}/{repeats}: ours {ours[-1]:.3f} s, TRL {reference.seconds:.3f} s")
     rate, rate_trl = (pairs / median(seconds[1:]) for seconds in (ours, theirs))
     packed, padded = _packed(job, data), _padded(data, trl_pairs)
-    answers = int(data.answer_lengths.sum())
-    layers, head = _sizes(job.policy.model)
+    whole, answers = int(data.lengths.sum()), int(data.answer_lengths.sum())
+    sizes = _sizes(job.policy.model)
+    own = _products(sizes, packed, answers)
     report(
         "dpo_trl",
         f"{config.name}, {dtype}" + (", TRL without float32 weights" if trl_bfloat16_weights else ""),
@@ -111,14 +112,19 @@ def main(
             Measure(name="DPO", value=rate, unit="pairs/s"),
             Measure(name="TRL", value=rate_trl, unit="pairs/s"),
             Measure(name="pairs in one step", value=pairs),
-            Measure(name="tokens in one step, of prompts and answers", value=int(data.lengths.sum())),
+            Measure(name="tokens in one step, of prompts and answers", value=whole),
             Measure(name="tokens in one step, of answers", value=answers),
             Measure(name="tokens in one step, packed with shared prompts", value=packed),
             Measure(name="tokens in one step, with TRL's padding", value=padded),
-            # Forward pass of the reference, and of the policy forward and backward; our head's logits are made twice.
-            Measure(
-                name="products with weights, TRL ÷ ours, counted",
-                value=4 * (layers + head) * padded / (4 * layers * packed + 5 * head * answers),
+            *(
+                Measure(
+                    name=f"products with weights, TRL ÷ ours, counted{where}", value=_products(sizes, *tokens) / own
+                )
+                for where, tokens in (
+                    ("", (padded, padded)),
+                    (", where TRL's head takes answers only, as on a GPU", (padded, answers)),
+                    (", and with its padding_free too", (whole, answers)),
+                )
             ),
             Measure(
                 name="relative difference of the gradient norms", value=abs(done.grad_norm / reference.grad_norm - 1)
@@ -213,6 +219,15 @@ def _sizes(model: str) -> tuple[int, int]:
     tables = {id(table.weight): table.weight for table in (empty.get_input_embeddings(), empty.get_output_embeddings())}
     every = sum(parameter.numel() for parameter in empty.parameters())
     return every - sum(table.numel() for table in tables.values()), empty.get_output_embeddings().weight.numel()
+
+
+def _products(sizes: tuple[int, int], in_layers: int, in_head: int) -> int:
+    """Products of a weight with a token's number in a step: the reference forward, the policy forward and backward.
+
+    The backward pass has two for each of the forward pass. Both sides make the logits of the policy twice.
+    """
+    layers, head = sizes
+    return 4 * layers * in_layers + 5 * head * in_head
 
 
 def _padded(data: ComparisonSet, pairs: int) -> int:
