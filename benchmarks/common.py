@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import wraps
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
@@ -18,6 +19,7 @@ import typer
 from pydantic import BaseModel, ConfigDict, Field
 
 from rlhf_ray.actors.group import KEEP_MEMORY, QUIET
+from rlhf_ray.cli.failures import errors_as_messages
 from rlhf_ray.telemetry.manifest import git_state
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -211,7 +213,13 @@ def spread(*samples: Sequence[float]) -> Measure:
 def run_command(main: Callable[..., None]) -> None:
     """Run a benchmark's `main` as the command that its signature describes."""
     app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-    app.command(help=main.__doc__)(main)
+
+    @app.command(help=main.__doc__)
+    @wraps(main)
+    def command(**arguments: Any) -> None:
+        with errors_as_messages():
+            main(**arguments)
+
     app()
 
 

@@ -2,8 +2,8 @@
 
 Ours is a step of a preference job as its controller calls it: log-probs of the reference's actor, then `step` of the
 policy's. TRL's is an optimizer step of its `DPOTrainer` on the same pairs of tokens in the same order, with the same
-optimizer and both models in memory. Both live side by side and take turns. The learning rate is so low that every
-repetition does the same; that the gradient norms agree shows that it is the same on both sides.
+optimizer and both models in memory. One side comes after the other, since both at once fill 24 GB. The learning rate is
+so low that every repetition does the same; that the gradient norms agree shows that it is the same on both sides.
 
 TRL has what serves it best: PyTorch's fused attention, no gradient checkpointing, and micro-batches that are collated
 before its clock starts. `--trl-pairs` sets their size: more pairs are more padding, fewer are more passes. A job in
@@ -82,23 +82,15 @@ def main(
     if trl_bfloat16_weights and dtype != "bfloat16":
         raise typer.BadParameter(f"policy.engine.dtype is {dtype}", param_hint="--trl-bfloat16-weights")
     threads = job.placement.policy.threads or max(1, int(job.placement.policy.cpus))
-    ours: list[float] = []
-    theirs: list[float] = []
-    with (
-        ray_session(job.cluster, "benchmark"),
-        preference_roles(job, repeats + 1, with_reference=True) as roles,
-        FreshProcess(process_env(threads)) as process,
-    ):
+    turns = range(repeats + 1)  # the first is the warm-up
+    with ray_session(job.cluster, "benchmark"), preference_roles(job, len(turns), with_reference=True) as roles:
         side = OurSide(job, data, roles)
-        settings = TRLSettings(_beta(job.algorithm), trl_pairs, dtype == "bfloat16", trl_bfloat16_weights, repeats + 1)
+        ours = [_told("ours", number, side.step()) for number in turns]
+    with FreshProcess(process_env(threads)) as process:
+        settings = TRLSettings(_beta(job.algorithm), trl_pairs, dtype == "bfloat16", trl_bfloat16_weights, len(turns))
         process.call(_start_trl, threads, job.policy, settings, _token_ids(data))
-        for number in range(repeats + 1):  # the first is the warm-up
-            done = side.step()
-            ours.append(done.seconds)
-            reference = process.call(_step_trl)
-            theirs.append(reference.seconds)
-            say(f"{number}/{repeats}: ours {ours[-1]:.3f} s, TRL {reference.seconds:.3f} s")
-    rate, rate_trl = (pairs / median(seconds[1:]) for seconds in (ours, theirs))
+        theirs = [_told("TRL", number, process.call(_step_trl)) for number in turns]
+    rate, rate_trl = (pairs / median(step.seconds for step in steps[1:]) for steps in (ours, theirs))
     packed, padded = _packed(job, data), _padded(data, trl_pairs)
     whole, answers = int(data.lengths.sum()), int(data.answer_lengths.sum())
     sizes = _sizes(job.policy.model)
@@ -127,13 +119,19 @@ def main(
                 )
             ),
             Measure(
-                name="relative difference of the gradient norms", value=abs(done.grad_norm / reference.grad_norm - 1)
+                name="relative difference of the gradient norms",
+                value=abs(ours[-1].grad_norm / theirs[-1].grad_norm - 1),
             ),
-            spread(ours[1:], theirs[1:]),
+            spread(*([step.seconds for step in steps[1:]] for steps in (ours, theirs))),
         ],
         machine,
         results,
     )
+
+
+def _told(side: str, number: int, step: BareReport) -> BareReport:
+    say(f"{side} {number}: {step.seconds:.3f} s")
+    return step
 
 
 def _dpo(config: Path, overrides: Sequence[str]) -> tuple[PreferenceJob, ComparisonSet]:

@@ -3,7 +3,8 @@
 import logging
 import re
 import traceback
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,22 +26,29 @@ _TRACEBACK = re.compile(r"^\s*(\x1b\[\d+m)*(ray::|Traceback \(most recent call l
 
 
 class Commands(TyperGroup):
-    """Runs a command. This package's own errors become one message on stderr and an exit code; others, which nobody
-    foresaw, keep their traceback."""
+    """Runs a command, with errors as messages."""
 
     def invoke(self, ctx: Any) -> Any:
-        try:
+        with errors_as_messages():
             return super().invoke(ctx)
-        except KeyboardInterrupt as stop:
-            what, code = how_stopped(stop)
-            say(what)
-            raise typer.Exit(code) from None
-        except Exception as error:
-            if not is_own(error):
-                raise
-            logger.debug("where it came from:", exc_info=error)
-            say(message_of(error), error=True)
-            raise typer.Exit(exit_code(error)) from None
+
+
+@contextmanager
+def errors_as_messages() -> Iterator[None]:
+    """This package's own errors become one message on stderr and an exit code; others, which nobody foresaw, keep their
+    traceback."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        what, code = how_stopped(stop)
+        say(what)
+        raise typer.Exit(code) from None
+    except Exception as error:
+        if not is_own(error):
+            raise
+        logger.debug("where it came from:", exc_info=error)
+        say(message_of(error), error=True)
+        raise typer.Exit(exit_code(error)) from None
 
 
 def how_stopped(stop: KeyboardInterrupt) -> tuple[str, int]:
