@@ -96,7 +96,12 @@ def test_a_resumed_run_gives_the_same_rows(run: Path, config: MakeConfig, tmp_pa
 
 
 def rows_of(folder: Path) -> list[Metrics]:
-    return [without_clock(row) for row in read_metrics(folder)]
+    """Metrics of a run that can be compared with another's which cuts its micro-batches elsewhere.
+
+    In the first step the policy is the reference, so rounding alone says which answer has the higher log-ratio.
+    """
+    first, *others = map(without_clock, read_metrics(folder))
+    return [{name: value for name, value in first.items() if name != "train/accuracy"}, *others]
 
 
 def actors_of(folder: Path) -> set[str]:
@@ -191,5 +196,5 @@ def test_with_lora_the_policy_without_its_adapters_is_the_reference(config: Make
     folder = tmp_path / "resumed"
     assert_same_run(resumed(whole, folder, config(folder, *lora)), whole)
     cached = train(config(tmp_path / "cached", *lora, "reference={cache: " + str(tmp_path / "cache") + "}"))
-    for mine, theirs in zip(rows_of(cached), rows, strict=True):
-        assert mine == pytest.approx(without_clock(theirs), rel=1e-4, abs=1e-5)
+    for mine, theirs in zip(rows_of(cached), rows_of(whole), strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-4, abs=1e-5)
