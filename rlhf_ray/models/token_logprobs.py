@@ -64,24 +64,27 @@ class _BlockwiseLogProbs(torch.autograd.Function):
         beside: Beside,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         chosen = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
-        normaliser = torch.full_like(chosen, -torch.inf)
-        mean_logit, collision = torch.zeros_like(chosen), normaliser
+        # Sums of exp(z − peak), whose rounding is relative to them; adding up logarithms would lose digits in each block.
+        peak, total = torch.full_like(chosen, -torch.inf), torch.zeros_like(chosen)
+        weighted = squares = total
         for block in blocks:
             logits = _logits(hidden, weight[block], temperature)
             inside, places = _within(block, targets)
             chosen = torch.where(inside, logits.gather(-1, places)[:, 0], chosen)
-            of_block, before = logits.logsumexp(-1), normaliser
-            normaliser = torch.logaddexp(before, of_block)
+            before, peak = peak, torch.maximum(peak, logits.amax(-1))
+            shrunk = (before - peak).exp()
+            parts = logits.sub(peak[:, None]).exp_()
+            total = total * shrunk + parts.sum(-1)
             if beside == "entropy":
-                p = logits.sub(normaliser[:, None]).exp_()
-                mean_logit = mean_logit * (before - normaliser).exp() + torch.linalg.vecdot(p, logits)
+                weighted = weighted * shrunk + torch.linalg.vecdot(parts, logits)
             elif beside == "collision":
-                collision = torch.logaddexp(collision, logits.mul_(2).logsumexp(-1))
+                squares = squares * shrunk.square() + torch.linalg.vecdot(parts, parts)
+        normaliser = peak + total.log()
         second = normaliser.new_empty(0)
         if beside == "entropy":
-            second = normaliser - mean_logit
+            second = normaliser - weighted / total
         elif beside == "collision":
-            second = collision - 2 * normaliser
+            second = squares.log() - 2 * total.log()
         ctx.save_for_backward(hidden, weight, targets, normaliser, second)
         ctx.temperature, ctx.blocks = temperature, blocks
         if beside != "entropy":
