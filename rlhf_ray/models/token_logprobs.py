@@ -64,7 +64,7 @@ class _BlockwiseLogProbs(torch.autograd.Function):
         beside: Beside,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         chosen = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
-        # Sums of exp(z − peak), whose rounding is relative to them; adding up logarithms would lose digits in each block.
+        # Sums of exp(z − peak), whose rounding is relative to them; adding up logarithms would lose digits by block.
         peak, total = torch.full_like(chosen, -torch.inf), torch.zeros_like(chosen)
         weighted = squares = total
         for block in blocks:
