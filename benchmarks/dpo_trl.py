@@ -87,7 +87,7 @@ def main(
         side = OurSide(job, data, roles)
         ours = [_told("ours", number, side.step()) for number in turns]
     with FreshProcess(process_env(threads)) as process:
-        settings = TRLSettings(_beta(job.algorithm), trl_pairs, dtype == "bfloat16", trl_bfloat16_weights, len(turns))
+        settings = TRLSettings(_beta(job.algorithm), trl_pairs, trl_bfloat16_weights, len(turns))
         process.call(_start_trl, threads, job.policy, settings, _token_ids(data))
         theirs = [_told("TRL", number, process.call(_step_trl)) for number in turns]
     rate, rate_trl = (pairs / median(step.seconds for step in steps[1:]) for steps in (ours, theirs))
@@ -214,9 +214,8 @@ def _packed(job: PreferenceJob, data: ComparisonSet) -> int:
 def _sizes(model: str) -> tuple[int, int]:
     """Weights of a model's layers, and of its vocabulary head."""
     empty = empty_model(model, scalar=False, dtype=torch.float32)
-    tables = {id(table.weight): table.weight for table in (empty.get_input_embeddings(), empty.get_output_embeddings())}
-    every = sum(parameter.numel() for parameter in empty.parameters())
-    return every - sum(table.numel() for table in tables.values()), empty.get_output_embeddings().weight.numel()
+    body = sum(parameter.numel() for parameter in empty.base_model.parameters())
+    return body - empty.get_input_embeddings().weight.numel(), empty.get_output_embeddings().weight.numel()
 
 
 def _products(sizes: tuple[int, int], in_layers: int, in_head: int) -> int:
@@ -239,14 +238,12 @@ class TRLSettings:
 
     Attributes:
         pairs_per_pass: divides the number of pairs.
-        bfloat16: compute in it.
         bfloat16_weights: have no float32 weights beside.
         steps: optimizer steps of the run.
     """
 
     beta: float
     pairs_per_pass: int
-    bfloat16: bool
     bfloat16_weights: bool
     steps: int
 
@@ -306,7 +303,7 @@ class TRLSide:
                 max_grad_norm=policy.engine.gradient_clip,
                 lr_scheduler_type="constant",
                 gradient_checkpointing=False,
-                bf16=settings.bfloat16 and not settings.bfloat16_weights,
+                bf16=policy.engine.dtype == "bfloat16" and not settings.bfloat16_weights,
                 use_cpu=platform().device.type == "cpu",
                 dataloader_pin_memory=False,
                 logging_steps=1,

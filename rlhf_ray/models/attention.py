@@ -37,6 +37,7 @@ class _Buckets:
     places: torch.Tensor
 
 
+# States are gathered by index_select: plain indexing does the same, on CPU with a several times slower backward pass.
 def packed_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -89,7 +90,7 @@ def _varlen(
     own = None
     if prefixes is not None:
         places, own, cu_seqlens = (part.to(query.device) for part in _unshared(tuple(cu_seqlens.tolist()), prefixes))
-        query, key, value = query[places], key[places], value[places]
+        query, key, value = (states.index_select(0, places) for states in (query, key, value))
     out: torch.Tensor = varlen_attn(  # type: ignore[assignment]
         query,
         key,
@@ -102,17 +103,17 @@ def _varlen(
         window_size=(-1, 0),
         enable_gqa=query.shape[1] != key.shape[1],
     )
-    return out if own is None else out[own]
+    return out if own is None else out.index_select(0, own)
 
 
 @lru_cache(maxsize=64)
 def _unshared(cu_seqlens: tuple[int, ...], prefixes: Prefixes) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Whole sequences one after the other: the token of each place, whether it is the sequence's own, and where each
-    sequence starts."""
+    """Whole sequences one after the other: the token of each place, the places of the sequences' own tokens,
+    and where each sequence starts."""
     places = [_places(*span, *prefix) for span, prefix in zip(pairwise(cu_seqlens), prefixes, strict=True)]
     own = [torch.arange(len(whole)) >= length for whole, (_, length) in zip(places, prefixes, strict=True)]
     starts = torch.tensor([0, *map(len, places)]).cumsum(0).to(torch.int32)
-    return torch.cat(places), torch.cat(own), starts
+    return torch.cat(places), torch.cat(own).nonzero()[:, 0], starts
 
 
 def _places(start: int, end: int, prefix_start: int, prefix_length: int) -> torch.Tensor:
@@ -132,7 +133,6 @@ def _bucketed(
     gqa = query.shape[1] != key.shape[1]
     parts = []
     for rows, length in zip(buckets.rows, buckets.lengths, strict=True):
-        # Plain indexing would do the same, with a backward pass that is several times slower.
         q, k, v = (states.index_select(0, rows).unflatten(0, (-1, length)) for states in (query, key, value))
         q, k, v = (states.transpose(1, 2) for states in (q, k, v))
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=gqa)
