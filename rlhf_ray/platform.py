@@ -32,3 +32,8 @@ def platform() -> Platform:
     if torch.cuda.is_available():
         return Platform(torch.device("cuda", 0), "nccl", "nccl", "varlen_flash", "cuda")
     return Platform(torch.device("cpu"), "gloo", "gloo", "bucketed_sdpa", "cpu")
+
+
+def device_names() -> list[str]:
+    """Names of the GPUs that this process sees, none on a machine without."""
+    return [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
