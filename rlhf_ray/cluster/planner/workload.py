@@ -195,9 +195,7 @@ def _ppo(job: PPOJob) -> Workload:
         reference = job.policy.model if job.reference.from_model == "policy" else job.reference.from_model
         shape = read_shape(reference).with_head("vocabulary")
         ranks = place.ranks_of("reference")
-        roles.append(
-            ScoredRole("reference", "reference", shape, job.reference.engine, place.reference, ranks, batch)
-        )
+        roles.append(ScoredRole("reference", "reference", shape, job.reference.engine, place.reference, ranks, batch))
     for number, part in enumerate(job.reward):
         if isinstance(part, ModelReward):
             shape, ranks = read_shape(part.model).with_head("scalar"), place.ranks_of("reward")
