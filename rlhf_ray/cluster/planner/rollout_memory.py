@@ -54,8 +54,8 @@ def engine_plan(role: RolloutRole, device_memory: int, *, cpu: bool) -> EnginePl
     shape, engine, workers = role.shape, role.engine, role.placement.tensor_parallel
     item = ITEMSIZE[role.dtype]
     weights = item * shape.parameters // workers
-    adapters = item * role.adapter_rank * sum(
-        sum(tensor.shape) * tensor.count for tensor in shape.tensors() if tensor.linear
+    adapters = (
+        item * role.adapter_rank * sum(sum(tensor.shape) * tensor.count for tensor in shape.tensors() if tensor.linear)
     )
     passing = _pass_bytes(role)
     each = token_bytes(role)

@@ -187,4 +187,3 @@ class _Rank:
             buckets = 1 if self.cpu else 2
             return buckets * max(self.role.sync_bytes, self.item * largest)
         return 2 * FLOAT32 * largest if self.role.lora is not None else 0
-
