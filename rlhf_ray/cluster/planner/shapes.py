@@ -7,6 +7,7 @@ names and shapes that transformers 5 gives them.
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal
 
 from rlhf_ray.cluster.planner.errors import PlanError
@@ -204,7 +205,7 @@ class ModelShape:
         """The same decoder with another head, as a critic has that starts from a language model."""
         return replace(self, head=head)
 
-    @property
+    @cached_property
     def parameters(self) -> int:
         """All weights; a tied head counts once."""
         return sum(tensor.size * tensor.count for tensor in self.tensors())

@@ -5,11 +5,14 @@ torch's AdamW, gradients accumulated in the engine's own format, contiguous buck
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 from rlhf_ray.cluster.planner.activations import FLOAT32, ITEMSIZE, PassShape
 from rlhf_ray.cluster.planner.adapters import adapted_layers, adapter_sizes, frozen_bytes
 from rlhf_ray.cluster.planner.footprint import Item, Moment, Place, always, during
+from rlhf_ray.cluster.planner.shapes import ModelShape
 from rlhf_ray.cluster.planner.workload import TrainedRole
+from rlhf_ray.config.training import Lora
 from rlhf_ray.engines.level import Level
 
 # DeepSpeed's defaults, in elements (runtime/zero/config.py), and what `engines/training.py` sets.
@@ -41,16 +44,16 @@ class Sizes:
     largest: int
     persistent: int
 
-    @classmethod
-    def of(cls, role: TrainedRole) -> "Sizes":
-        """Of the model of a role."""
-        shape = role.shape
+    @staticmethod
+    @cache
+    def of(shape: ModelShape, lora: Lora | None) -> "Sizes":
+        """Of a model with its adapters."""
         persistent = sum(t.size * t.count for t in shape.tensors() if t.size <= PERSISTENT)
-        if role.lora is None:
+        if lora is None:
             largest = max(tensor.size for tensor in shape.tensors())
-            return cls(shape.parameters, shape.parameters, largest, persistent)
-        adapters = adapter_sizes(shape, role.lora)
-        return cls(shape.parameters + sum(adapters), sum(adapters), max(adapters), persistent)
+            return Sizes(shape.parameters, shape.parameters, largest, persistent)
+        adapters = adapter_sizes(shape, lora)
+        return Sizes(shape.parameters + sum(adapters), sum(adapters), max(adapters), persistent)
 
 
 def trained_items(role: TrainedRole, *, cpu: bool) -> list[Item]:
@@ -78,7 +81,7 @@ class _Rank:
         self.role, self.engine, self.cpu = role, role.engine, cpu
         self.stage, self.ranks = role.engine.zero_stage, role.ranks
         self.item = ITEMSIZE[role.engine.dtype]
-        self.sizes = Sizes.of(role)
+        self.sizes = Sizes.of(role.shape, role.lora)
         self.owned = -(-self.sizes.trained // (self.ranks if self.stage else 1))
         self.states: Place = "host" if role.engine.offload_optimizer else "device"
 
