@@ -11,7 +11,7 @@ import ray
 import torch
 
 from rlhf_ray.data.seeds import derive_seed
-from rlhf_ray.engines.collectives import Rendezvous, join_collectives
+from rlhf_ray.engines.collectives import Rendezvous, join_collectives, use_interface_of
 from rlhf_ray.engines.level import Level
 from rlhf_ray.telemetry.trace import Span, SpanRecorder
 
@@ -39,6 +39,7 @@ class Worker:
 
     def join(self, host: str, port: int, timeout_s: float) -> None:
         """Join the group's collectives."""
+        use_interface_of(ray.util.get_node_ip_address())
         join_collectives(Rendezvous(self.rank, self.world_size, host, port, timeout_s))
 
     def move(self, level: Level) -> None:

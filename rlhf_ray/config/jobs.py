@@ -189,8 +189,12 @@ class PPOJob(_Job):
                 )
         if self.policy_is_reference:
             _check_unused_reference(self.reference, self.placement.reference)
-        engines = {role: (getattr(self, role).engine,) for role in ("policy", "critic", "reference")}
-        engines["reward"] = tuple(part.engine for part in self.reward_models)
+        engines: dict[str, tuple[TrainingEngine | ScoringEngine, ...]] = {
+            "policy": (self.policy.engine,),
+            "critic": (self.critic.engine,),
+            "reference": (self.reference.engine,),
+            "reward": tuple(part.engine for part in self.reward_models),
+        }
         check_sharing(self.places, engines, offload_idle=self.placement.offload_idle)
         return self
 
@@ -376,7 +380,10 @@ class PreferenceJob(_Job):
                     f"reference.update_every is {self.reference.update_every}, but with policy.lora the reference is "
                     "the policy with its adapters off, which stays as it is"
                 )
-        engines = {"policy": (self.policy.engine,), "reference": (self.reference.engine,)}
+        engines: dict[str, tuple[TrainingEngine | ScoringEngine, ...]] = {
+            "policy": (self.policy.engine,),
+            "reference": (self.reference.engine,),
+        }
         check_sharing(self.places, engines, offload_idle=self.placement.offload_idle)
         ranks = self.placement.reference_ranks
         if self.algorithm.needs_reference and self.data.rows_per_step < ranks:

@@ -107,7 +107,7 @@ def ppo_roles(config: PPOJob, inputs: PPOInputs) -> Iterator[PPORoles]:
             timeout_s=config.run.timeouts.rollout_s,
         )
         started.append(rollout)
-        movable = {
+        movable: dict[str, list[ActorGroup]] = {
             "policy": [policy],
             "critic": [critic],
             "reference": [] if reference is None else [reference],

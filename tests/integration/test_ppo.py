@@ -149,6 +149,7 @@ def test_all_roles_on_one_place_that_leave_it_to_each_other_train_as_apart(
     tmp_path: Path, run: Path, ppo_config: MakeConfig
 ) -> None:
     guests = [f"placement.{role}.colocate=policy" for role in ("critic", "reference", "reward", "rollout")]
+    guests += ["placement.critic.cpus=1"]  # what a role reserves that has no place of its own: the default
     together = train(ppo_config(tmp_path / "run", *guests, "placement.offload_idle=true"))
     assert_same_run(together, run)
     assert {"going to out", "going to weights", "going to full"} <= span_names(together)
