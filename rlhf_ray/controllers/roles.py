@@ -22,9 +22,12 @@ from rlhf_ray.actors.waiting import RoleFailure, RoleTimeout, wait_all
 from rlhf_ray.config.jobs import JobConfig, PPOJob, PreferenceJob, RewardModelJob, SFTJob
 from rlhf_ray.config.rewards import FunctionReward, ModelReward, part_name
 from rlhf_ray.config.run import Timeouts
+from rlhf_ray.config.training import ScoringEngine, TrainingEngine
 from rlhf_ray.controllers.preflight import PPOInputs
 
 logger = logging.getLogger("rlhf_ray")
+
+Engine = TrainingEngine | ScoringEngine
 
 
 @dataclass(frozen=True)
@@ -87,14 +90,18 @@ def ppo_roles(config: PPOJob, inputs: PPOInputs) -> Iterator[PPORoles]:
     try:
         seats = _ppo_seats(config, seating)
 
-        def group(role: str, worker: type, name: str | None = None, ranks: int | None = None) -> ActorGroup:
-            count = ranks or placement.ranks_of(role)  # type: ignore[arg-type]
-            created = create_group(name or role, worker, seats[role], count, _identity(name or role, count, config))
+        def group(role: str, worker: type, engine: Engine, name: str | None = None) -> ActorGroup:
+            count, name = placement.ranks_of(role), name or role  # type: ignore[arg-type]
+            identity = _identity(name, count, config)
+            created = create_group(name, worker, seats[role], count, identity, engine.sequence_parallel)
             started.append(created)
             return created
 
-        policy, critic = group("policy", PolicyWorker), group("critic", CriticWorker)
-        reference = None if config.policy_is_reference else group("reference", ReferenceWorker)
+        policy = group("policy", PolicyWorker, config.policy.engine)
+        critic = group("critic", CriticWorker, config.critic.engine)
+        reference = None
+        if not config.policy_is_reference:
+            reference = group("reference", ReferenceWorker, config.reference.engine)
         rewards = tuple(_reward_part(part, group) for part in config.reward)
         started += [part.group for part in rewards if not part.collective]
         engines = create_group(
@@ -140,7 +147,8 @@ def epoch_role(config: RewardModelJob | SFTJob, total_steps: int) -> Iterator[Ac
     group = None
     try:
         seat = seating.seat_trained(role.name, role.placement, guests=0)
-        group = create_group(role.name, worker, seat, role.ranks, _identity(role.name, role.ranks, config))
+        identity = _identity(role.name, role.ranks, config)
+        group = create_group(role.name, worker, seat, role.ranks, identity, role.trained.engine.sequence_parallel)
         join_collectives([group], config.run.timeouts)
         loaded = group.call("load_model", *arguments)
         wait_all(loaded, config.run.timeouts.setup_s, f"{role.name}: load_model", "run.timeouts.setup_s")
@@ -167,18 +175,19 @@ def preference_roles(config: PreferenceJob, total_steps: int, *, with_reference:
     seating = Seating(placement.placement_timeout_s)
     started: list[ActorGroup] = []
 
-    def group(role: str, worker: type, seat: Seat, ranks: int) -> ActorGroup:
-        started.append(create_group(role, worker, seat, ranks, _identity(role, ranks, config)))
+    def group(role: str, worker: type, seat: Seat, ranks: int, engine: Engine) -> ActorGroup:
+        identity = _identity(role, ranks, config)
+        started.append(create_group(role, worker, seat, ranks, identity, engine.sequence_parallel))
         return started[-1]
 
     try:
         beside = with_reference and placement.reference.colocate is not None
         seat = seating.seat_trained("policy", placement.policy, guests=int(beside))
-        policy, reference = group("policy", PreferenceWorker, seat, config.role.ranks), None
+        policy, reference = group("policy", PreferenceWorker, seat, config.role.ranks, config.policy.engine), None
         if with_reference:
             own = seating.seat_guest if beside else partial(seating.seat_trained, guests=0)
             seat = own("reference", placement.reference)
-            reference = group("reference", ReferenceWorker, seat, placement.reference_ranks)
+            reference = group("reference", ReferenceWorker, seat, placement.reference_ranks, config.reference.engine)
         join_collectives(started, timeouts)
         loading = policy.call("load_model", config.policy, config.algorithm, total_steps)
         if reference is not None:
@@ -228,7 +237,8 @@ def _ppo_seats(config: PPOJob, seating: Seating) -> dict[str, Seat]:
 def _reward_part(part: Any, group: Any) -> RewardPart:
     name = part_name(part)
     if isinstance(part, ModelReward):
-        return RewardPart(name, part.weight, group("reward", RewardModelWorker, f"reward-{name}"), collective=True)
+        ranks = group("reward", RewardModelWorker, part.engine, f"reward-{name}")
+        return RewardPart(name, part.weight, ranks, collective=True)
     workers = part.workers if isinstance(part, FunctionReward) else 1
     actors = [
         ray.remote(TextRewardWorker).options(num_cpus=0).remote(**_arguments(f"reward-{name}", rank, workers, 0, False))
