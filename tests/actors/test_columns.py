@@ -29,12 +29,14 @@ def of_tokens(pack: ResponsePack) -> torch.Tensor:
 
 
 @settings(deadline=None)
-@given(samples=SAMPLES, ranks=st.integers(1, 4), max_tokens=st.integers(1, 60))
+@given(samples=SAMPLES, shares=st.integers(1, 4), together=st.integers(1, 2), max_tokens=st.integers(1, 60))
 def test_the_ranks_parts_make_the_whole_column(
-    make_batch: MakeBatch, samples: list[tuple[int, int]], ranks: int, max_tokens: int
+    make_batch: MakeBatch, samples: list[tuple[int, int]], shares: int, together: int, max_tokens: int
 ) -> None:
+    """Also where several ranks work on the same samples."""
     batch = make_batch([p for p, _ in samples], [r for _, r in samples])
-    parts = [response_column(batch, Share(rank, ranks), max_tokens, of_tokens) for rank in range(ranks)]
+    ranks = [Share(rank // together, shares, reports=rank % together == 0) for rank in range(shares * together)]
+    parts = [response_column(batch, share, max_tokens, of_tokens) for share in ranks]
     assert sorted(sample for part in parts for sample in part.samples) == list(range(len(batch)))
     assert assemble(parts, batch).tolist() == (batch.response_tokens * 2.0).tolist()
 
