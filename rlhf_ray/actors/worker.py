@@ -3,6 +3,7 @@
 import os
 import random
 import socket
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,22 @@ from rlhf_ray.telemetry.trace import Span, SpanRecorder
 
 if TYPE_CHECKING:
     from rlhf_ray.engines.training import ForwardEngine, TrainingEngine
+
+
+@dataclass(frozen=True)
+class Share:
+    """What part of the samples a rank works on.
+
+    Attributes:
+        number: of the part, from 0.
+        count: of parts.
+        reports: whether results are this rank's to give. Of the ranks that work on the same part together one gives
+            them, the others give none.
+    """
+
+    number: int
+    count: int
+    reports: bool = True
 
 
 class Worker:
@@ -46,6 +63,12 @@ class Worker:
         """Leave the device to others, or come back to it, as far as `level` says."""
         with self.recorder.span(f"going to {level.name.lower()}"):
             self.engine.move(level)
+
+    @property
+    def share(self) -> Share:
+        """This rank's part of the samples: that of its neighbours too where they share sequences."""
+        together = self.engine.sequence_parallel
+        return Share(self.rank // together, self.world_size // together, reports=self.rank % together == 0)
 
     def drain_spans(self) -> list[Span]:
         """What this rank did since the last call."""

@@ -1,11 +1,13 @@
-"""The process group between the ranks of one role."""
+"""The process groups between the ranks of one role."""
 
 import os
 from dataclasses import dataclass
 from datetime import timedelta
 
 import psutil
+import torch.distributed as dist
 
+from rlhf_ray.models.sequence_parallel import SequenceParallel
 from rlhf_ray.platform import platform
 
 
@@ -56,3 +58,15 @@ def join_collectives(rendezvous: Rendezvous) -> None:
         rank=rendezvous.rank,
         world_size=rendezvous.world_size,
     )
+
+
+def share_sequences(ranks: int) -> SequenceParallel:
+    """This rank among the `ranks` neighbours that share its packs; all ranks of the role call it.
+
+    Raises:
+        ValueError: `ranks` does not divide the number of ranks of the role.
+    """
+    # Without it a new group has torch's own limit, of half an hour, and not the one of the role.
+    timeout = dist.group.WORLD._get_backend(platform().device).options._timeout  # type: ignore[union-attr]
+    group, _ = dist.new_subgroups(ranks, timeout=timeout)
+    return SequenceParallel(group, ranks, dist.get_rank(group))
