@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from rlhf_ray.cluster.planner.memory import MemoryPlan
+from rlhf_ray.cluster.planner.shapes import can_share_heads
 from rlhf_ray.cluster.planner.workload import RolloutRole, ScoredRole, TrainedRole
 from rlhf_ray.config.jobs import JobConfig, PPOJob
 from rlhf_ray.config.placement import RolloutPlacement
@@ -71,6 +72,9 @@ def _trained(role: TrainedRole) -> Iterator[Move]:
     if not engine.offload_parameters:
         off = {f"{key}.offload_optimizer": True, f"{key}.offload_parameters": True}
         yield Move(7, {f"{key}.zero_stage": 3, **off})
+    together = 2 * engine.sequence_parallel
+    if role.ranks % together == 0 and can_share_heads(role.shape, together):
+        yield Move(3, {f"{key}.sequence_parallel": together})
     if engine.dtype == "float32":
         yield Move(6, {f"{key}.dtype": "bfloat16"})
     if role.placement.colocate is None:
@@ -98,7 +102,7 @@ def _smaller_micro_batches(budget: int, longest: int, key: str) -> Iterator[Move
 def _rollout(role: RolloutRole, *, on_gpu: bool) -> Iterator[Move]:
     engine, place = role.engine, role.placement
     workers = 2 * place.tensor_parallel
-    if role.shape.heads % workers == 0:
+    if can_share_heads(role.shape, workers):
         wider: dict[str, Value] = {"placement.rollout.tensor_parallel": workers}
         yield Move(6, wider)
         if place.engines > 1:

@@ -71,6 +71,7 @@ def pass_shape(role: TrainedRole, *, cpu: bool) -> PassShape:
         checkpointing=engine.activation_checkpointing,
         vocab_chunk_tokens=engine.vocab_chunk_tokens,
         entropy=role.entropy,
+        sequence_parallel=engine.sequence_parallel,
         adapter_rank=role.lora.rank if role.lora else 0,
         adapted=adapted_layers(role.shape, role.lora) if role.lora else frozenset(),
     )
@@ -118,7 +119,7 @@ class _Rank:
 
     def _gradients(self) -> list[Item]:
         role, item, trained = self.role, self.item, self.sizes.trained
-        micro_batches = role.batch.micro_batches(self.engine.micro_batch_tokens, self.ranks)
+        micro_batches = role.batch.micro_batches(self.engine, self.ranks)
         accumulates = micro_batches > 1
         # A GPU gets the whole bucket; of host memory only what is touched counts.
         bucket = min(REDUCE_BUCKET, trained) if self.cpu else REDUCE_BUCKET
@@ -165,8 +166,7 @@ class _Rank:
 
     def _passes(self) -> list[Item]:
         role, how = self.role, pass_shape(self.role, cpu=self.cpu)
-        budget = self.engine.micro_batch_tokens
-        pack = role.batch.train_pack(budget, self.ranks)
+        pack = role.batch.train_pack(self.engine, self.ranks)
         head, working = how.head_bytes(pack, backward=True), how.working_bytes(pack.tokens)
         head_gradient = self.item * role.shape.head_parameters if role.lora is None else 0
         items = [
@@ -175,7 +175,7 @@ class _Rank:
             during("gradients", head_gradient if role.shape.head == "vocabulary" else 0, "backward"),
         ]
         if role.scores:
-            scored = role.batch.score_pack(budget, self.ranks)
+            scored = role.batch.score_pack(self.engine, self.ranks)
             passing = how.forward_bytes(scored.tokens) + how.head_bytes(scored, backward=False)
             items.append(during("logits and states", passing, "score"))
         if role.sync_bytes:
