@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -32,10 +33,11 @@ def print_plan(plan: MemoryPlan, hardware: Hardware, changes: Sequence[Change]) 
     console = QuietConsole()
     if not console.is_terminal:
         console = QuietConsole(width=160)
-    console.print(_memory_table(plan, hardware))
+    _print_table(console, f"Memory on {hardware.name}, in GiB, when it is most", _memory_table(plan))
     for shelves in _alike(plan.shelves):
         if _is_shared(shelves[0]):
-            console.print(_stage_table(plan, shelves))
+            title = f"{_where(shelves)}, stage by stage: what each role needs"
+            _print_table(console, title, _stage_table(plan, shelves))
     for line in _verdict(plan, changes):
         console.print(line, soft_wrap=True)
 
@@ -86,8 +88,8 @@ def _by_name(items: Iterable[Item]) -> Iterator[tuple[str, list[Item]]]:
         yield name, list(same)
 
 
-def _memory_table(plan: MemoryPlan, hardware: Hardware) -> Table:
-    table = _table(f"Memory on {hardware.name}, in GiB, when it is most")
+def _memory_table(plan: MemoryPlan) -> Table:
+    table = _table()
     for name in ("where", "role", "ranks"):
         table.add_column(name)
     for name in (*COLUMNS, "process", "together", "of", "left"):
@@ -99,17 +101,16 @@ def _memory_table(plan: MemoryPlan, hardware: Hardware) -> Table:
         for number, (role, ranks, tenant) in enumerate(rows):
             parts = [_gib(size) for size in _columns(tenant.parts)]
             table.add_row(where if number == 0 else "", role, ranks, *parts, _gib(max(tenant.held)))
-        told = "fits" if shelf.headroom >= TIGHT * shelf.capacity else "fits, tight" if shelf.fits else "does not fit"
-        style = "green" if told == "fits" else "yellow" if shelf.fits else "bold red"
+        told, style = _told(shelf)
         nothing = [""] * (len(COLUMNS) + 1)
         sums = (_gib(shelf.held), _gib(shelf.capacity), _gib(shelf.headroom))
-        first = where if not rows else ""
-        table.add_row(first, "", "", *nothing, *sums, Text(told, style), style="bold", end_section=True)
+        name = "" if rows else where
+        table.add_row(name, "", "", *nothing, *sums, Text(told, style), style="bold", end_section=True)
     return table
 
 
 def _stage_table(plan: MemoryPlan, shelves: Sequence[Shelf]) -> Table:
-    table = _table(f"{_where(shelves)}, stage by stage: what each role needs")
+    table = _table()
     table.add_column("role")
     for stage in plan.stages:
         table.add_column(stage.name, justify="right")
@@ -195,6 +196,15 @@ def _ranks(numbers: Sequence[int]) -> str:
     return str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]}-{numbers[-1]}"
 
 
+def _told(shelf: Shelf) -> tuple[str, str]:
+    """In words, and the style of these."""
+    if not shelf.tenants:
+        return "unused", "dim"
+    if not shelf.fits:
+        return "does not fit", "bold red"
+    return ("fits, tight", "yellow") if shelf.headroom < TIGHT * shelf.capacity else ("fits", "green")
+
+
 def _columns(items: Iterable[Item]) -> list[int]:
     sizes = dict.fromkeys([*COLUMNS, "process"], 0)
     for item in items:
@@ -209,5 +219,11 @@ def _gib(size: int) -> str:
     return f"{size / GIB:.1f}" if abs(size) >= 10 * GIB else f"{size / GIB:.2f}"
 
 
-def _table(title: str) -> Table:
-    return Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 1))
+def _table() -> Table:
+    return Table(box=None, pad_edge=False, padding=(0, 1))
+
+
+def _print_table(console: Console, title: str, table: Table) -> None:
+    console.print(Text(title, "bold"), soft_wrap=True)
+    console.print(table)
+    console.print()

@@ -51,7 +51,7 @@ def nearest_changes(job: JobConfig, hardware: Hardware, processes: ProcessMemory
     for parts in islice(together, 4 * most):
         overrides = {key: value for part in parts for key, value in part.overrides.items()}
         plan = search.plan(overrides)
-        if plan is not None and plan.fits:
+        if plan is not None and plan.fits and not _has_same_keys(changes, overrides):
             changes.append(Change(overrides, sum(part.cost for part in parts), plan))
     if not changes:  # what relieved one crowd may have filled something that all share
         first = next(iter(together), ())
@@ -108,7 +108,8 @@ class _Search:
         while queue and len(found) < most and plans < MOST_PLANS:
             cost, _, overrides, plan, excess = heapq.heappop(queue)
             if plan is not None and not excess:
-                found.append(Change(overrides, cost, plan))
+                if not _has_same_keys(found, overrides):
+                    found.append(Change(overrides, cost, plan))
                 continue
             for move in self._moves(overrides, plan, roles):
                 following = self._changed({**overrides, **move.values})
@@ -134,6 +135,11 @@ class _Search:
             return moves_of(plan, roles)
         job = self.job(overrides)
         return () if job is None else placement_moves(job)
+
+
+def _has_same_keys(changes: Iterable[Change], overrides: Mapping[str, Value]) -> bool:
+    """Whether a nearer change sets the same keys, to nearer values."""
+    return any(change.overrides.keys() == overrides.keys() for change in changes)
 
 
 def _excess(plan: MemoryPlan | None, roles: frozenset[str] | None) -> float:
