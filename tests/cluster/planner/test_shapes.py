@@ -154,3 +154,11 @@ def test_a_folder_without_a_config_is_no_model(tmp_path: Path) -> None:
         read_shape(str(tmp_path))
     with pytest.raises(PlanError, match="no such folder"):
         read_shape("models/nowhere")
+
+
+def test_a_name_that_the_hub_does_not_give_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(
+        PlanError, match="model 'nobody/nothing': there is no such folder, and its config.json can't be"
+    ):
+        read_shape("nobody/nothing")
