@@ -10,8 +10,8 @@ from functools import cache
 from rlhf_ray.cluster.planner.activations import FLOAT32, ITEMSIZE, PassShape
 from rlhf_ray.cluster.planner.adapters import adapted_layers, adapter_sizes, frozen_bytes
 from rlhf_ray.cluster.planner.footprint import Item, Moment, Place, always, during
+from rlhf_ray.cluster.planner.roles import TrainedRole
 from rlhf_ray.cluster.planner.shapes import ModelShape
-from rlhf_ray.cluster.planner.workload import TrainedRole
 from rlhf_ray.config.training import Lora
 from rlhf_ray.engines.level import Level
 

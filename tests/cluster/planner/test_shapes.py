@@ -10,9 +10,10 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rlhf_ray.cluster.planner.errors import PlanError
+from rlhf_ray.cluster.planner.families import DEFAULTS, FAMILIES
 from rlhf_ray.cluster.planner.folders import read_shape
 from rlhf_ray.cluster.planner.public_models import PUBLIC_MODELS
-from rlhf_ray.cluster.planner.shapes import DEFAULTS, FAMILIES, ModelShape
+from rlhf_ray.cluster.planner.shapes import ModelShape
 
 # What the model cards name, to the last parameter.
 PARAMETERS = {
