@@ -16,7 +16,7 @@ from rlhf_ray.config.loading import ConfigError, apply_override, parse_config
 
 MOST_PLANS = 300
 """Plans that a search makes at most; each takes milliseconds."""
-PLANS_FOR_OTHERS = 60
+PLANS_FOR_OTHERS = 100
 """Of these, that a search makes for a second proposal once it has one."""
 LEAST_GAIN = 0.02
 """Of what is lacking, that a change must bring to be gone on from."""
