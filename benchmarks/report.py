@@ -20,6 +20,7 @@ BENCHMARKS = (
     "sequence_parallel",
     "weight_sync",
     "lora",
+    "plan_accuracy",
     "overhead",
     "logprob_gap",
     "determinism",
