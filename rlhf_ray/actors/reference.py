@@ -18,6 +18,8 @@ from rlhf_ray.models.heads import load_causal
 class ReferenceWorker(Worker):
     """One rank of the reference model."""
 
+    engine: ForwardEngine
+
     def load_model(self, model: str, engine: ScoringEngine, temperature: float, trust_remote_code: bool) -> None:
         """Load the model; collective."""
         self.config, self.temperature = engine, temperature
