@@ -5,15 +5,19 @@ import random
 import socket
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import ray
 import torch
 
 from rlhf_ray.data.seeds import derive_seed
-from rlhf_ray.engines.collectives import Rendezvous, join_collectives
-from rlhf_ray.engines.training import ForwardEngine, TrainingEngine
+from rlhf_ray.engines.collectives import Rendezvous, join_collectives, use_interface_of
+from rlhf_ray.engines.level import Level
 from rlhf_ray.telemetry.trace import Span, SpanRecorder
+
+if TYPE_CHECKING:
+    from rlhf_ray.engines.training import ForwardEngine, TrainingEngine
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ class Share:
 class Worker:
     """One rank of a role."""
 
-    engine: TrainingEngine | ForwardEngine
+    engine: "TrainingEngine | ForwardEngine"
 
     def __init__(self, role: str, rank: int, world_size: int, seed: int, deterministic: bool) -> None:
         self.role, self.rank, self.world_size = role, rank, world_size
@@ -52,7 +56,13 @@ class Worker:
 
     def join(self, host: str, port: int, timeout_s: float) -> None:
         """Join the group's collectives."""
+        use_interface_of(ray.util.get_node_ip_address())
         join_collectives(Rendezvous(self.rank, self.world_size, host, port, timeout_s))
+
+    def move(self, level: Level) -> None:
+        """Leave the device to others, or come back to it, as far as `level` says."""
+        with self.recorder.span(f"going to {level.name.lower()}"):
+            self.engine.move(level)
 
     @property
     def share(self) -> Share:
