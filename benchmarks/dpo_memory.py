@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM
 from benchmarks.bare_update import hidden_states
 from benchmarks.common import (
     CORES,
+    EXACT_MEMORY,
     RESULTS,
     Dtype,
     DtypeOption,
@@ -32,8 +33,10 @@ from benchmarks.common import (
     ModelArgument,
     ResultsOption,
     ThreadsOption,
+    forget_peak,
     process_env,
     report,
+    resident,
     run_command,
     say,
 )
@@ -45,8 +48,6 @@ Side = Literal["ours", "plain", "without head"]
 
 BETA = 0.1
 SEED = 7
-# Tensors of their own pages, which go back to the kernel when they are freed: then memory in use is what is counted.
-_EXACT = {"LD_PRELOAD": "", "MALLOC_CONF": "", "MALLOC_MMAP_THRESHOLD_": str(128 * 2**10)}
 
 
 def main(
@@ -68,7 +69,7 @@ def main(
     found: dict[Side, Peak] = {}
     sides: tuple[Side, ...] = ("ours", "plain", "without head")
     for side in sides:
-        with FreshProcess({**process_env(threads), **_EXACT}) as process:
+        with FreshProcess({**process_env(threads), **EXACT_MEMORY}) as process:
             found[side] = process.call(_measure, side, model, dtype, texts, vocab_chunk_tokens, threads)
         say(f"{side}: {found[side].bytes / 1e6:,.0f} MB, loss {found[side].loss:.6f}")
     ours, plain, rest = (found[side].bytes for side in sides)
@@ -108,14 +109,14 @@ def _measure(side: Side, model: Path, dtype: Dtype, texts: np.ndarray, chunk: in
         # So that the loss is not that of a policy which is its reference.
         _shake(policy)
     logprobs = {"ours": _ours, "plain": _plain, "without head": _without_head}[side]
-    before = _resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    before = resident("VmRSS")
+    forget_peak()
     with torch.no_grad():
         given = logprobs(reference, texts)
     margins = (logprobs(policy, texts) - given).view(-1, 2)
     loss = -F.logsigmoid(BETA * (margins[:, 0] - margins[:, 1])).mean()
     loss.backward()
-    return Peak(_resident("VmHWM") - before, float(loss.detach()))
+    return Peak(resident("VmHWM") - before, float(loss.detach()))
 
 
 def _load(side: Side, model: Path, dtype: Dtype, chunk: int) -> Any:
@@ -149,14 +150,6 @@ def _without_head(model: CausalModel, texts: np.ndarray) -> torch.Tensor:
     """Any sums that the backward pass starts from."""
     hidden = hidden_states(model.model, PackedSequences.of(list(texts), torch.device("cpu")))
     return hidden.float().mean(-1).view(texts.shape).sum(1)
-
-
-def _resident(name: str) -> int:
-    """`VmRSS`, memory in use, or `VmHWM`, the most that was, in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{name}:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {name}: this benchmark needs Linux")
 
 
 if __name__ == "__main__":

@@ -81,6 +81,7 @@ class TrainedWorker(Worker):
             vocab_chunk_tokens=policy.engine.vocab_chunk_tokens,
             trust_remote_code=policy.trust_remote_code,
             lora=policy.lora,
+            sharded=policy.engine.zero_stage == 3,
         )
         self.engine = TrainingEngine(model, policy.engine, policy.optimizer, total_steps)
 

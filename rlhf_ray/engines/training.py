@@ -13,6 +13,9 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from rlhf_ray.config import training as config
+from rlhf_ray.engines.partitioned_loading import read_partitions
+from rlhf_ray.engines.swap_folder import SwapFolder
+from rlhf_ray.models.heads import RoleModel
 from rlhf_ray.models.lora import Adapter
 from rlhf_ray.models.token_logprobs import TokenLogProbs
 from rlhf_ray.models.weights import Weight, model_weights
@@ -42,17 +45,20 @@ class TrainingEngine:
     """
 
     def __init__(
-        self, model: nn.Module, engine: config.TrainingEngine, optimizer: config.Optimizer, total_steps: int
+        self, model: RoleModel, engine: config.TrainingEngine, optimizer: config.Optimizer, total_steps: int
     ) -> None:
         self._world_size = torch.distributed.get_world_size()
         if engine.activation_checkpointing:
             _checkpoint_activations(model)
         model.train()
+        self._swap = SwapFolder(engine.nvme_path) if engine.nvme_path is not None else None
+        settings = _deepspeed_config(engine, model, self._swap)
+        read_partitions(model, settings)
         model.to(platform().device)
         adam = _adam(model, engine, optimizer)
         self._schedule = LambdaLR(adam, lr_factor(optimizer, total_steps))
         self._engine, *_ = deepspeed.initialize(
-            model=model, optimizer=adam, lr_scheduler=self._schedule, config=_deepspeed_config(engine)
+            model=model, optimizer=adam, lr_scheduler=self._schedule, config=settings
         )
         # In stage 0 with bfloat16, DeepSpeed allocates Adam's state by a step on zero gradients and leaves it counted,
         # which spoils the bias correction of the first real steps.
@@ -99,12 +105,16 @@ class TrainingEngine:
 class ForwardEngine:
     """A model that only scores: whole on every rank, or sharded by ZeRO-3 and gathered layer by layer."""
 
-    def __init__(self, model: nn.Module, engine: config.ScoringEngine) -> None:
-        model.eval().requires_grad_(False).to(platform().device)
+    def __init__(self, model: RoleModel, engine: config.ScoringEngine) -> None:
+        self._swap = SwapFolder(engine.nvme_path) if engine.nvme_path is not None else None
+        settings = _deepspeed_config(engine, model, self._swap)
+        model.eval().requires_grad_(False)
+        read_partitions(model, settings)
+        model.to(platform().device)
         self.model = model
         self._forward: Callable[..., Any] = model
         if engine.zero_stage == 3:
-            self._forward, *_ = deepspeed.initialize(model=model, config=_deepspeed_config(engine))
+            self._forward, *_ = deepspeed.initialize(model=model, config=settings)
             _announce_shared_weights(model)
 
     @torch.no_grad()
@@ -205,20 +215,27 @@ def _adam(model: nn.Module, engine: config.TrainingEngine, optimizer: config.Opt
         "eps": optimizer.eps,
         "weight_decay": optimizer.weight_decay,
     }
-    if engine.offload_optimizer:
+    if engine.offload_optimizer != "none":
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         return DeepSpeedCPUAdam(parameters, adamw_mode=True, **settings)
     return torch.optim.AdamW(parameters, fused=True, **settings)
 
 
-def _deepspeed_config(engine: config.TrainingEngine | config.ScoringEngine) -> dict[str, Any]:
+def _deepspeed_config(
+    engine: config.TrainingEngine | config.ScoringEngine, model: nn.Module, swap: SwapFolder | None
+) -> dict[str, Any]:
     zero: dict[str, Any] = {"stage": engine.zero_stage}
     if engine.zero_stage == 3:
         # Gather a layer at a time; small tensors (norms) stay whole because gathering them costs more than it saves.
         zero |= {"stage3_param_persistence_threshold": 10_000, "stage3_gather_16bit_weights_on_model_save": False}
-        if engine.offload_parameters:
-            zero["offload_param"] = {"device": "cpu"}
+        if engine.offload_parameters != "none":
+            zero["offload_param"] = _offload(engine.offload_parameters, swap)
+        if engine.offload_parameters == "nvme":
+            largest = max(parameter.numel() for parameter in model.parameters())
+            part = -(-largest // torch.distributed.get_world_size())
+            # Buffers must hold any part; without max_in_cpu the first billion elements would stay in host memory.
+            zero["offload_param"] |= {"buffer_size": part, "max_in_cpu": 0}
     settings: dict[str, Any] = {
         # Micro-batches are of any size and number: the boundary is set by hand, sizes here are formal.
         "train_micro_batch_size_per_gpu": 1,
@@ -230,9 +247,16 @@ def _deepspeed_config(engine: config.TrainingEngine | config.ScoringEngine) -> d
     }
     if isinstance(engine, config.TrainingEngine):
         settings["gradient_clipping"] = engine.gradient_clip
-        if engine.offload_optimizer:
-            zero["offload_optimizer"] = {"device": "cpu"}
+        if engine.offload_optimizer != "none":
+            zero["offload_optimizer"] = _offload(engine.offload_optimizer, swap)
+        if engine.offload_optimizer == "nvme":
+            # What is in host memory at a time: 16 bytes of buffers for each element.
+            zero["sub_group_size"] = 50_000_000
     return settings
+
+
+def _offload(place: config.Offload, swap: SwapFolder | None) -> dict[str, Any]:
+    return {"device": place} if swap is None else {"device": place, "nvme_path": str(swap.path)}
 
 
 def _checkpoint_activations(model: nn.Module) -> None:

@@ -20,47 +20,29 @@ from training_rank import (
     SEQUENCES,
     TOTAL_STEPS,
     Trained,
-    TrainingRank,
     Weights,
+    run,
     token_mean_loss,
+    training_groups,
 )
 
 ALL = list(range(len(SEQUENCES)))
 CLIP = 0.5
 LORA = Lora(rank=8, alpha=64.0)
-BUILD_S = 400  # DeepSpeed compiles its CPU Adam at first use: a minute on two free cores
 
 
 @pytest.fixture(scope="module")
 def groups() -> Iterator[dict[int, ActorGroup]]:
     """A group of one rank and one of two."""
-    made = {}
-    for ranks in (1, 2):
-        actors = [
-            ray.remote(TrainingRank).options(num_cpus=0, runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}})
-            .remote("trainer", rank, ranks, seed=0, deterministic=False)
-            for rank in range(ranks)
-        ]  # fmt: skip
-        made[ranks] = ActorGroup("trainer", actors)
-    joined = []
-    for group in made.values():
-        host, port = ray.get(group.call_one(0, "address"), timeout=120)
-        joined += group.call("join", host, port, 120.0)
-    ray.get(joined, timeout=120)
-    yield made
-    for group in made.values():
-        group.kill()
-
-
-def run(group: ActorGroup, method: str, *args: object) -> list:  # type: ignore[type-arg]
-    return group.run(method, *args, timeout_s=BUILD_S, setting="no setting: a test")
+    with training_groups(1, 2) as made:
+        yield made
 
 
 def trained(
     group: ActorGroup, model: Path, micro_batches: list[list[list[int]]], lora: Lora | None = None, **engine: object
 ) -> Trained:
     """Two steps; `micro_batches` are per rank. All ranks must hold the same weights in the end."""
-    run(group, "build", str(model), TrainingEngine(gradient_clip=CLIP, **engine), 0, lora)  # type: ignore[arg-type]
+    run(group, "build", str(model), TrainingEngine(gradient_clip=CLIP, **engine), lora)  # type: ignore[arg-type]
     done: list[Trained] = ray.get(group.call_each("train", [(2, mine) for mine in micro_batches]), timeout=120)
     for other in done[1:]:
         assert_close(other.weights, done[0].weights, 0)
@@ -178,7 +160,7 @@ def test_parameters_kept_in_host_memory_do_not_change_the_training(
     groups: dict[int, ActorGroup], wide_model: Path, plain: Trained
 ) -> None:
     cut = [[[0, 1, 2, 3]], [[4, 5, 6, 7]]]
-    found = trained(groups[2], wide_model, cut, zero_stage=3, dtype="float32", offload_parameters=True)
+    found = trained(groups[2], wide_model, cut, zero_stage=3, dtype="float32", offload_parameters="cpu")
     assert_same_training(found, plain)
 
 
@@ -188,7 +170,7 @@ def test_an_optimizer_in_host_memory_does_not_change_the_training(
 ) -> None:
     """With several micro-batches, whose offloaded gradients older DeepSpeed lost after the first (its issue 7967)."""
     cut = [[[7], [2, 0], [4, 5]], [[6, 1], [3], []]]
-    found = trained(groups[2], wide_model, cut, zero_stage=stage, dtype="float32", offload_optimizer=True)
+    found = trained(groups[2], wide_model, cut, zero_stage=stage, dtype="float32", offload_optimizer="cpu")
     assert_same_training(found, plain)
 
 
@@ -252,11 +234,11 @@ def test_a_loaded_checkpoint_goes_on_bit_for_bit(
         done: list[Trained] = ray.get(group.call_each("train", [(steps, mine) for mine in cut]), timeout=120)
         return done[0]
 
-    run(group, "build", str(wide_model), config, 0, lora)
+    run(group, "build", str(wide_model), config, lora)
     before = train(2)
     run(group, "save", str(tmp_path / "checkpoint"))
     undisturbed = train(2)
-    run(group, "build", str(wide_model), config, 5, lora)
+    run(group, "build", str(wide_model), config, lora)
     run(group, "load", str(tmp_path / "checkpoint"))
     assert_close(run(group, "weights")[0], before.weights, 0)
     resumed = train(2)
