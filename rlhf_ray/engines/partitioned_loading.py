@@ -48,5 +48,5 @@ def _partitioned(
     # DeepSpeed's public ways, `zero.Init` with the module and `convert_to_zero_parameters`, broadcast the whole
     # parameter from rank 0 before they cut it up, so rank 0 would have to hold it all.
     zero._convert_to_deepspeed_param(part)
-    part.partition()
+    part.partition()  # type: ignore[attr-defined]
     return part

@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from rlhf_ray.config import training as config
 from rlhf_ray.engines.partitioned_loading import read_partitions
 from rlhf_ray.engines.swap_folder import SwapFolder
+from rlhf_ray.engines.swapped_state import load_into_swap_files, swap_files_mapped
 from rlhf_ray.models.heads import RoleModel
 from rlhf_ray.models.lora import Adapter
 from rlhf_ray.models.token_logprobs import TokenLogProbs
@@ -42,12 +43,17 @@ class TrainingEngine:
 
     Micro-batches accumulate until one is marked as the last; losses passed to `backward` are this rank's share
     of a sum over all ranks, so the gradient is that of the summed loss for any number of ranks.
+
+    Attributes:
+        model: what is trained.
+        sharded: no rank has the whole of it.
     """
 
     def __init__(
         self, model: RoleModel, engine: config.TrainingEngine, optimizer: config.Optimizer, total_steps: int
     ) -> None:
         self._world_size = torch.distributed.get_world_size()
+        self.sharded = engine.zero_stage == 3
         if engine.activation_checkpointing:
             _checkpoint_activations(model)
         model.train()
@@ -93,13 +99,17 @@ class TrainingEngine:
 
     def save(self, folder: Path) -> None:
         """Write what is trained, optimizer and schedule; each rank writes its own shards into `folder`."""
-        self._engine.save_checkpoint(str(folder), tag="state", save_latest=False, exclude_frozen_parameters=True)
+        with swap_files_mapped(self._engine):
+            self._engine.save_checkpoint(str(folder), tag="state", save_latest=False, exclude_frozen_parameters=True)
 
     def load(self, folder: Path) -> None:
         """Read what `save` wrote, with the same number of ranks."""
         if not (folder / "state").is_dir():
             raise FileNotFoundError(f"{folder} holds no DeepSpeed checkpoint")
-        self._engine.load_checkpoint(str(folder), tag="state")
+        if self._swap is None:
+            self._engine.load_checkpoint(str(folder), tag="state")
+        else:
+            load_into_swap_files(self._engine, folder, tag="state")
 
 
 class ForwardEngine:
@@ -180,12 +190,11 @@ def full_weights(model: nn.Module, bucket_bytes: int) -> Iterator[tuple[str, tor
     bucket: list[Weight] = []
     held = 0
     for weight in model_weights(model):
-        size = math.prod(weight.shape) * weight.dtype.itemsize
-        if bucket and held + size > bucket_bytes:
+        if bucket and held + weight.bytes > bucket_bytes:
             yield from _gathered(bucket)
             bucket, held = [], 0
         bucket.append(weight)
-        held += size
+        held += weight.bytes
     yield from _gathered(bucket)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import ray
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from rlhf_ray.actors.group import ActorGroup
 from rlhf_ray.config.training import Lora, ScoringEngine, TrainingEngine
@@ -81,3 +81,20 @@ def test_a_rank_never_holds_more_than_its_part_and_one_parameter(ranks: ActorGro
         assert grown < size / 2 + largest + 10 * 2**20
     for grown in run(ranks, "loading_growth", str(tmp_path), False):
         assert grown > size
+
+
+@pytest.mark.parametrize("lora", [None, LORA], ids=["all weights", "adapters"])
+@pytest.mark.parametrize("file_bytes", [10**9, 10**6], ids=["one file", "several files"])
+def test_an_export_in_parts_is_the_model(
+    ranks: ActorGroup, folders: dict[str, Path], tmp_path: Path, lora: Lora | None, file_bytes: int
+) -> None:
+    done = trained(ranks, folders["causal"], TrainingEngine(zero_stage=3, dtype="float32"), lora)
+    run(ranks, "export", str(tmp_path / "export"), file_bytes)
+    assert (tmp_path / "export/model.safetensors.index.json").exists() == (file_bytes == 10**6)
+    assert (tmp_path / "export/model.safetensors").exists() == (file_bytes == 10**9)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "export", dtype=torch.float32)
+    weights = dict(loaded.named_parameters())
+    assert weights.keys() == done.weights.keys()
+    for name, weight in weights.items():
+        assert np.array_equal(weight.detach().numpy(), done.weights[name]), name
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight

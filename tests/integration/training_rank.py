@@ -17,6 +17,7 @@ from rlhf_ray.actors.worker import Worker
 from rlhf_ray.config.training import Lora, Optimizer, ScoringEngine, TrainingEngine
 from rlhf_ray.engines.training import DTYPES, ForwardEngine, full_weights
 from rlhf_ray.engines.training import TrainingEngine as Engine
+from rlhf_ray.engines.weight_files import write_sharded
 from rlhf_ray.models.heads import CausalModel, ScalarModel, load_causal, load_scalar
 from rlhf_ray.models.packed import PackedSequences
 
@@ -120,6 +121,10 @@ class TrainingRank(Worker):
     def weights(self, bucket_bytes: int = 20_000) -> Weights:
         """Whole tensors as `full_weights` yields them."""
         return {name: tensor.float().numpy().copy() for name, tensor in full_weights(self.model, bucket_bytes)}
+
+    def export(self, folder: str, file_bytes: int) -> None:
+        """Write the model as Hugging Face files."""
+        write_sharded(self.model, Path(folder) if self.rank == 0 else None, file_bytes)
 
     def is_sharded(self) -> bool:
         """Whether this rank holds less than the model between passes."""
