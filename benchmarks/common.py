@@ -238,23 +238,6 @@ def process_env(threads: int) -> dict[str, str]:
     return {"OMP_NUM_THREADS": str(threads), **QUIET, **KEEP_MEMORY, **quieter}
 
 
-# Tensors of their own pages, which go back to the kernel when they are freed: then memory in use is what is counted.
-EXACT_MEMORY = {"LD_PRELOAD": "", "MALLOC_CONF": "", "MALLOC_MMAP_THRESHOLD_": str(128 * 2**10)}
-
-
-def resident(name: Literal["VmRSS", "VmHWM"]) -> int:
-    """Bytes of this process in memory: now, or the most since `forget_peak`."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{name}:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {name}: this benchmark needs Linux")
-
-
-def forget_peak() -> None:
-    """Have the peak of this process's memory begin anew."""
-    Path("/proc/self/clear_refs").write_text("5")
-
-
 class FreshProcess:
     """Calls functions in a process of its own, one after the other, so that they can leave state there for the next.
 

@@ -23,7 +23,6 @@ from transformers import AutoModelForCausalLM
 from benchmarks.bare_update import hidden_states
 from benchmarks.common import (
     CORES,
-    EXACT_MEMORY,
     RESULTS,
     Dtype,
     DtypeOption,
@@ -33,16 +32,16 @@ from benchmarks.common import (
     ModelArgument,
     ResultsOption,
     ThreadsOption,
-    forget_peak,
     process_env,
     report,
-    resident,
     run_command,
     say,
 )
+from benchmarks.resident import EXACT, forget_most, in_use, most_in_use
 from rlhf_ray.engines.training import DTYPES
-from rlhf_ray.models.heads import CausalModel, load_causal, load_config
+from rlhf_ray.models.heads import load_causal, load_config
 from rlhf_ray.models.packed import PackedSequences
+from rlhf_ray.models.role_models import CausalModel
 
 Side = Literal["ours", "plain", "without head"]
 
@@ -69,7 +68,7 @@ def main(
     found: dict[Side, Peak] = {}
     sides: tuple[Side, ...] = ("ours", "plain", "without head")
     for side in sides:
-        with FreshProcess({**process_env(threads), **EXACT_MEMORY}) as process:
+        with FreshProcess({**process_env(threads), **EXACT}) as process:
             found[side] = process.call(_measure, side, model, dtype, texts, vocab_chunk_tokens, threads)
         say(f"{side}: {found[side].bytes / 1e6:,.0f} MB, loss {found[side].loss:.6f}")
     ours, plain, rest = (found[side].bytes for side in sides)
@@ -109,14 +108,14 @@ def _measure(side: Side, model: Path, dtype: Dtype, texts: np.ndarray, chunk: in
         # So that the loss is not that of a policy which is its reference.
         _shake(policy)
     logprobs = {"ours": _ours, "plain": _plain, "without head": _without_head}[side]
-    before = resident("VmRSS")
-    forget_peak()
+    before = in_use()
+    forget_most()
     with torch.no_grad():
         given = logprobs(reference, texts)
     margins = (logprobs(policy, texts) - given).view(-1, 2)
     loss = -F.logsigmoid(BETA * (margins[:, 0] - margins[:, 1])).mean()
     loss.backward()
-    return Peak(resident("VmHWM") - before, float(loss.detach()))
+    return Peak(most_in_use() - before, float(loss.detach()))
 
 
 def _load(side: Side, model: Path, dtype: Dtype, chunk: int) -> Any:

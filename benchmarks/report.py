@@ -18,6 +18,7 @@ BENCHMARKS = (
     "dpo_trl",
     "dpo_memory",
     "zero3_loading",
+    "sequence_parallel",
     "weight_sync",
     "lora",
     "overhead",

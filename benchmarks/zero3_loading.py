@@ -17,7 +17,6 @@ import torch
 import typer
 
 from benchmarks.common import (
-    EXACT_MEMORY,
     RESULTS,
     Dtype,
     DtypeOption,
@@ -26,13 +25,12 @@ from benchmarks.common import (
     Measure,
     ModelArgument,
     ResultsOption,
-    forget_peak,
     process_env,
     report,
-    resident,
     run_command,
     say,
 )
+from benchmarks.resident import EXACT, forget_most, in_use, most_in_use
 from rlhf_ray.config.training import Optimizer, ScoringEngine, TrainingEngine
 from rlhf_ray.engines.collectives import Rendezvous, join_collectives
 from rlhf_ray.engines.training import DTYPES, ForwardEngine
@@ -91,7 +89,7 @@ def _peak(model: Path, dtype: Dtype, ranks: int, task: Task, sharded: bool) -> P
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     with ExitStack() as stack:
-        processes = [stack.enter_context(FreshProcess({**process_env(1), **EXACT_MEMORY})) for _ in range(ranks)]
+        processes = [stack.enter_context(FreshProcess({**process_env(1), **EXACT})) for _ in range(ranks)]
         running = [
             process.start(_measure, rank, ranks, port, model, dtype, task, sharded)
             for rank, process in enumerate(processes)
@@ -106,15 +104,15 @@ def _measure(rank: int, ranks: int, port: int, model: Path, dtype: Dtype, task: 
     torch.set_num_threads(1)
     join_collectives(Rendezvous(rank, ranks, "127.0.0.1", port, _TIMEOUT_S))
     gc.collect()
-    before = resident("VmRSS")
-    forget_peak()
+    before = in_use()
+    forget_most()
     began = time.perf_counter()
     loaded = load_causal(str(model), dtype=DTYPES[dtype], vocab_chunk_tokens=256, sharded=sharded)
     if task == "scores":
         ForwardEngine(loaded, ScoringEngine(zero_stage=3, dtype=dtype))
     else:
         Engine(loaded, TrainingEngine(zero_stage=3, dtype=dtype), Optimizer(), total_steps=1)
-    return Peak(resident("VmHWM") - before, time.perf_counter() - began)
+    return Peak(most_in_use() - before, time.perf_counter() - began)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ import deepspeed
 import torch
 from torch import nn
 
-from rlhf_ray.models.heads import RoleModel
 from rlhf_ray.models.on_meta import replace_parameter
+from rlhf_ray.models.role_models import RoleModel
 from rlhf_ray.models.stored_weights import StoredWeights
 from rlhf_ray.models.weights import hub_name
 

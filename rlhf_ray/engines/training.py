@@ -13,11 +13,15 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from rlhf_ray.config import training as config
+from rlhf_ray.engines.collectives import share_sequences
+from rlhf_ray.engines.deepspeed_settings import deepspeed_settings
+from rlhf_ray.engines.device_states import DeviceStates
+from rlhf_ray.engines.level import Level
 from rlhf_ray.engines.partitioned_loading import read_partitions
 from rlhf_ray.engines.swap_folder import SwapFolder
 from rlhf_ray.engines.swapped_state import load_into_swap_files, swap_files_mapped
-from rlhf_ray.models.heads import RoleModel
 from rlhf_ray.models.lora import Adapter
+from rlhf_ray.models.role_models import RoleModel
 from rlhf_ray.models.token_logprobs import TokenLogProbs
 from rlhf_ray.models.weights import Weight, model_weights
 from rlhf_ray.platform import platform
@@ -42,11 +46,13 @@ class TrainingEngine:
     """DeepSpeed around one model. Every method is collective: all ranks of the role call it in the same order.
 
     Micro-batches accumulate until one is marked as the last; losses passed to `backward` are this rank's share
-    of a sum over all ranks, so the gradient is that of the summed loss for any number of ranks.
+    of a sum over all ranks, so the gradient is that of the summed loss for any number of ranks. Ranks that share
+    sequences pass the same loss, which counts once.
 
     Attributes:
-        model: what is trained.
+        model: that is trained.
         sharded: no rank has the whole of it.
+        sequence_parallel: ranks that share every micro-batch.
     """
 
     def __init__(
@@ -54,11 +60,13 @@ class TrainingEngine:
     ) -> None:
         self._world_size = torch.distributed.get_world_size()
         self.sharded = engine.zero_stage == 3
+        self.sequence_parallel = engine.sequence_parallel
+        _share_sequences(model, engine)
         if engine.activation_checkpointing:
             _checkpoint_activations(model)
         model.train()
         self._swap = SwapFolder(engine.nvme_path) if engine.nvme_path is not None else None
-        settings = _deepspeed_config(engine, model, self._swap)
+        settings = deepspeed_settings(engine, model, self._swap)
         read_partitions(model, settings)
         model.to(platform().device)
         adam = _adam(model, engine, optimizer)
@@ -72,6 +80,7 @@ class TrainingEngine:
             adam.state.clear()
         if engine.zero_stage == 3:
             _announce_shared_weights(model)
+        self._states = DeviceStates(self._engine, engine)
         self.model = model
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -97,6 +106,10 @@ class TrainingEngine:
             grad_norm=float(norm if norm is not None else self._engine.get_global_grad_norm()), lr=float(lr)
         )
 
+    def move(self, level: Level) -> None:
+        """Leave the device, or come back to it, as far as `level` says."""
+        self._states.move(level)
+
     def save(self, folder: Path) -> None:
         """Write what is trained, optimizer and schedule; each rank writes its own shards into `folder`."""
         with swap_files_mapped(self._engine):
@@ -113,15 +126,23 @@ class TrainingEngine:
 
 
 class ForwardEngine:
-    """A model that only scores: whole on every rank, or sharded by ZeRO-3 and gathered layer by layer."""
+    """A model that only scores: whole on every rank, or sharded by ZeRO-3 and gathered layer by layer.
+
+    Attributes:
+        model: that scores.
+        sequence_parallel: ranks that share every micro-batch.
+    """
 
     def __init__(self, model: RoleModel, engine: config.ScoringEngine) -> None:
+        self.sequence_parallel = engine.sequence_parallel
+        _share_sequences(model, engine)
         self._swap = SwapFolder(engine.nvme_path) if engine.nvme_path is not None else None
-        settings = _deepspeed_config(engine, model, self._swap)
+        settings = deepspeed_settings(engine, model, self._swap)
         model.eval().requires_grad_(False)
         read_partitions(model, settings)
         model.to(platform().device)
         self.model = model
+        self._sharded = engine.zero_stage == 3
         self._forward: Callable[..., Any] = model
         if engine.zero_stage == 3:
             self._forward, *_ = deepspeed.initialize(model=model, config=settings)
@@ -131,6 +152,12 @@ class ForwardEngine:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward pass, without gradients."""
         return self._forward(*args, **kwargs)
+
+    def move(self, level: Level) -> None:
+        """Leave the device at `Level.OUT`, else come back to it. Shards that are kept in host memory stay there."""
+        if not self._sharded:
+            self.model.to("cpu" if level == Level.OUT else platform().device)
+            deepspeed.get_accelerator().empty_cache()
 
     def mix(self, weights: Mapping[str, torch.Tensor], share: float) -> None:
         """Move weights, by Hugging Face name, by `share` of their way to these; collective, the same on every rank."""
@@ -231,41 +258,9 @@ def _adam(model: nn.Module, engine: config.TrainingEngine, optimizer: config.Opt
     return torch.optim.AdamW(parameters, fused=True, **settings)
 
 
-def _deepspeed_config(
-    engine: config.TrainingEngine | config.ScoringEngine, model: nn.Module, swap: SwapFolder | None
-) -> dict[str, Any]:
-    zero: dict[str, Any] = {"stage": engine.zero_stage}
-    if engine.zero_stage == 3:
-        # Gather a layer at a time; small tensors (norms) stay whole because gathering them costs more than it saves.
-        zero |= {"stage3_param_persistence_threshold": 10_000, "stage3_gather_16bit_weights_on_model_save": False}
-        if engine.offload_parameters != "none":
-            zero["offload_param"] = _offload(engine.offload_parameters, swap)
-        if engine.offload_parameters == "nvme":
-            largest = max(parameter.numel() for parameter in model.parameters())
-            part = -(-largest // torch.distributed.get_world_size())
-            # Buffers must hold any part; without max_in_cpu the first billion elements would stay in host memory.
-            zero["offload_param"] |= {"buffer_size": part, "max_in_cpu": 0}
-    settings: dict[str, Any] = {
-        # Micro-batches are of any size and number: the boundary is set by hand, sizes here are formal.
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "zero_optimization": zero,
-        "bf16": {"enabled": engine.dtype == "bfloat16"},
-        "steps_per_print": 2**31,
-        "wall_clock_breakdown": False,
-    }
-    if isinstance(engine, config.TrainingEngine):
-        settings["gradient_clipping"] = engine.gradient_clip
-        if engine.offload_optimizer != "none":
-            zero["offload_optimizer"] = _offload(engine.offload_optimizer, swap)
-        if engine.offload_optimizer == "nvme":
-            # What is in host memory at a time: 16 bytes of buffers for each element.
-            zero["sub_group_size"] = 50_000_000
-    return settings
-
-
-def _offload(place: config.Offload, swap: SwapFolder | None) -> dict[str, Any]:
-    return {"device": place} if swap is None else {"device": place, "nvme_path": str(swap.path)}
+def _share_sequences(model: RoleModel, engine: config.TrainingEngine | config.ScoringEngine) -> None:
+    if engine.sequence_parallel > 1:
+        model.sequence_parallel = share_sequences(engine.sequence_parallel)
 
 
 def _checkpoint_activations(model: nn.Module) -> None:

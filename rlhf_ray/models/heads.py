@@ -1,4 +1,4 @@
-"""transformers models as the roles use them: packed in, numbers at chosen positions out."""
+"""Model folders: what they hold, whether it can be used, and the models that roles make of it."""
 
 import math
 from collections.abc import Set
@@ -20,9 +20,9 @@ from rlhf_ray.config.training import Lora
 from rlhf_ray.models.attention import PACKED_ATTENTION
 from rlhf_ray.models.lora import adapters_in_memory, add_adapters, missing_package, quantization
 from rlhf_ray.models.on_meta import build_on_meta
-from rlhf_ray.models.packed import PackedSequences
+from rlhf_ray.models.role_models import CausalModel, ScalarModel
+from rlhf_ray.models.sequence_parallel import copies_of_keys
 from rlhf_ray.models.stored_weights import StoredWeights
-from rlhf_ray.models.token_logprobs import Beside, TokenLogProbs
 
 
 class ModelError(Exception):
@@ -40,69 +40,6 @@ class ModelError(Exception):
     def __reduce__(self) -> tuple[type["ModelError"], tuple[str, str]]:
         # Exceptions leave their actor pickled; the default would call __init__ with the message alone.
         return type(self), (self.model, self.reason)
-
-
-class RoleModel(nn.Module):
-    """A model as a role uses it.
-
-    Attributes:
-        model: the transformers model.
-        stored: what its parameters that are on the meta device are to be read from, None when there are none.
-    """
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        super().__init__()
-        self.model = model
-        self.stored: StoredWeights | None = None
-
-
-class CausalModel(RoleModel):
-    """A language model that gives log-probs of chosen tokens."""
-
-    def __init__(self, model: PreTrainedModel, vocab_chunk_tokens: int) -> None:
-        super().__init__(model)
-        self.token_logprobs = TokenLogProbs(model.get_output_embeddings(), vocab_chunk_tokens)
-
-    def forward(
-        self,
-        packed: PackedSequences,
-        positions: torch.Tensor,
-        targets: torch.Tensor,
-        temperature: float,
-        beside: Beside = "entropy",
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probs of `targets` `[positions]` as predicted at `positions` of the pack, and what `TokenLogProbs`
-        measures beside them."""
-        hidden = _hidden_states(self.model, packed)
-        out = self.token_logprobs(hidden[positions], targets, temperature, beside)
-        return out
-
-
-class ScalarModel(RoleModel):
-    """A decoder with one number per token: the critic's value, or at the last token the reward model's score."""
-
-    def forward(self, packed: PackedSequences, positions: torch.Tensor) -> torch.Tensor:
-        """Float32 `[positions]`."""
-        hidden = _hidden_states(self.model, packed)
-        return self.model.score(hidden[positions])[:, 0].float()
-
-
-def _hidden_states(model: PreTrainedModel, packed: PackedSequences) -> torch.Tensor:
-    """Final hidden states `[tokens, hidden]`."""
-    # Only where there are some: not every architecture hands on what it does not know.
-    shared = {} if packed.prefixes is None else {"shared_prefixes": packed.prefixes}
-    out = model.base_model(
-        input_ids=packed.input_ids,
-        position_ids=packed.position_ids,
-        use_cache=False,
-        cu_seq_lens_q=packed.cu_seqlens,
-        cu_seq_lens_k=packed.cu_seqlens,
-        max_length_q=packed.max_length,
-        max_length_k=packed.max_length,
-        **shared,
-    )
-    hidden: torch.Tensor = out.last_hidden_state[0]
-    return hidden
 
 
 def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -157,6 +94,20 @@ def longest_sequence(model: str, *, trust_remote_code: bool = False) -> int | No
     """Tokens that a model has positions for, None when its config does not say."""
     config = load_config(model, trust_remote_code=trust_remote_code)
     return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def check_sequence_parallel(model: str, ranks: int, *, trust_remote_code: bool = False) -> None:
+    """The heads of a model must be dealt evenly to the ranks that share its packs.
+
+    Raises:
+        ModelError: naming how many there are, and how many ranks there can be.
+    """
+    config = load_config(model, trust_remote_code=trust_remote_code).get_text_config()
+    heads = config.num_attention_heads
+    try:
+        copies_of_keys(heads, getattr(config, "num_key_value_heads", None) or heads, ranks)
+    except ValueError as error:
+        raise ModelError(model, f"its {error}") from error
 
 
 def check_scores(model: str, *, trust_remote_code: bool = False) -> None:

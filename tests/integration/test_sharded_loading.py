@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from rlhf_ray.actors.group import ActorGroup
 from rlhf_ray.config.training import Lora, ScoringEngine, TrainingEngine
-from training_rank import SEQUENCES, Trained, load, outputs, run, training_groups
+from training_rank import SEQUENCES, Trained, load, outputs, run, started
 
 ALL = list(range(len(SEQUENCES)))
 LORA = Lora(rank=8, alpha=64.0)
@@ -20,7 +20,7 @@ LORA = Lora(rank=8, alpha=64.0)
 @pytest.fixture(scope="module")
 def ranks() -> Iterator[ActorGroup]:
     """Two of them."""
-    with training_groups(2) as made:
+    with started(2) as made:
         yield made[2]
 
 

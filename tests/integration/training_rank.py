@@ -1,7 +1,7 @@
 """A rank that trains a tiny model on given sequences, with the training engine of the package."""
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,11 +15,13 @@ from deepspeed.utils import safe_get_full_grad
 from rlhf_ray.actors.group import ActorGroup
 from rlhf_ray.actors.worker import Worker
 from rlhf_ray.config.training import Lora, Optimizer, ScoringEngine, TrainingEngine
+from rlhf_ray.engines.level import Level
 from rlhf_ray.engines.training import DTYPES, ForwardEngine, full_weights
 from rlhf_ray.engines.training import TrainingEngine as Engine
 from rlhf_ray.engines.weight_files import write_sharded
-from rlhf_ray.models.heads import CausalModel, ScalarModel, load_causal, load_scalar
+from rlhf_ray.models.heads import load_causal, load_scalar
 from rlhf_ray.models.packed import PackedSequences
+from rlhf_ray.models.role_models import CausalModel, ScalarModel
 
 Weights = dict[str, np.ndarray]
 
@@ -31,7 +33,8 @@ TOTAL_STEPS = 5
 LORA_SEED = 5
 HEAD_SEED = 7
 
-
+# What is freed goes back to the system at once, so memory in use is what tensors take.
+ENV = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(128 * 2**10)}
 BUILD_S = 400  # DeepSpeed compiles its operators at first use: a minute each on two free cores
 
 
@@ -101,10 +104,15 @@ class TrainingRank(Worker):
         self.model = load(model, DTYPES[config.dtype], scalar=scalar, lora=lora, sharded=sharded)
         self.engine = Engine(self.model, config, OPTIMIZER, TOTAL_STEPS)
 
-    def train(self, steps: int, micro_batches: list[list[int]]) -> Trained:
-        """Optimizer steps, each on these micro-batches of this rank."""
+    def train(self, steps: int, micro_batches: list[list[int]], moves: Sequence[Level] = ()) -> Trained:
+        """Optimizer steps, each on these micro-batches of this rank, leaving the device and coming back in between."""
         found = Trained()
         for _ in range(steps):
+            for level in moves:
+                self.engine.move(level)
+                if level == Level.WEIGHTS:
+                    with torch.no_grad():
+                        token_mean_loss(self.engine, micro_batches[0])
             for number, micro_batch in enumerate(micro_batches):
                 loss = token_mean_loss(self.engine, micro_batch, scalar=self.scalar)
                 self.engine.backward(loss, last=number == len(micro_batches) - 1)
@@ -117,6 +125,18 @@ class TrainingRank(Worker):
             found.rates.append(stats.lr)
         found.weights = self.weights()
         return found
+
+    def peak_memory(self, tokens: int) -> int:
+        """Bytes that forward and backward pass of one sequence take at most, beside weights and gradients."""
+        for number, length in enumerate((64, tokens)):  # what the first pass allocates stays
+            text = np.random.default_rng(0).integers(3, 512, length).astype(np.int32)
+            packed = PackedSequences.of([text], torch.device("cpu"))
+            Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+            before = _status("VmRSS")
+            logprobs, _ = self.engine(packed, torch.arange(length - 1), packed.input_ids[0, 1:], 1.0, "nothing")
+            self.engine.backward(logprobs.mean(), last=number == 1)
+        self.engine.step()
+        return _status("VmHWM") - before
 
     def weights(self, bucket_bytes: int = 20_000) -> Weights:
         """Whole tensors as `full_weights` yields them."""
@@ -141,10 +161,10 @@ class TrainingRank(Worker):
         """Bytes by which this process was larger at most while it loaded a model to score with."""
         gc.collect()
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-        before = _resident("VmRSS")
+        before = _status("VmRSS")
         config = ScoringEngine(zero_stage=3, dtype="float32")
         engine = ForwardEngine(load(model, torch.float32, scalar=False, sharded=sharded), config)
-        grown = _resident("VmHWM") - before
+        grown = _status("VmHWM") - before
         del engine
         return grown
 
@@ -157,19 +177,19 @@ class TrainingRank(Worker):
         self.engine.load(Path(folder))
 
 
-def _resident(field: str) -> int:
-    """Bytes that this process takes up of the machine's memory, now (`VmRSS`) or at their peak (`VmHWM`)."""
-    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{field}:")]
+def _status(name: str) -> int:
+    """Memory of this process in bytes: `VmRSS` now, `VmHWM` at most."""
+    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{name}:")]
     return int(line.split()[1]) * 1024
 
 
 @contextmanager
-def training_groups(*sizes: int) -> Iterator[dict[int, ActorGroup]]:
-    """Groups of so many ranks, by their size."""
+def started(*sizes: int) -> Iterator[dict[int, ActorGroup]]:
+    """Groups of ranks by their sizes."""
     made = {}
     for ranks in sizes:
         actors = [
-            ray.remote(TrainingRank).options(num_cpus=0, runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}})
+            ray.remote(TrainingRank).options(num_cpus=0, runtime_env={"env_vars": ENV})
             .remote("trainer", rank, ranks, seed=0, deterministic=False)
             for rank in range(ranks)
         ]  # fmt: skip

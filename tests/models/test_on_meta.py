@@ -23,8 +23,9 @@ from transformers import (
 
 from rlhf_ray.config.training import Lora
 from rlhf_ray.models import stored_weights
-from rlhf_ray.models.heads import CausalModel, ModelError, ScalarModel, load_causal, load_scalar
+from rlhf_ray.models.heads import ModelError, load_causal, load_scalar
 from rlhf_ray.models.on_meta import build_on_meta, replace_parameter
+from rlhf_ray.models.role_models import CausalModel, ScalarModel
 from rlhf_ray.models.stored_weights import StoredWeights
 from rlhf_ray.models.weights import hub_name
 
