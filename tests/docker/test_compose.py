@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import yaml
-from files import DOCKER, REPOSITORY, options
+from docker_files import DOCKER, REPOSITORY, options
 
 TEXT = (DOCKER / "compose.yaml").read_text(encoding="utf-8")
 FILE: dict[str, Any] = yaml.safe_load(TEXT)

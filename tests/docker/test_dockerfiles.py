@@ -8,7 +8,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from files import DOCKERFILES, REPOSITORY, instructions, locked
+from docker_files import DOCKERFILES, REPOSITORY, instructions, locked
 
 HADOLINT = shutil.which("hadolint") or shutil.which("hadolint", path=str(Path(sys.executable).parent))
 of_each = pytest.mark.parametrize("dockerfile", DOCKERFILES, ids=lambda path: path.name)

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from crd import validator_of
-from files import DOCKER, DOCKERFILES, MANIFESTS, REPOSITORY, clusters, groups, instructions, locked, resources
+from crd_schemas import validator_of
+from docker_files import DOCKER, DOCKERFILES, MANIFESTS, REPOSITORY, clusters, groups, instructions, locked, resources
 from jsonschema import Draft202012Validator
 
 from rlhf_ray.config.loading import load_config
@@ -199,7 +199,7 @@ def test_groups_keep_the_operators_own_rules(cluster: Resource) -> None:
 def test_groups_have_labels_that_placement_can_ask_for(cluster: Resource) -> None:
     labels = {group["groupName"]: group["labels"] for group in cluster["workerGroupSpecs"]}
     for name, own in labels.items():
-        assert own == {"rlhf-ray/group": name}
+        assert own == {"pool": name}
     if cluster.get("enableInTreeAutoscaling"):
         assert cluster["autoscalerOptions"]["version"] == "v2", "the first version knows no labels"
 

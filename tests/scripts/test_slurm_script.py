@@ -45,11 +45,11 @@ def test_a_name_that_stands_for_loopback_is_no_address(job: SlurmJob) -> None:
     assert "--address=10.9.9.9:6379" in job.wrote("ray-1")[0]
 
 
-def test_labels_part_trainers_from_rollouts(tmp_path: Path) -> None:
+def test_labels_part_training_nodes_from_the_others(tmp_path: Path) -> None:
     job = SlurmJob(tmp_path, nodes=3)
-    job.run("my.yaml", CODE="0", RLHF_RAY_TRAINER_NODES="2")
-    groups = [job.wrote(f"ray-{node}")[0].split("--labels=rlhf-ray/group=")[1].split()[0] for node in range(3)]
-    assert groups == ["trainers", "trainers", "rollouts"]
+    job.run("my.yaml", CODE="0", RLHF_RAY_TRAIN_NODES="2")
+    groups = [job.wrote(f"ray-{node}")[0].split("--labels=pool=")[1].split()[0] for node in range(3)]
+    assert groups == ["train", "train", "rollout"]
 
 
 @pytest.mark.parametrize("code", [0, 1, 2])
