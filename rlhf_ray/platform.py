@@ -37,6 +37,11 @@ def platform() -> Platform:
     return Platform(torch.device("cpu"), "gloo", ("gloo", "gloo"), "bucketed_sdpa", "cpu")
 
 
+def device_names() -> list[str]:
+    """Names of the GPUs that this process sees, none on a machine without."""
+    return [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+
+
 def transfer_backend(same_devices: bool) -> TransferBackend:
     """How weights get to engines that sit on the policy's devices, or on others."""
     apart, together = platform().weight_transfer
