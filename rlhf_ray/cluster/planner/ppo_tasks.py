@@ -1,0 +1,184 @@
+"""What the roles do in one PPO step and what waits for what, as `controllers/ppo.py` orders it.
+
+A shard is scored when its slowest response is complete, while others are generated. Advantages need all of them; then
+policy and critic are updated at the same time, and the new weights go to the engines. With `placement.offload_idle`,
+roles that share places come to their devices and leave them between these phases.
+"""
+
+from collections.abc import Mapping, Sequence
+
+from rlhf_ray.cluster.planner.decoding import Engine, shard_arrivals
+from rlhf_ray.cluster.planner.devices import GB
+from rlhf_ray.cluster.planner.lengths import Lengths
+from rlhf_ray.cluster.planner.passes import Ranks
+from rlhf_ray.cluster.planner.seats import Seats
+from rlhf_ray.cluster.planner.shapes import ModelShape
+from rlhf_ray.cluster.planner.timeline import Task
+from rlhf_ray.cluster.planner.work import BYTES, Sequences
+from rlhf_ray.config.jobs import PPOJob, shard_count
+from rlhf_ray.config.rewards import ModelReward
+from rlhf_ray.config.sharing import shared_places
+from rlhf_ray.config.training import Critic, Policy, Reference
+
+# Shards are followed in so many waves: enough of them to see scoring overlap with generation.
+_WAVES = 8
+# Token, its log-prob and version from the engine, and four columns of numbers to train on.
+_TOKEN_BYTES = 28
+# Of a weight: float32 master, two moments.
+_OPTIMIZER_BYTES = 12
+
+
+def ppo_tasks(
+    config: PPOJob,
+    shapes: Mapping[str, Sequence[ModelShape]],
+    seats: Seats,
+    lengths: Lengths,
+    cached_tokens: int | None,
+) -> list[Task]:
+    """The tasks of one step, in an order in which none waits for a later one.
+
+    Args:
+        cached_tokens: that the KV cache of one engine has room for; None for as many as it can use.
+    """
+    return _Step(config, shapes, seats, lengths, cached_tokens).tasks()
+
+
+class _Step:
+    def __init__(
+        self,
+        config: PPOJob,
+        shapes: Mapping[str, Sequence[ModelShape]],
+        seats: Seats,
+        lengths: Lengths,
+        cached_tokens: int | None,
+    ) -> None:
+        self._config, self._seats, self._lengths = config, seats, lengths
+        self._policy = _ranks(seats, "policy", shapes["policy"][0], config.policy)
+        self._critic = _ranks(seats, "critic", shapes["critic"][0], config.critic)
+        self._scoring = {"policy": [self._policy], "critic": [self._critic]}
+        if config.policy_is_reference:
+            self._scoring["policy"] *= 2  # once more, with its adapters off
+        else:
+            self._scoring["reference"] = [_ranks(seats, "reference", shapes["reference"][0], config.reference)]
+        if config.reward_models:
+            self._scoring["reward"] = [
+                _ranks(seats, "reward", shape, part)
+                for shape, part in zip(shapes["reward"], config.reward_models, strict=True)
+            ]
+        self._engine = _engine(config, shapes["policy"][0], seats, lengths, cached_tokens)
+        self._shards = shard_count(config.samples_per_step, config.rollout.shard_samples)
+        self._leaving = {role for roles in shared_places(config.places) for role in roles}
+        if not config.placement.offload_idle:
+            self._leaving = set()
+        self._tasks: list[Task] = []
+
+    def tasks(self) -> list[Task]:
+        scored = self._score(self._generate())
+        calls = 2 * self._shards * self._critic.constants.ray.call_s
+        advantages = self._add("score", "critic", calls, scored)
+        self._sync(self._update((advantages,)))
+        return self._tasks
+
+    def _generate(self) -> list[tuple[int, int]]:
+        """Each wave's task, and the shards that are complete with it."""
+        config = self._config
+        engines = config.placement.rollout.engines
+        finished = self._engine.finish_times(-(-config.samples_per_step // engines), self._lengths)
+        arrivals = sorted(shard_arrivals(finished, -(-self._shards // engines)))
+        number = min(_WAVES, len(arrivals))
+        waves: list[tuple[int, int]] = []
+        before: tuple[int, ...] = ()
+        seconds, shards = 0.0, 0
+        for wave in range(1, number + 1):
+            done = wave * len(arrivals) // number
+            so_far = round(self._shards * done / len(arrivals))
+            task = self._add("generate", "rollout", arrivals[done - 1] - seconds, before)
+            waves.append((task, so_far - shards))
+            before, seconds, shards = (task,), arrivals[done - 1], so_far
+        return waves
+
+    def _score(self, waves: list[tuple[int, int]]) -> tuple[int, ...]:
+        shard = self._sequences(self._config.samples_per_step / self._shards)
+        # Engines that must leave their devices first have generated everything before anything is scored.
+        apart = "rollout" in self._leaving
+        last: dict[str, int] = {}
+        for task, shards in waves:
+            ready = waves[-1][0] if apart else task
+            for role, models in self._scoring.items():
+                seconds = shards * sum(model.scoring_s(shard) for model in models)
+                if role not in last:
+                    seconds += self._switch_s(role, sum(_held_bytes(model) for model in models))
+                    last[role] = self._add("score", role, seconds, (ready,))
+                else:
+                    last[role] = self._add("score", role, seconds, (ready, last[role]))
+        return tuple(last.values())
+
+    def _update(self, after: tuple[int, ...]) -> tuple[int, ...]:
+        algorithm, batch = self._config.algorithm, self._sequences(self._config.samples_per_step)
+        updates = []
+        for role, ranks in (("policy", self._policy), ("critic", self._critic)):
+            # The optimizer's state comes and goes; so do, in the end, the weights.
+            moved = 2 * _optimizer_bytes(ranks) + _held_bytes(ranks)
+            ray = ranks.constants.ray
+            fetched = batch.tokens * _TOKEN_BYTES / (ray.object_store_gb_s * GB)
+            seconds = algorithm.epochs * ranks.update_s(batch, algorithm.optimizer_steps)
+            updates.append(self._add(f"{role}_update", role, fetched + seconds + self._switch_s(role, moved), after))
+        return tuple(updates)
+
+    def _sync(self, after: tuple[int, ...]) -> None:
+        policy, rollout = self._policy, self._seats.of["rollout"]
+        factors, tensors = policy.constants.weight_sync, sum(tensor.count for tensor in policy.shape.tensors())
+        size = policy.weight_bytes
+        if self._config.policy.lora is not None and self._config.rollout.lora_sync == "adapters":
+            size = policy.trained * BYTES[policy.engine.dtype]
+        near = len(rollout.nodes | self._seats.of["policy"].nodes) == 1
+        bandwidth = policy.rates.link if near else min(policy.rates.link, policy.rates.network)
+        seconds = factors.sync_s + tensors * factors.tensor_s + factors.weights * size / bandwidth
+        if policy.engine.zero_stage == 3:
+            seconds += policy.group.all_gather_s(size, policy.constants.collectives, policy.shape.layers)
+        # Nothing else runs meanwhile: the step waits for it.
+        self._tasks.append(Task("weight_sync", ("policy", "rollout"), seconds, {}, after))
+
+    def _sequences(self, samples: float) -> Sequences:
+        return Sequences.of(samples, self._lengths.prompt, self._lengths.response)
+
+    def _switch_s(self, role: str, size: float) -> float:
+        """Seconds in which a rank's bytes move between its device and host memory, where a role does that."""
+        rates = self._seats.of[role].rates
+        return size / rates.host if role in self._leaving and rates.ahead else 0.0
+
+    def _add(self, phase: str, role: str, seconds: float, after: tuple[int, ...]) -> int:
+        self._tasks.append(Task(phase, (role,), seconds, self._seats.of[role].needs, after))
+        return len(self._tasks) - 1
+
+
+def _ranks(seats: Seats, role: str, shape: ModelShape, section: Policy | Critic | Reference | ModelReward) -> Ranks:
+    seat = seats.of[role]
+    lora = section.lora if isinstance(section, Policy | Critic) else None
+    return Ranks(shape, section.engine, seat.rates, seat.group, seat.constants, lora)
+
+
+def _engine(config: PPOJob, shape: ModelShape, seats: Seats, lengths: Lengths, cached_tokens: int | None) -> Engine:
+    seat, settings = seats.of["rollout"], config.rollout.engine
+    slots = settings.max_num_seqs
+    if cached_tokens is not None:
+        slots = min(slots, int(cached_tokens / (lengths.prompt + lengths.response)))
+    return Engine(
+        shape=shape,
+        dtype=settings.dtype or config.policy.engine.dtype,
+        slots=max(1, slots),
+        prompts_shared=config.data.samples_per_prompt if settings.prefix_caching else 1,
+        rates=seat.rates,
+        workers=seat.group,
+        constants=seat.constants,
+    )
+
+
+def _held_bytes(ranks: Ranks) -> float:
+    """Of weights, on one rank."""
+    return ranks.weight_bytes / (ranks.group.ranks if ranks.engine.zero_stage == 3 else 1)
+
+
+def _optimizer_bytes(ranks: Ranks) -> float:
+    """Of optimizer state, on one rank."""
+    return _OPTIMIZER_BYTES * ranks.trained / (ranks.group.ranks if ranks.engine.zero_stage else 1)
