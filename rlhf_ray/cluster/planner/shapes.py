@@ -26,6 +26,7 @@ class Family:
             size / heads) and `tie_word_embeddings`.
         experts_key: of the config, names the number of experts; None for a dense model.
         shared_expert: beside the experts that a router chooses, each token goes through one more.
+        norm_in_float32: a normalisation multiplies by its weight before it rounds to the model's own format.
     """
 
     norms: int = 2
@@ -38,6 +39,7 @@ class Family:
     tied: bool = False
     experts_key: str | None = None
     shared_expert: bool = False
+    norm_in_float32: bool = False
 
 
 FAMILIES: Mapping[str, Family] = {
@@ -45,7 +47,7 @@ FAMILIES: Mapping[str, Family] = {
     "mistral": Family(kv_heads=8),
     "qwen2": Family(qkv_bias=True, kv_heads=32),
     "qwen3": Family(qk_norm=True, qkv_bias="attention_bias", o_bias="attention_bias", kv_heads=32, head_dim=128),
-    "gemma": Family(qkv_bias="attention_bias", o_bias="attention_bias", kv_heads=16, head_dim=256, tied=True),
+    "gemma": Family(qkv_bias="attention_bias", o_bias="attention_bias", kv_heads=16, head_dim=256, tied=True, norm_in_float32=True),
     "gemma3_text": Family(
         norms=4,
         qk_norm=True,
@@ -54,6 +56,7 @@ FAMILIES: Mapping[str, Family] = {
         kv_heads=4,
         head_dim=256,
         tied=True,
+        norm_in_float32=True,
     ),
     "mixtral": Family(kv_heads=8, experts_key="num_local_experts"),
     "qwen2_moe": Family(qkv_bias="qkv_bias", kv_heads=16, experts_key="num_experts", shared_expert=True),
@@ -222,15 +225,20 @@ class ModelShape:
     @property
     def largest_layer_parameters(self) -> int:
         """Weights of the layer that has most of them."""
-        return max(sum(tensor.size for tensor in self.layer_tensors(sparse)) for sparse in self._kinds())
+        return max(sum(tensor.size for tensor in self.layer_tensors(sparse)) for sparse in self.kinds)
+
+    @property
+    def kinds(self) -> dict[bool, int]:
+        """How many layers there are without experts (False) and with them (True), as far as there are any."""
+        counts = {False: self.dense_layers, True: self.layers - self.dense_layers}
+        return {sparse: count for sparse, count in counts.items() if count}
 
     def tensors(self) -> Iterator[Tensor]:
         """Every weight, those of layers once for each kind of layer."""
         yield Tensor("embed_tokens.weight", (self.vocab, self.hidden))
-        sparse_layers = self.layers - self.dense_layers
-        for sparse in self._kinds():
+        for sparse, layers in self.kinds.items():
             for tensor in self.layer_tensors(sparse):
-                yield replace(tensor, layers=sparse_layers if sparse else self.dense_layers)
+                yield replace(tensor, layers=layers)
         yield Tensor("norm.weight", (self.hidden,))
         if self.head == "scalar":
             yield Tensor("score.weight", (1, self.hidden))
@@ -246,12 +254,6 @@ class ModelShape:
             yield from _mlp("mlp", self.hidden, self.intermediate, bias=self.mlp_bias)
         for number in range(self.family.norms):
             yield Tensor(f"norm_{number}.weight", (self.hidden,), 1)
-
-    def _kinds(self) -> Iterator[bool]:
-        if self.dense_layers:
-            yield False
-        if self.dense_layers < self.layers:
-            yield True
 
     def _attention(self) -> Iterator[Tensor]:
         queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
