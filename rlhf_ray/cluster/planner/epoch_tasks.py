@@ -1,53 +1,43 @@
 """What the roles do in one step over a data set, as `controllers/epochs.py` and `preference.py` order it."""
 
-from collections.abc import Mapping, Sequence
-
 from rlhf_ray.cluster.planner.lengths import Lengths
-from rlhf_ray.cluster.planner.passes import Ranks
-from rlhf_ray.cluster.planner.seats import Seats
-from rlhf_ray.cluster.planner.shapes import ModelShape
+from rlhf_ray.cluster.planner.seats import Seats, ranks_of
 from rlhf_ray.cluster.planner.timeline import Task
 from rlhf_ray.cluster.planner.work import Sequences
+from rlhf_ray.cluster.planner.workload import RolloutRole, Workload
 from rlhf_ray.config.jobs import EpochJob, PreferenceJob, RewardModelJob
 
 _CANDIDATES = 2
 """Answers of a row that are compared; rows of choices and rankings can have more."""
 
 
-def epoch_tasks(
-    config: EpochJob, shapes: Mapping[str, Sequence[ModelShape]], seats: Seats, lengths: Lengths
-) -> list[Task]:
+def epoch_tasks(workload: Workload, config: EpochJob, seats: Seats, lengths: Lengths) -> list[Task]:
     """The tasks of one step, in an order in which none waits for a later one.
 
     Args:
         lengths: of the tokens of a row that are not learnt, and of those that are, by answer.
     """
-    role, batch = config.role, _batch(config, lengths)
-    seat = seats.of[role.name]
-    trained = role.trained
-    ranks = Ranks(shapes[role.name][0], trained.engine, seat.rates, seat.group, seat.constants, trained.lora)
+    batch = _batch(config, lengths)
+    trained, *others = [role for role in workload.roles if not isinstance(role, RolloutRole)]
+    ranks = ranks_of(trained, seats.of[trained.name])
     tasks: list[Task] = []
 
-    def add(phase: str, name: str, seconds: float) -> None:
+    def add(phase: str, role: str, seconds: float) -> None:
         """Each waits for the one before."""
         after = (len(tasks) - 1,) if tasks else ()
-        tasks.append(Task(phase, (name,), seconds, seats.of[name].needs, after))
+        tasks.append(Task(phase, (role,), seconds, seats.of[role].needs, after))
 
     if isinstance(config, PreferenceJob):
         algorithm = config.algorithm
         passes = 1 if algorithm.kto is None else 2  # KTO compares with mismatched answers too
-        if algorithm.needs_reference and config.reference.cache is None:
-            if config.policy_is_reference:
-                add("score", "policy", passes * ranks.scoring_s(batch))
-            else:
-                at = seats.of["reference"]
-                engine = config.reference.engine
-                reference = Ranks(shapes["reference"][0], engine, at.rates, at.group, at.constants)
-                add("score", "reference", passes * reference.scoring_s(batch))
-        extra = int(algorithm.couples_rows) + passes - 1
-        if extra:
-            add("score", "policy", extra * ranks.scoring_s(batch))
-    add("update", role.name, ranks.update_s(batch, 1))
+        for reference in others:
+            add("score", "reference", passes * ranks_of(reference, seats.of["reference"]).scoring_s(batch))
+        by_policy = int(algorithm.couples_rows) + passes - 1
+        if algorithm.needs_reference and config.policy_is_reference and config.reference.cache is None:
+            by_policy += passes
+        if by_policy:
+            add("score", "policy", by_policy * ranks.scoring_s(batch))
+    add("update", trained.name, ranks.update_s(batch, optimizer_steps=1))
     return tasks
 
 

@@ -5,20 +5,16 @@ policy and critic are updated at the same time, and the new weights go to the en
 roles that share places come to their devices and leave them between these phases.
 """
 
-from collections.abc import Mapping, Sequence
-
 from rlhf_ray.cluster.planner.decoding import Engine, shard_arrivals
 from rlhf_ray.cluster.planner.devices import GB
 from rlhf_ray.cluster.planner.lengths import Lengths
 from rlhf_ray.cluster.planner.passes import Ranks
-from rlhf_ray.cluster.planner.seats import Seats
-from rlhf_ray.cluster.planner.shapes import ModelShape
+from rlhf_ray.cluster.planner.seats import Seats, ranks_of
 from rlhf_ray.cluster.planner.timeline import Task
 from rlhf_ray.cluster.planner.work import BYTES, Sequences
+from rlhf_ray.cluster.planner.workload import RolloutRole, ScoredRole, Workload
 from rlhf_ray.config.jobs import PPOJob, shard_count
-from rlhf_ray.config.rewards import ModelReward
 from rlhf_ray.config.sharing import shared_places
-from rlhf_ray.config.training import Critic, Policy, Reference
 
 # Shards are followed in so many waves: enough of them to see scoring overlap with generation.
 _WAVES = 8
@@ -29,43 +25,31 @@ _OPTIMIZER_BYTES = 12
 
 
 def ppo_tasks(
-    config: PPOJob,
-    shapes: Mapping[str, Sequence[ModelShape]],
-    seats: Seats,
-    lengths: Lengths,
-    cached_tokens: int | None,
+    workload: Workload, config: PPOJob, seats: Seats, lengths: Lengths, cached_tokens: int | None
 ) -> list[Task]:
     """The tasks of one step, in an order in which none waits for a later one.
 
     Args:
         cached_tokens: that the KV cache of one engine has room for; None for as many as it can use.
     """
-    return _Step(config, shapes, seats, lengths, cached_tokens).tasks()
+    return _Step(workload, config, seats, lengths, cached_tokens).tasks()
 
 
 class _Step:
     def __init__(
-        self,
-        config: PPOJob,
-        shapes: Mapping[str, Sequence[ModelShape]],
-        seats: Seats,
-        lengths: Lengths,
-        cached_tokens: int | None,
+        self, workload: Workload, config: PPOJob, seats: Seats, lengths: Lengths, cached_tokens: int | None
     ) -> None:
         self._config, self._seats, self._lengths = config, seats, lengths
-        self._policy = _ranks(seats, "policy", shapes["policy"][0], config.policy)
-        self._critic = _ranks(seats, "critic", shapes["critic"][0], config.critic)
-        self._scoring = {"policy": [self._policy], "critic": [self._critic]}
+        self._scoring: dict[str, list[Ranks]] = {}
+        for role in workload.roles:
+            if isinstance(role, RolloutRole):
+                self._engine = _engine(role, seats, lengths, config.data.samples_per_prompt, cached_tokens)
+                continue
+            place = "reward" if isinstance(role, ScoredRole) and role.name != "reference" else role.name
+            self._scoring.setdefault(place, []).append(ranks_of(role, seats.of[place]))
+        [self._policy], [self._critic] = self._scoring["policy"], self._scoring["critic"]
         if config.policy_is_reference:
             self._scoring["policy"] *= 2  # once more, with its adapters off
-        else:
-            self._scoring["reference"] = [_ranks(seats, "reference", shapes["reference"][0], config.reference)]
-        if config.reward_models:
-            self._scoring["reward"] = [
-                _ranks(seats, "reward", shape, part)
-                for shape, part in zip(shapes["reward"], config.reward_models, strict=True)
-            ]
-        self._engine = _engine(config, shapes["policy"][0], seats, lengths, cached_tokens)
         self._shards = shard_count(config.samples_per_step, config.rollout.shard_samples)
         self._leaving = {role for roles in shared_places(config.places) for role in roles}
         if not config.placement.offload_idle:
@@ -152,22 +136,18 @@ class _Step:
         return len(self._tasks) - 1
 
 
-def _ranks(seats: Seats, role: str, shape: ModelShape, section: Policy | Critic | Reference | ModelReward) -> Ranks:
-    seat = seats.of[role]
-    lora = section.lora if isinstance(section, Policy | Critic) else None
-    return Ranks(shape, section.engine, seat.rates, seat.group, seat.constants, lora)
-
-
-def _engine(config: PPOJob, shape: ModelShape, seats: Seats, lengths: Lengths, cached_tokens: int | None) -> Engine:
-    seat, settings = seats.of["rollout"], config.rollout.engine
+def _engine(
+    role: RolloutRole, seats: Seats, lengths: Lengths, samples_per_prompt: int, cached_tokens: int | None
+) -> Engine:
+    seat, settings = seats.of["rollout"], role.engine
     slots = settings.max_num_seqs
     if cached_tokens is not None:
         slots = min(slots, int(cached_tokens / (lengths.prompt + lengths.response)))
     return Engine(
-        shape=shape,
-        dtype=settings.dtype or config.policy.engine.dtype,
+        shape=role.shape,
+        dtype=role.dtype,
         slots=max(1, slots),
-        prompts_shared=config.data.samples_per_prompt if settings.prefix_caching else 1,
+        prompts_shared=samples_per_prompt if settings.prefix_caching else 1,
         rates=seat.rates,
         workers=seat.group,
         constants=seat.constants,

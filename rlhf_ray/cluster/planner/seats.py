@@ -7,7 +7,9 @@ from rlhf_ray.cluster.assignment import Assignment
 from rlhf_ray.cluster.planner.calibration import Calibration, Device
 from rlhf_ray.cluster.planner.devices import DEVICES
 from rlhf_ray.cluster.planner.hardware import Hardware, Machine
+from rlhf_ray.cluster.planner.passes import Ranks
 from rlhf_ray.cluster.planner.rates import Group, Rates, rates_of
+from rlhf_ray.cluster.planner.workload import ScoredRole, TrainedRole
 from rlhf_ray.config.jobs import JobConfig
 from rlhf_ray.config.placement import RolloutPlacement
 
@@ -91,6 +93,12 @@ class Seats:
             needs[name] = needs.get(name, 0.0) + threads
             self.capacity[name] = max(1.0, machine.cpus)
         return needs
+
+
+def ranks_of(role: TrainedRole | ScoredRole, seat: Seat) -> Ranks:
+    """The model of a role on its ranks."""
+    lora = role.lora if isinstance(role, TrainedRole) else None
+    return Ranks(role.shape, role.engine, seat.rates, seat.group, seat.constants, lora)
 
 
 def _without_devices(machine: Machine) -> Machine:

@@ -1,15 +1,15 @@
 """How long a step takes, phase by phase, and how long each role idles meanwhile."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rlhf_ray.cluster.planner.epoch_tasks import epoch_tasks
 from rlhf_ray.cluster.planner.lengths import Lengths
 from rlhf_ray.cluster.planner.ppo_tasks import ppo_tasks
 from rlhf_ray.cluster.planner.seats import Cluster, Seats
-from rlhf_ray.cluster.planner.shapes import ModelShape
 from rlhf_ray.cluster.planner.timeline import Span, covered, run
-from rlhf_ray.config.jobs import JobConfig, PPOJob
+from rlhf_ray.cluster.planner.workload import Workload
+from rlhf_ray.config.jobs import PPOJob
 
 
 @dataclass(frozen=True)
@@ -49,26 +49,20 @@ class StepTime:
         return self.response_tokens / self.seconds
 
 
-def step_time(
-    config: JobConfig,
-    shapes: Mapping[str, Sequence[ModelShape]],
-    cluster: Cluster,
-    lengths: Lengths,
-    cached_tokens: int | None = None,
-) -> StepTime:
+def step_time(workload: Workload, cluster: Cluster, lengths: Lengths, cached_tokens: int | None = None) -> StepTime:
     """One step of a job, without checkpoints and evaluations.
 
     Args:
-        shapes: of each role's models, one for each model of the reward.
         lengths: of prompts and responses; in a job over a data set, of what is not learnt and what is.
         cached_tokens: that the KV cache of one engine has room for; None for as many as it can use.
     """
+    config = workload.job
     seats = Seats(config, cluster)
     if isinstance(config, PPOJob):
-        tasks = ppo_tasks(config, shapes, seats, lengths, cached_tokens)
+        tasks = ppo_tasks(workload, config, seats, lengths, cached_tokens)
         generated = config.samples_per_step * lengths.response
     else:
-        tasks, generated = epoch_tasks(config, shapes, seats, lengths), 0.0
+        tasks, generated = epoch_tasks(workload, config, seats, lengths), 0.0
     spans = run(tasks, seats.capacity)
     seconds = max(span.end for span in spans)
     return StepTime(
