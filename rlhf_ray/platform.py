@@ -33,21 +33,16 @@ class Platform:
 def platform() -> Platform:
     """The platform of this process. Ray shows an actor only the GPU that was reserved for it."""
     if torch.cuda.is_available():
-<<<<<<< HEAD
-        return Platform(torch.device("cuda", 0), "nccl", "nccl", "varlen_flash", "cuda")
-    return Platform(torch.device("cpu"), "gloo", "gloo", "bucketed_sdpa", "cpu")
+        return Platform(torch.device("cuda", 0), "nccl", ("nccl", "ipc"), "varlen_flash", "cuda")
+    return Platform(torch.device("cpu"), "gloo", ("gloo", "gloo"), "bucketed_sdpa", "cpu")
 
 
 def device_names() -> list[str]:
     """Names of the GPUs that this process sees, none on a machine without."""
     return [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
-=======
-        return Platform(torch.device("cuda", 0), "nccl", ("nccl", "ipc"), "varlen_flash", "cuda")
-    return Platform(torch.device("cpu"), "gloo", ("gloo", "gloo"), "bucketed_sdpa", "cpu")
 
 
 def transfer_backend(same_devices: bool) -> TransferBackend:
     """How weights get to engines that sit on the policy's devices, or on others."""
     apart, together = platform().weight_transfer
     return together if same_devices else apart
->>>>>>> 6e1ae0da1f321f1ec3ffc04aaa54bb2fe5eabad3
