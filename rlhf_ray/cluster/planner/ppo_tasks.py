@@ -5,6 +5,8 @@ policy and critic are updated at the same time, and the new weights go to the en
 roles that share places come to their devices and leave them between these phases.
 """
 
+from collections.abc import Collection
+
 from rlhf_ray.cluster.planner.decoding import Engine, shard_arrivals
 from rlhf_ray.cluster.planner.devices import GB
 from rlhf_ray.cluster.planner.lengths import Lengths
@@ -13,8 +15,10 @@ from rlhf_ray.cluster.planner.seats import Seats, ranks_of
 from rlhf_ray.cluster.planner.timeline import Task
 from rlhf_ray.cluster.planner.work import BYTES, Sequences
 from rlhf_ray.cluster.planner.workload import RolloutRole, ScoredRole, Workload
+from rlhf_ray.cluster.sharing import DeviceSharing, Phase
 from rlhf_ray.config.jobs import PPOJob, shard_count
 from rlhf_ray.config.sharing import shared_places
+from rlhf_ray.engines.level import Level
 
 # Shards are followed in so many waves: enough of them to see scoring overlap with generation.
 _WAVES = 8
@@ -51,16 +55,16 @@ class _Step:
         if config.policy_is_reference:
             self._scoring["policy"] *= 2  # once more, with its adapters off
         self._shards = shard_count(config.samples_per_step, config.rollout.shard_samples)
-        self._leaving = {role for roles in shared_places(config.places) for role in roles}
-        if not config.placement.offload_idle:
-            self._leaving = set()
+        self._sharing = DeviceSharing(shared_places(config.places) if config.placement.offload_idle else [])
         self._tasks: list[Task] = []
 
     def tasks(self) -> list[Task]:
-        scored = self._score(self._generate())
-        calls = 2 * self._shards * self._critic.constants.ray.call_s
-        advantages = self._add("score", "critic", calls, scored)
-        self._sync(self._update((advantages,)))
+        for _ in range(2):  # roles find their devices as the step before left them
+            self._tasks = []
+            scored = self._score(self._generate())
+            calls = 2 * self._shards * self._critic.constants.ray.call_s
+            advantages = self._add("score", "critic", calls, scored)
+            self._sync(self._update((advantages,)))
         return self._tasks
 
     def _generate(self) -> list[tuple[int, int]]:
@@ -71,7 +75,7 @@ class _Step:
         arrivals = sorted(shard_arrivals(finished, -(-self._shards // engines)))
         number = min(_WAVES, len(arrivals))
         waves: list[tuple[int, int]] = []
-        before: tuple[int, ...] = ()
+        before = self._enter("generate", ())
         seconds, shards = 0.0, 0
         for wave in range(1, number + 1):
             done = wave * len(arrivals) // number
@@ -83,31 +87,30 @@ class _Step:
 
     def _score(self, waves: list[tuple[int, int]]) -> tuple[int, ...]:
         shard = self._sequences(self._config.samples_per_step / self._shards)
-        # Engines that must leave their devices first have generated everything before anything is scored.
-        apart = "rollout" in self._leaving
-        last: dict[str, int] = {}
+        # Engines that must leave their devices first have generated everything before anything is scored; other roles
+        # come while the first shards are generated.
+        apart = "rollout" in self._sharing.levels
+        entered = self._enter("score", (waves[-1][0],) if apart else ())
+        last = dict.fromkeys(self._scoring, entered)
         for task, shards in waves:
-            ready = waves[-1][0] if apart else task
             for role, models in self._scoring.items():
                 seconds = shards * sum(model.scoring_s(shard) for model in models)
-                if role not in last:
-                    seconds += self._switch_s(role, sum(_held_bytes(model) for model in models))
-                    last[role] = self._add("score", role, seconds, (ready,))
-                else:
-                    last[role] = self._add("score", role, seconds, (ready, last[role]))
-        return tuple(last.values())
+                last[role] = (self._add("score", role, seconds, (task, *last[role])),)
+        return tuple(task for after in last.values() for task in after)
 
     def _update(self, after: tuple[int, ...]) -> tuple[int, ...]:
         algorithm, batch = self._config.algorithm, self._sequences(self._config.samples_per_step)
-        updates = []
-        for role, ranks in (("policy", self._policy), ("critic", self._critic)):
-            # The optimizer's state comes and goes; so do, in the end, the weights.
-            moved = 2 * _optimizer_bytes(ranks) + _held_bytes(ranks)
-            ray = ranks.constants.ray
-            fetched = batch.tokens * _TOKEN_BYTES / (ray.object_store_gb_s * GB)
-            seconds = algorithm.epochs * ranks.update_s(batch, algorithm.optimizer_steps)
-            updates.append(self._add(f"{role}_update", role, fetched + seconds + self._switch_s(role, moved), after))
-        return tuple(updates)
+        trained = {"critic": self._critic, "policy": self._policy}
+        for turn in self._sharing.turns(trained):
+            after = self._enter("update", after, turn)
+            updates = []
+            for role in turn:
+                ranks = trained[role]
+                fetched = batch.tokens * _TOKEN_BYTES / (ranks.constants.ray.object_store_gb_s * GB)
+                seconds = algorithm.epochs * ranks.update_s(batch, algorithm.optimizer_steps)
+                updates.append(self._add(f"{role}_update", role, fetched + seconds, after))
+            after = tuple(updates)
+        return after
 
     def _sync(self, after: tuple[int, ...]) -> None:
         policy, rollout = self._policy, self._seats.of["rollout"]
@@ -120,16 +123,35 @@ class _Step:
         seconds = factors.sync_s + tensors * factors.tensor_s + factors.weights * size / bandwidth
         if policy.engine.zero_stage == 3:
             seconds += policy.group.all_gather_s(size, policy.constants.collectives, policy.shape.layers)
+        after = self._enter("sync", after)
         # Nothing else runs meanwhile: the step waits for it.
         self._tasks.append(Task("weight_sync", ("policy", "rollout"), seconds, {}, after))
 
     def _sequences(self, samples: float) -> Sequences:
         return Sequences.of(samples, self._lengths.prompt, self._lengths.response)
 
-    def _switch_s(self, role: str, size: float) -> float:
-        """Seconds in which a rank's bytes move between its device and host memory, where a role does that."""
+    def _enter(self, phase: Phase, after: tuple[int, ...], only: Collection[str] | None = None) -> tuple[int, ...]:
+        """Roles that share devices go and come, as `DeviceSharing` says."""
+        before = dict(self._sharing.levels)
+        for moves in self._sharing.enter(phase, only):
+            after = tuple(
+                self._add("switch", role, self._move_s(role, before[role], level), after)
+                for role, level in moves.items()
+            )
+        return after
+
+    def _move_s(self, role: str, before: Level, level: Level) -> float:
+        """Seconds in which a rank's states move between its device and host memory; engines drop theirs, and on a CPU
+        both are one."""
         rates = self._seats.of[role].rates
-        return size / rates.host if role in self._leaving and rates.ahead else 0.0
+        if role == "rollout" or not rates.ahead:
+            return 0.0
+        low, high = sorted((before, level))
+        size = 0.0
+        for ranks in dict.fromkeys(self._scoring[role]):
+            size += _held_bytes(ranks) if low < Level.WEIGHTS <= high else 0.0
+            size += _optimizer_bytes(ranks) if low < Level.FULL <= high and role in ("policy", "critic") else 0.0
+        return size / rates.host
 
     def _add(self, phase: str, role: str, seconds: float, after: tuple[int, ...]) -> int:
         self._tasks.append(Task(phase, (role,), seconds, self._seats.of[role].needs, after))
