@@ -46,3 +46,9 @@ def transfer_backend(same_devices: bool) -> TransferBackend:
     """How weights get to engines that sit on the policy's devices, or on others."""
     apart, together = platform().weight_transfer
     return together if same_devices else apart
+
+
+def synchronize() -> None:
+    """Wait until the device has done all that it was given."""
+    if platform().device.type == "cuda":
+        torch.cuda.synchronize()

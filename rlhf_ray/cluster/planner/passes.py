@@ -19,7 +19,7 @@ from rlhf_ray.config.training import Dtype, Lora, ScoringEngine, TrainingEngine
 
 # Bytes that a step of AdamW moves for each weight: gradient, its norm and clipping, master weight, two moments, and in
 # bfloat16 the weight itself.
-_STEP_TRAFFIC = {"bfloat16": 50, "float32": 40}
+STEP_TRAFFIC = {"bfloat16": 50, "float32": 40}
 _BUCKET_ELEMENTS = 500_000_000  # of DeepSpeed's reductions in stages 1 and 2
 
 
@@ -88,7 +88,7 @@ class Ranks:
         assert isinstance(self.engine, TrainingEngine)
         engine, rates, factors = self.engine, self.rates, self.constants.optimizer
         own = self.trained / (self.group.ranks if engine.zero_stage else 1)
-        traffic = own * _STEP_TRAFFIC[engine.dtype]
+        traffic = own * STEP_TRAFFIC[engine.dtype]
         seconds = factors.traffic * traffic / (rates.host_memory if engine.offload_optimizer else rates.memory)
         if engine.offload_optimizer and rates.ahead:
             seconds += 2 * own * BYTES[engine.dtype] / rates.host
