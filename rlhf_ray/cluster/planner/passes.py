@@ -12,6 +12,7 @@ from rlhf_ray.cluster.planner.work import (
     Work,
     adapter_parameters,
     layers_work,
+    parameters,
     scoring_work,
     training_work,
 )
@@ -60,12 +61,12 @@ class Ranks:
     @property
     def trained(self) -> int:
         """Weights that learn."""
-        return self.shape.parameters if self.lora is None else adapter_parameters(self.shape, self.lora)
+        return parameters(self.shape) if self.lora is None else adapter_parameters(self.shape, self.lora)
 
     @property
     def weight_bytes(self) -> float:
         """Of all weights."""
-        return self.shape.parameters * BYTES[self.engine.dtype]
+        return parameters(self.shape) * BYTES[self.engine.dtype]
 
     def scoring_s(self, sequences: Sequences) -> float:
         """Seconds of the forward passes over some sequences, shared out over the ranks."""

@@ -55,6 +55,7 @@ class _Step:
         if config.policy_is_reference:
             self._scoring["policy"] *= 2  # once more, with its adapters off
         self._shards = shard_count(config.samples_per_step, config.rollout.shard_samples)
+        self._arrivals = self._generated()
         self._sharing = DeviceSharing(shared_places(config.places) if config.placement.offload_idle else [])
         self._tasks: list[Task] = []
 
@@ -69,10 +70,7 @@ class _Step:
 
     def _generate(self) -> list[tuple[int, int]]:
         """Each wave's task, and the shards that are complete with it."""
-        config = self._config
-        engines = config.placement.rollout.engines
-        finished = self._engine.finish_times(-(-config.samples_per_step // engines), self._lengths)
-        arrivals = sorted(shard_arrivals(finished, -(-self._shards // engines)))
+        arrivals = self._arrivals
         number = min(_WAVES, len(arrivals))
         waves: list[tuple[int, int]] = []
         before = self._enter("generate", ())
@@ -84,6 +82,12 @@ class _Step:
             waves.append((task, so_far - shards))
             before, seconds, shards = (task,), arrivals[done - 1], so_far
         return waves
+
+    def _generated(self) -> list[float]:
+        """When one engine's shards are complete; all have as many."""
+        engines = self._config.placement.rollout.engines
+        finished = self._engine.finish_times(-(-self._config.samples_per_step // engines), self._lengths)
+        return sorted(shard_arrivals(finished, -(-self._shards // engines)))
 
     def _score(self, waves: list[tuple[int, int]]) -> tuple[int, ...]:
         shard = self._sequences(self._config.samples_per_step / self._shards)

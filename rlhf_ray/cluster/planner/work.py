@@ -1,6 +1,7 @@
 """What a model must compute for some sequences: operations and bytes, whatever the machine."""
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Self
 
 from rlhf_ray.cluster.planner.shapes import ModelShape
@@ -70,6 +71,13 @@ class Work:
         )
 
 
+@cache
+def parameters(shape: ModelShape) -> int:
+    """All weights."""
+    return shape.parameters
+
+
+@cache
 def layer_parameters(shape: ModelShape) -> int:
     """Weights of the layers that a token passes through: without embedding and head."""
     head = 0 if shape.tied and shape.head == "vocabulary" else shape.head_parameters
@@ -91,14 +99,14 @@ def training_work(shape: ModelShape, dtype: Dtype, sequences: Sequences, trained
     """A forward and a backward pass: gradients of states, and of weights unless these are frozen beside adapters. The
     vocabulary head makes its logits twice."""
     layers, head = layers_work(shape, dtype, sequences), _head_products(shape, sequences)
-    times = 3 if trained >= shape.parameters else 2
+    times = 3 if trained >= parameters(shape) else 2
     again = head if shape.head == "vocabulary" else 0
     return Work(
         products=times * (layers.products + head) + again,
         attention=3 * layers.attention,
         elementwise=3 * layers.elementwise,
         logits=2 * _logit_bytes(shape, sequences),
-        weights=(2 * shape.parameters + trained) * BYTES[dtype],
+        weights=(2 * parameters(shape) + trained) * BYTES[dtype],
     )
 
 
@@ -117,7 +125,7 @@ def layers_work(shape: ModelShape, dtype: Dtype, sequences: Sequences) -> Work:
         attention=4 * queries * shape.layers * sequences.pairs,
         elementwise=moved * shape.layers * sequences.tokens * BYTES[dtype],
         logits=0,
-        weights=(shape.parameters - shape.embedding_parameters) * BYTES[dtype],
+        weights=(parameters(shape) - shape.embedding_parameters) * BYTES[dtype],
     )
 
 
@@ -141,9 +149,14 @@ def touched_parameters(shape: ModelShape, tokens: float) -> float:
     if shape.experts is None:
         return layer_parameters(shape) + head
     share = shape.experts.per_token / shape.experts.number
-    expert = sum(tensor.size * tensor.count for tensor in shape.tensors() if tensor.active < 1)
+    expert = _expert_parameters(shape)
     always = layer_parameters(shape) - expert * share
     return always + head + expert * (1 - (1 - share) ** tokens)
+
+
+@cache
+def _expert_parameters(shape: ModelShape) -> int:
+    return sum(tensor.size * tensor.count for tensor in shape.tensors() if tensor.active < 1)
 
 
 def _head_products(shape: ModelShape, sequences: Sequences) -> float:

@@ -166,8 +166,8 @@ def test_a_role_waits_more_the_more_devices_it_has(tmp_path: Path) -> None:
 
 
 def test_llama_8b_on_eight_h100_lies_between_the_peak_and_an_older_system(tmp_path: Path) -> None:
-    """OpenRLHF's README gives 471 s for 1,024 prompts with 7B models on 16 A800, whose peak of 5 PFLOP/s is below 8 H100's
-    7.9. Llama 3's training got 380 to 430 of 989 TFLOP/s out of an H100 (Llama Team 2024, table 4)."""
+    """OpenRLHF's README gives 471 s for 1,024 prompts with 7B models on 16 A800, whose peak of 5 PFLOP/s is below the
+    7.9 of 8 H100. Llama 3's training got 380 to 430 of 989 TFLOP/s out of an H100 (Llama Team 2024, table 4)."""
     step = Planned(tmp_path).ppo({"policy": gpus(4), "critic": gpus(2), "rollout": engines(2)})
     tokens = 1024 * 768
     passes = 2 * (3 + 1) + 4 * 1  # with checkpointing, of policy and critic; four that score
