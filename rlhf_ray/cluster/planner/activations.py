@@ -37,11 +37,10 @@ class PassShape:
         dtype: of weights and activations.
         cpu: attention gathers its states and its result once more there (`models/attention.py`).
         checkpointing: activations are recomputed layer by layer.
-        trained: the share of the weights that have gradients is all of them; adapters alone otherwise.
         vocab_chunk_tokens: of the config.
         entropy: the loss has an entropy bonus, so the head's backward pass holds probabilities too.
-        adapter_rank: of LoRA, 0 without.
-        adapted: linear layers `(out, in)` of one layer that have adapters.
+        adapter_rank: of LoRA, beside which all else is frozen; 0 without.
+        adapted: names, within a layer, of the linear layers that have adapters.
     """
 
     shape: ModelShape
@@ -51,7 +50,7 @@ class PassShape:
     vocab_chunk_tokens: int = 256
     entropy: bool = False
     adapter_rank: int = 0
-    adapted: tuple[tuple[int, int], ...] = ()
+    adapted: frozenset[str] = frozenset()
 
     @property
     def item(self) -> int:
@@ -68,11 +67,9 @@ class PassShape:
 
     def layer_bytes(self, sparse: bool) -> int:
         """What autograd keeps of one layer, for each token."""
-        shape, item = self.shape, self.item
-        norms = shape.family.norms * self._norm(shape.hidden)
-        inner = 2 * item * shape.hidden  # what attention and feed-forward layer read
-        feed_forward = self._mixture() if sparse else 4 * item * shape.intermediate  # gate, its activation, up, product
-        return norms + inner + self._attention() + feed_forward + self._adapters()
+        norms = self.shape.family.norms * self._norm(self.shape.hidden)
+        feed_forward = self._mixture() if sparse else self._feed_forward("mlp", self.shape.intermediate)
+        return norms + self._attention() + feed_forward + self.item * self.adapter_rank * len(self.adapted)
 
     def working_bytes(self, tokens: int) -> int:
         """What comes and goes in the backward pass of one layer, beside what autograd kept of it."""
@@ -120,29 +117,47 @@ class PassShape:
             return self.shape.intermediate
         return experts.intermediate * experts.per_token + experts.shared_intermediate
 
+    def _keeps_input(self, *layers: str) -> bool:
+        """Whether what goes into these linear layers is kept: the gradient of a weight needs it."""
+        return not self.adapter_rank or any(layer in self.adapted for layer in layers)
+
     def _norm(self, width: int) -> int:
         """Of RMSNorm on `width` numbers: what it squares, in float32, and what its weight multiplies."""
         normalised = FLOAT32 if self.shape.family.norm_in_float32 else self.item
-        return (FLOAT32 + normalised) * width + FLOAT32
+        return (FLOAT32 + (0 if self.adapter_rank else normalised)) * width + FLOAT32
 
     def _attention(self) -> int:
         shape, item = self.shape, self.item
         queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
         kept = item * (2 * queries + 2 * keys) + FLOAT32 * shape.heads  # queries, result, keys, values, normaliser
-        if self.cpu:
+        if self._keeps_input("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"):
+            kept += item * shape.hidden
+        if self.cpu and self._keeps_input("self_attn.o_proj"):
             kept += item * queries  # the result in the order of the tokens
         if shape.family.qk_norm:
-            kept += shape.heads * self._norm(shape.head_dim) + shape.kv_heads * self._norm(shape.head_dim)
+            kept += (shape.heads + shape.kv_heads) * self._norm(shape.head_dim)
         return kept
+
+    def _feed_forward(self, name: str, inner: int) -> int:
+        """Gate, its activation, and what that is multiplied with; then the product."""
+        kept = 3 * inner
+        if self._keeps_input(f"{name}.gate_proj", f"{name}.up_proj"):
+            kept += self.shape.hidden
+        if self._keeps_input(f"{name}.down_proj"):
+            kept += inner
+        return self.item * kept
 
     def _mixture(self) -> int:
         shape, item, experts = self.shape, self.item, self.shape.experts
         assert experts is not None
-        routed = item * (2 * shape.hidden + 4 * experts.intermediate) + item + 3 * INT64
-        router = FLOAT32 * experts.number + INT64 * experts.per_token
-        shared = item * (4 * experts.shared_intermediate + shape.hidden + 1) if experts.shared_intermediate else 0
+        inputs = 0 if self.adapter_rank else shape.hidden + experts.intermediate
+        routed = item * (shape.hidden + 3 * experts.intermediate + inputs) + item + 3 * INT64
+        router = (
+            FLOAT32 * experts.number + INT64 * experts.per_token + (0 if self.adapter_rank else item * shape.hidden)
+        )
+        shared = 0
+        if experts.shared_intermediate:
+            # What all experts read is kept once; then the result of the shared one, and its gate.
+            shared = self._feed_forward("mlp.shared_expert", experts.shared_intermediate) + item
+            shared += item * (shape.hidden if self.adapter_rank else 0)
         return routed * experts.per_token + router + shared
-
-    def _adapters(self) -> int:
-        """The narrow states of the adapters; what goes into them is kept anyway."""
-        return self.item * self.adapter_rank * len(self.adapted)

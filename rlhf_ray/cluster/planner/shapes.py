@@ -47,7 +47,9 @@ FAMILIES: Mapping[str, Family] = {
     "mistral": Family(kv_heads=8),
     "qwen2": Family(qkv_bias=True, kv_heads=32),
     "qwen3": Family(qk_norm=True, qkv_bias="attention_bias", o_bias="attention_bias", kv_heads=32, head_dim=128),
-    "gemma": Family(qkv_bias="attention_bias", o_bias="attention_bias", kv_heads=16, head_dim=256, tied=True, norm_in_float32=True),
+    "gemma": Family(
+        qkv_bias="attention_bias", o_bias="attention_bias", kv_heads=16, head_dim=256, tied=True, norm_in_float32=True
+    ),
     "gemma3_text": Family(
         norms=4,
         qk_norm=True,

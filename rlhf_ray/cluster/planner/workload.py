@@ -5,7 +5,7 @@ Lengths are the longest that the config allows, so what is planned from them is 
 
 from dataclasses import dataclass
 
-from rlhf_ray.cluster.planner.activations import Pack
+from rlhf_ray.cluster.planner.activations import ITEMSIZE, Pack
 from rlhf_ray.cluster.planner.folders import read_shape
 from rlhf_ray.cluster.planner.shapes import ModelShape
 from rlhf_ray.config.jobs import JobConfig, PPOJob, PreferenceJob, RewardModelJob, SFTJob
@@ -64,6 +64,7 @@ class TrainedRole:
 
     Attributes:
         name: policy, critic or reward.
+        seat: under which `JobConfig.places` has it.
         key: path of its section in the config.
         shape: of its model, with the head that it has here.
         placement: where its ranks sit.
@@ -74,6 +75,7 @@ class TrainedRole:
     """
 
     name: str
+    seat: str
     key: str
     shape: ModelShape
     engine: TrainingEngine
@@ -85,18 +87,29 @@ class TrainedRole:
     scores: bool = False
     sync_bytes: int = 0
 
+    @property
+    def loaded_bytes(self) -> int:
+        """What one rank reads of its model before it goes to its device; with ZeRO-3 its own part."""
+        return _loaded_bytes(self.shape, self.engine, self.ranks)
+
 
 @dataclass(frozen=True)
 class ScoredRole:
     """A role that only computes forward passes: reference and reward models."""
 
     name: str
+    seat: str
     key: str
     shape: ModelShape
     engine: ScoringEngine
     placement: RolePlacement
     ranks: int
     batch: Batch
+
+    @property
+    def loaded_bytes(self) -> int:
+        """What one rank reads of its model before it goes to its device; with ZeRO-3 its own part."""
+        return _loaded_bytes(self.shape, self.engine, self.ranks)
 
 
 @dataclass(frozen=True)
@@ -111,6 +124,7 @@ class RolloutRole:
     """
 
     name: str
+    seat: str
     key: str
     shape: ModelShape
     dtype: Dtype
@@ -122,6 +136,10 @@ class RolloutRole:
 
 
 Role = TrainedRole | ScoredRole | RolloutRole
+
+
+def _loaded_bytes(shape: ModelShape, engine: TrainingEngine | ScoringEngine, ranks: int) -> int:
+    return shape.parameters * ITEMSIZE[engine.dtype] // (ranks if engine.zero_stage == 3 else 1)
 
 
 @dataclass(frozen=True)
@@ -168,6 +186,7 @@ def _ppo(job: PPOJob) -> Workload:
     roles: list[Role] = [
         TrainedRole(
             name="policy",
+            seat="policy",
             key="policy",
             shape=policy.with_head("vocabulary"),
             engine=job.policy.engine,
@@ -181,6 +200,7 @@ def _ppo(job: PPOJob) -> Workload:
         ),
         TrainedRole(
             name="critic",
+            seat="critic",
             key="critic",
             shape=read_shape(critic).with_head("scalar"),
             engine=job.critic.engine,
@@ -196,17 +216,20 @@ def _ppo(job: PPOJob) -> Workload:
         shape = read_shape(reference).with_head("vocabulary")
         ranks = place.ranks_of("reference")
         roles.append(
-            ScoredRole("reference", "reference", shape, job.reference.engine, place.reference, ranks, batch)
+            ScoredRole(
+                "reference", "reference", "reference", shape, job.reference.engine, place.reference, ranks, batch
+            )
         )
     for number, part in enumerate(job.reward):
         if isinstance(part, ModelReward):
             shape, ranks = read_shape(part.model).with_head("scalar"), place.ranks_of("reward")
             name = f"reward-{part_name(part)}"
-            roles.append(ScoredRole(name, f"reward.{number}", shape, part.engine, place.reward, ranks, batch))
+            roles.append(ScoredRole(name, "reward", f"reward.{number}", shape, part.engine, place.reward, ranks, batch))
     adapters = job.policy.lora.rank if job.policy.lora and job.rollout.lora_sync == "adapters" else 0
     roles.append(
         RolloutRole(
             name="rollout",
+            seat="rollout",
             key="rollout",
             shape=policy.with_head("vocabulary"),
             dtype=job.rollout.engine.dtype or job.policy.engine.dtype,
@@ -220,6 +243,11 @@ def _ppo(job: PPOJob) -> Workload:
     texts = [part for part in job.reward if not isinstance(part, ModelReward)]
     workers = sum(part.workers if isinstance(part, FunctionReward) else 1 for part in texts)
     return Workload(job, tuple(roles), workers, batch.samples * _trajectory_bytes(prompt, response))
+
+
+def _reference(model: str, engine: ScoringEngine, place: RolePlacement, ranks: int, batch: Batch) -> ScoredRole:
+    shape = read_shape(model).with_head("vocabulary")
+    return ScoredRole("reference", "reference", "reference", shape, engine, place, ranks, batch)
 
 
 def _trajectory_bytes(prompt: int, response: int) -> int:
@@ -236,6 +264,7 @@ def _preference(job: PreferenceJob) -> Workload:
     roles: list[Role] = [
         TrainedRole(
             name="policy",
+            seat="policy",
             key="policy",
             shape=read_shape(job.policy.model).with_head("vocabulary"),
             engine=job.policy.engine,
@@ -249,7 +278,9 @@ def _preference(job: PreferenceJob) -> Workload:
     if job.algorithm.needs_reference and not job.policy_is_reference and job.reference.cache is None:
         shape, ranks = read_shape(job.reference_model).with_head("vocabulary"), job.placement.reference_ranks
         place = job.placement.reference
-        roles.append(ScoredRole("reference", "reference", shape, job.reference.engine, place, ranks, batch))
+        roles.append(
+            ScoredRole("reference", "reference", "reference", shape, job.reference.engine, place, ranks, batch)
+        )
     return Workload(job, tuple(roles), 0, batch.samples * longest * 4)
 
 
@@ -260,6 +291,7 @@ def _epochs(job: RewardModelJob | SFTJob) -> Workload:
     learnt = texts if isinstance(job, RewardModelJob) else longest
     trained = TrainedRole(
         name=role.name,
+        seat=role.name,
         key=role.name,
         shape=read_shape(role.trained.model).with_head("scalar" if isinstance(job, RewardModelJob) else "vocabulary"),
         engine=role.trained.engine,

@@ -9,11 +9,13 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from rlhf_ray.cluster.planner.activations import Pack, PassShape
+from rlhf_ray.cluster.planner.activations import PassShape
+from rlhf_ray.cluster.planner.adapters import adapted_layers, adapter_sizes
 from rlhf_ray.cluster.planner.shapes import ModelShape
-from rlhf_ray.config.training import Dtype
+from rlhf_ray.config.training import Dtype, Lora
 from rlhf_ray.models.attention import PACKED_ATTENTION
 from rlhf_ray.models.heads import CausalModel
+from rlhf_ray.models.lora import add_adapters
 from rlhf_ray.models.packed import PackedSequences
 
 LENGTHS = (96, 96, 96)
@@ -96,3 +98,28 @@ def test_checkpointing_keeps_what_goes_into_each_layer(dtype: Dtype) -> None:
     planned = PassShape(shape, dtype, cpu=True, checkpointing=True)
     expected = planned.saved_bytes(TOKENS) + planned.item * 64 * POSITIONS
     assert sum(found.values()) == pytest.approx(expected, rel=0.06)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ("q_proj", "v_proj"), ("down_proj",)], ids=str)
+@pytest.mark.parametrize("model_type", ["llama", "qwen3"])
+def test_frozen_weights_keep_less(model_type: str, targets: Any) -> None:
+    model, shape = model_of(model_type, "bfloat16", checkpointing=False)
+    lora = Lora(rank=8, targets=targets)
+    add_adapters(model, lora, "model")
+    model.to(torch.bfloat16)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    assert sum(adapter_sizes(shape, lora)) == trained
+    with saved_bytes(model) as found:
+        forward(model)
+    planned = PassShape(shape, "bfloat16", cpu=True, adapter_rank=8, adapted=adapted_layers(shape, lora))
+    # The graph begins at the first adapter; what comes before it in the first of the three layers keeps nothing.
+    assert sum(found.values()) <= planned.saved_bytes(TOKENS) * 1.02 + 2 * 64 * POSITIONS
+    assert sum(found.values()) >= planned.saved_bytes(TOKENS) * 2 / 3
+
+
+def test_experts_get_adapters_too() -> None:
+    model, shape = model_of("qwen3_moe", "bfloat16", checkpointing=False)
+    lora = Lora(rank=8)
+    add_adapters(model, lora, "model")
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    assert sum(adapter_sizes(shape, lora)) == trained
