@@ -22,7 +22,7 @@ from rlhf_ray.actors.group import ActorGroup, Seating, create_group
 from rlhf_ray.actors.probe import PairWorker, PassTimes, ProbeRolloutWorker, ProbeWorker, Samples
 from rlhf_ray.actors.rollout import RolloutGroup
 from rlhf_ray.actors.waiting import wait_all
-from rlhf_ray.cluster.planner.calibration import Calibration, Device, ProcessMemory, RayRates, Start
+from rlhf_ray.cluster.planner.calibration import Calibration, Device, RayRates, Start
 from rlhf_ray.cluster.planner.devices import GB
 from rlhf_ray.cluster.planner.folders import read_shape
 from rlhf_ray.cluster.planner.measurements import (
@@ -34,6 +34,7 @@ from rlhf_ray.cluster.planner.measurements import (
     SyncSeconds,
     calibration_of,
 )
+from rlhf_ray.cluster.planner.processes import ProcessMemory
 from rlhf_ray.cluster.planner.shapes import ModelShape
 from rlhf_ray.cluster.planner.work import BYTES, Sequences
 from rlhf_ray.cluster.session import ray_session

@@ -12,6 +12,7 @@ from typing import Annotated, Literal, Self
 import yaml
 from pydantic import Field, model_validator
 
+from rlhf_ray.cluster.planner.processes import ProcessMemory
 from rlhf_ray.config.base import NonNegativeFloat, PositiveFloat, PositiveInt, Section
 from rlhf_ray.config.loading import load_section
 
@@ -124,15 +125,6 @@ class Start(Section):
     """Weights read from files that are in the system's cache, in 10⁹ bytes a second."""
 
 
-class ProcessMemory(Section):
-    """Host memory of a process before it holds a model."""
-
-    rank_mib: NonNegativeFloat
-    """Of a rank of policy, critic, reference or reward."""
-    engine_mib: NonNegativeFloat
-    """Of a rollout engine, all its processes together."""
-
-
 class Calibration(Section):
     """What the time model takes as given of a kind of device."""
 
@@ -162,8 +154,8 @@ class Calibration(Section):
     """Between actors."""
     start: Start
     """Before the first step."""
-    memory: ProcessMemory
-    """Of processes."""
+    memory: ProcessMemory = ProcessMemory()
+    """Of processes that hold no model yet."""
 
     @model_validator(mode="before")
     @classmethod
@@ -261,7 +253,6 @@ _DEFAULTS: dict[str, dict[str, object]] = {
         "weight_sync": {"weights": 2.0, "tensor_s": 0.0002, "sync_s": 0.2},
         "ray": {"call_s": 0.001, "object_store_gb_s": 2.0},
         "start": {"process_s": 20.0, "engine_s": 60.0, "load_gb_s": 2.0},
-        "memory": {"rank_mib": 1500.0, "engine_mib": 3000.0},
     },
     "cpu": {
         "scoring": {
@@ -295,6 +286,5 @@ _DEFAULTS: dict[str, dict[str, object]] = {
         "weight_sync": {"weights": 2.0, "tensor_s": 0.0005, "sync_s": 0.05},
         "ray": {"call_s": 0.001, "object_store_gb_s": 2.0},
         "start": {"process_s": 15.0, "engine_s": 20.0, "load_gb_s": 1.0},
-        "memory": {"rank_mib": 800.0, "engine_mib": 1500.0},
     },
 }

@@ -19,7 +19,7 @@ def epoch_tasks(workload: Workload, config: EpochJob, seats: Seats, lengths: Len
     """
     batch = _batch(config, lengths)
     trained, *others = [role for role in workload.roles if not isinstance(role, RolloutRole)]
-    ranks = ranks_of(trained, seats.of[trained.name])
+    ranks = ranks_of(trained, seats.of[trained.seat])
     tasks: list[Task] = []
 
     def add(phase: str, role: str, seconds: float) -> None:

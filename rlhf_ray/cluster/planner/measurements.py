@@ -12,7 +12,6 @@ from rlhf_ray.cluster.planner.calibration import (
     Generation,
     OptimizerRates,
     Pass,
-    ProcessMemory,
     RayRates,
     Start,
     WeightSync,
@@ -22,6 +21,7 @@ from rlhf_ray.cluster.planner.decoding import Engine
 from rlhf_ray.cluster.planner.devices import GB
 from rlhf_ray.cluster.planner.fit import fit_factors
 from rlhf_ray.cluster.planner.passes import STEP_TRAFFIC, ideal_times
+from rlhf_ray.cluster.planner.processes import ProcessMemory
 from rlhf_ray.cluster.planner.rates import Group, Rates
 from rlhf_ray.cluster.planner.shapes import ModelShape
 from rlhf_ray.cluster.planner.work import BYTES, Sequences, scoring_work, training_work

@@ -14,7 +14,7 @@ from rlhf_ray.cluster.planner.passes import Ranks
 from rlhf_ray.cluster.planner.seats import Seats, ranks_of
 from rlhf_ray.cluster.planner.timeline import Task
 from rlhf_ray.cluster.planner.work import BYTES, Sequences
-from rlhf_ray.cluster.planner.workload import RolloutRole, ScoredRole, Workload
+from rlhf_ray.cluster.planner.workload import RolloutRole, Workload
 from rlhf_ray.cluster.sharing import DeviceSharing, Phase
 from rlhf_ray.config.jobs import PPOJob, shard_count
 from rlhf_ray.config.sharing import shared_places
@@ -49,8 +49,7 @@ class _Step:
             if isinstance(role, RolloutRole):
                 self._engine = _engine(role, seats, lengths, config.data.samples_per_prompt, cached_tokens)
                 continue
-            place = "reward" if isinstance(role, ScoredRole) and role.name != "reference" else role.name
-            self._scoring.setdefault(place, []).append(ranks_of(role, seats.of[place]))
+            self._scoring.setdefault(role.seat, []).append(ranks_of(role, seats.of[role.seat]))
         [self._policy], [self._critic] = self._scoring["policy"], self._scoring["critic"]
         if config.policy_is_reference:
             self._scoring["policy"] *= 2  # once more, with its adapters off

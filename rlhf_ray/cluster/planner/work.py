@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Self
 
+from rlhf_ray.cluster.planner.adapters import adapter_sizes
 from rlhf_ray.cluster.planner.shapes import ModelShape
 from rlhf_ray.config.training import Dtype, Lora
 
@@ -129,13 +130,10 @@ def layers_work(shape: ModelShape, dtype: Dtype, sequences: Sequences) -> Work:
     )
 
 
+@cache
 def adapter_parameters(shape: ModelShape, lora: Lora) -> int:
-    """Weights of the adapters."""
-    return sum(
-        lora.rank * sum(tensor.shape) * tensor.count
-        for tensor in shape.tensors()
-        if tensor.linear and (lora.targets == "all-linear" or tensor.name.split(".")[-2] in lora.targets)
-    )
+    """What is trained beside frozen weights."""
+    return sum(adapter_sizes(shape, lora))
 
 
 def cached_bytes(shape: ModelShape, dtype: Dtype) -> int:
