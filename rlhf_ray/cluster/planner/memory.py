@@ -1,7 +1,7 @@
 """Whether a job fits: the processes of all roles on their devices and nodes, stage by stage of a step."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rlhf_ray.cluster.planner.footprint import Footprint, Item, Place, always, during, total
 from rlhf_ray.cluster.planner.hardware import Hardware, Machine
@@ -137,20 +137,17 @@ class _Building:
         self._workload, self._hardware, self._processes, self._stages = workload, hardware, processes, parts
         self._tenants: dict[tuple[str, int | None], list[Tenant]] = {}
         self._machines: dict[str, Machine] = {machine.node.name: machine for machine in hardware.machines}
-        self._footprints: dict[tuple[str, int, bool, bool], Footprint] = {}
+        self._alike: dict[tuple[str, int, bool, bool], dict[Place, Tenant]] = {}
         self._engine: EnginePlan | None = None
 
     def add(self, chair: Chair) -> None:
         """A process on its device and node."""
-        cpu = chair.device is None
-        like = (chair.role.name, chair.machine.device_memory, cpu, chair.first)
-        if like not in self._footprints:
-            self._footprints[like] = self._footprint(chair, cpu=cpu)
-        footprint = self._footprints[like]
-        node = chair.machine.node.name
-        if not cpu:
-            self._place(chair, footprint, "device", (node, chair.device))
-        self._place(chair, footprint, "host", (node, None))
+        like = (chair.role.name, chair.machine.device_memory, chair.device is None, chair.first)
+        if like not in self._alike:
+            self._alike[like] = self._tenant_of(chair)
+        for place, tenant in self._alike[like].items():
+            shelf = chair.machine.node.name, chair.device if place == "device" else None
+            self._tenants.setdefault(shelf, []).append(replace(tenant, rank=chair.rank))
 
     def add_others(self) -> None:
         """What is there beside the roles: on each node Ray and its store, on the first the controller."""
@@ -182,6 +179,18 @@ class _Building:
                 yield Shelf(node, device, machine.kind_name, machine.device_memory, tenants)
             host = tuple(self._tenants.get((node, None), ()))
             yield Shelf(node, None, "host", int(machine.host_memory * HOST_SHARE), host)
+
+    def _tenant_of(self, chair: Chair) -> dict[Place, Tenant]:
+        """What one process takes of its device and of its node's host memory."""
+        role, footprint = chair.role, self._footprint(chair, cpu=chair.device is None)
+        found: dict[Place, Tenant] = {}
+        for place in ("host",) if chair.device is None else ("device", "host"):
+            used = tuple(total(self._in_stage(role, footprint, place, stage)) for stage in self._stages)
+            # Allocators keep what they once had, unless the process leaves its device.
+            leaves = place == "device" and role.seat in self._stages[-1].levels
+            peak = tuple(footprint.peak(place))
+            found[place] = Tenant(role.name, 0, used if leaves else (total(peak),) * len(used), used, peak)
+        return found
 
     def _footprint(self, chair: Chair, *, cpu: bool) -> Footprint:
         role = chair.role
@@ -231,14 +240,6 @@ class _Building:
         for item in items:
             if item.place == "device" and item.moments is None and item.level > Level.OUT:
                 yield always(item.name, item.size, Level.OUT, "host")
-
-    def _place(self, chair: Chair, footprint: Footprint, place: Place, shelf: tuple[str, int | None]) -> None:
-        used = tuple(total(self._in_stage(chair.role, footprint, place, stage)) for stage in self._stages)
-        # Allocators keep what they once had, unless the process leaves its device.
-        leaves = place == "device" and chair.role.seat in self._stages[-1].levels
-        peak = footprint.peak(place)
-        held = used if leaves else tuple([total(peak)] * len(used))
-        self._tenants.setdefault(shelf, []).append(Tenant(chair.role.name, chair.rank, held, used, tuple(peak)))
 
     def _in_stage(self, role: Role, footprint: Footprint, place: Place, stage: Stage) -> list[Item]:
         level = stage.levels.get(role.seat, Level.FULL)

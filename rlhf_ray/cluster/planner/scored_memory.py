@@ -12,8 +12,14 @@ def scored_items(role: ScoredRole, *, cpu: bool) -> list[Item]:
     engine, shape = role.engine, role.shape
     item = ITEMSIZE[engine.dtype]
     weights = item * shape.parameters
-    how = PassShape(shape, engine.dtype, cpu, vocab_chunk_tokens=engine.vocab_chunk_tokens)
-    pack = role.batch.score_pack(engine.micro_batch_tokens, role.ranks)
+    how = PassShape(
+        shape,
+        engine.dtype,
+        cpu,
+        vocab_chunk_tokens=engine.vocab_chunk_tokens,
+        sequence_parallel=engine.sequence_parallel,
+    )
+    pack = role.batch.score_pack(engine, role.ranks)
     passing = how.forward_bytes(pack.tokens) + how.head_bytes(pack, backward=False)
     items = [during("logits and states", passing, "score")]
     if engine.zero_stage == 0:

@@ -58,11 +58,12 @@ def _devices(
     """Numbers of the devices of each place of each role, one for each process; None for a process on the CPU."""
     taken: dict[str, list[float]] = {}
     found: dict[str, list[Sequence[int | None]]] = {}
-    for role, nodes in assignment.items():
-        place = placements[role]
+    for role, place in placements.items():
+        if role not in assignment:
+            continue
         workers = place.tensor_parallel if isinstance(place, RolloutPlacement) else 1
         found[role] = []
-        for node in nodes:
+        for node in assignment[role]:
             there = taken.setdefault(node.name, [])
             numbers = [_next_device(there, place.gpus) if place.gpus else None for _ in range(workers)]
             found[role].append(numbers)

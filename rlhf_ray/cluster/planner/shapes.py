@@ -7,6 +7,7 @@ names and shapes that transformers 5 gives them.
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal
 
 from rlhf_ray.cluster.planner.errors import PlanError
@@ -204,7 +205,7 @@ class ModelShape:
         """The same decoder with another head, as a critic has that starts from a language model."""
         return replace(self, head=head)
 
-    @property
+    @cached_property
     def parameters(self) -> int:
         """All weights; a tied head counts once."""
         return sum(tensor.size * tensor.count for tensor in self.tensors())
@@ -278,6 +279,11 @@ class ModelShape:
         if experts.shared_intermediate:
             yield from _mlp("mlp.shared_expert", self.hidden, experts.shared_intermediate, bias=False)
             yield from _linear("mlp.shared_expert_gate", 1, self.hidden, bias=False)
+
+
+def can_share_heads(shape: ModelShape, parts: int) -> bool:
+    """Whether attention can be divided between so many ranks or workers; several may have the same keys."""
+    return shape.heads % parts == 0 and (shape.kv_heads % parts == 0 or parts % shape.kv_heads == 0)
 
 
 def _linear(name: str, out: int, into: int, *, bias: bool) -> Iterator[Tensor]:

@@ -6,8 +6,9 @@ Lengths are the longest that the config allows, so what is planned from them is 
 from dataclasses import dataclass
 
 from rlhf_ray.cluster.planner.activations import ITEMSIZE, Pack
+from rlhf_ray.cluster.planner.errors import PlanError
 from rlhf_ray.cluster.planner.folders import read_shape
-from rlhf_ray.cluster.planner.shapes import ModelShape
+from rlhf_ray.cluster.planner.shapes import ModelShape, can_share_heads
 from rlhf_ray.config.jobs import JobConfig, PPOJob, PreferenceJob, RewardModelJob, SFTJob
 from rlhf_ray.config.placement import RolePlacement, RolloutPlacement
 from rlhf_ray.config.rewards import FunctionReward, ModelReward, part_name
@@ -37,25 +38,25 @@ class Batch:
     epochs: int = 1
     shard: int | None = None
 
-    def micro_batches(self, budget: int, ranks: int) -> int:
+    def micro_batches(self, engine: TrainingEngine, ranks: int) -> int:
         """Micro-batches of one rank in one optimizer step, when all samples are longest."""
-        rows = self._rows(ranks)
-        return -(-rows // max(1, budget // self.longest))
+        return -(-self._rows(engine, ranks) // max(1, engine.micro_batch_tokens // self.longest))
 
-    def train_pack(self, budget: int, ranks: int) -> Pack:
-        """The largest micro-batch of an update."""
-        return self._pack(self._rows(ranks), budget)
+    def train_pack(self, engine: TrainingEngine, ranks: int) -> Pack:
+        """One rank's part of the largest micro-batch of an update."""
+        return self._pack(self._rows(engine, ranks), engine)
 
-    def score_pack(self, budget: int, ranks: int) -> Pack:
-        """The largest micro-batch of a forward pass over a shard."""
-        return self._pack(-(-min(self.shard or self.samples, self.samples) // ranks), budget)
+    def score_pack(self, engine: TrainingEngine | ScoringEngine, ranks: int) -> Pack:
+        """One rank's part of the largest micro-batch of a forward pass over a shard."""
+        shard = min(self.shard or self.samples, self.samples)
+        return self._pack(-(-shard * engine.sequence_parallel // ranks), engine)
 
-    def _rows(self, ranks: int) -> int:
-        return -(-self.samples // (self.optimizer_steps * ranks))
+    def _rows(self, engine: TrainingEngine, ranks: int) -> int:
+        return -(-self.samples * engine.sequence_parallel // (self.optimizer_steps * ranks))
 
-    def _pack(self, rows: int, budget: int) -> Pack:
-        tokens = max(self.longest, min(budget, rows * self.longest))
-        return Pack(tokens, -(-tokens * self.learnt // self.longest))
+    def _pack(self, rows: int, engine: TrainingEngine | ScoringEngine) -> Pack:
+        tokens = max(self.longest, min(engine.micro_batch_tokens, rows * self.longest))
+        return Pack(tokens, -(-tokens * self.learnt // self.longest)).part(engine.sequence_parallel)
 
 
 @dataclass(frozen=True)
@@ -169,6 +170,15 @@ def workload_of(job: JobConfig) -> Workload:
     return _preference(job) if isinstance(job, PreferenceJob) else _epochs(job)
 
 
+def _check_heads(shape: ModelShape, parts: int, key: str) -> None:
+    if not can_share_heads(shape, parts):
+        raise PlanError(
+            key,
+            f"{parts} can't share the {shape.heads} attention heads and {shape.kv_heads} key/value heads of "
+            f"{shape.model!r} evenly",
+        )
+
+
 def _ppo(job: PPOJob) -> Workload:
     prompt, response = job.max_prompt_tokens, job.rollout.sampling.max_new_tokens
     batch = Batch(
@@ -181,6 +191,7 @@ def _ppo(job: PPOJob) -> Workload:
     )
     place = job.placement
     policy = read_shape(job.policy.model)
+    _check_heads(policy, place.rollout.tensor_parallel, "placement.rollout.tensor_parallel")
     bucket = job.rollout.sync_bucket_mib * MIB
     critic = job.reward_models[0].model if job.critic.init_from == "reward" else job.critic.init_from
     roles: list[Role] = [
