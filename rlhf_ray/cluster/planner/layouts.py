@@ -40,10 +40,10 @@ class Layout:
     offload_idle: bool
 
     @property
-    def placement(self) -> dict[str, Any]:
-        """Keys of the section `placement`."""
-        leaving = {"offload_idle": True} if self.offload_idle else {}
-        return {**{role: dict(section) for role, section in self.sections.items()}, **leaving}
+    def overrides(self) -> dict[str, Any]:
+        """Keys of the config that bring it about."""
+        found: dict[str, Any] = {f"placement.{role}": dict(section) for role, section in self.sections.items()}
+        return found | ({"placement.offload_idle": self.offload_idle} if len(self.sections) > 1 else {})
 
 
 def layouts(job: JobConfig, hardware: Hardware, heads: int) -> Iterator[Layout]:

@@ -21,6 +21,7 @@ from rlhf_ray.config.training import Dtype, Lora, ScoringEngine, TrainingEngine
 # Bytes that a step of AdamW moves for each weight: gradient, its norm and clipping, master weight, two moments, and in
 # bfloat16 the weight itself.
 STEP_TRAFFIC = {"bfloat16": 50, "float32": 40}
+_STATE_BYTES = 12  # of a weight: float32 master, two moments
 _BUCKET_ELEMENTS = 500_000_000  # of DeepSpeed's reductions in stages 1 and 2
 
 
@@ -68,11 +69,26 @@ class Ranks:
         """Of all weights."""
         return parameters(self.shape) * BYTES[self.engine.dtype]
 
+    @property
+    def held_bytes(self) -> float:
+        """Of weights on one device."""
+        if self.engine.offload_parameters:
+            return 0.0
+        return self.weight_bytes / (self.group.ranks if self.engine.zero_stage == 3 else 1)
+
+    @property
+    def optimizer_bytes(self) -> float:
+        """Of optimizer state on one device."""
+        if not isinstance(self.engine, TrainingEngine) or self.engine.offload_optimizer:
+            return 0.0
+        return _STATE_BYTES * self.trained / (self.group.ranks if self.engine.zero_stage else 1)
+
     def scoring_s(self, sequences: Sequences) -> float:
         """Seconds of the forward passes over some sequences, shared out over the ranks."""
         share, passes = self._share(sequences)
         work = scoring_work(self.shape, self.engine.dtype, share)
-        return self._with_gathering(self._seconds(work, self.constants.scoring, passes), passes, gathers=1)
+        compute = self._seconds(work, self.constants.scoring, passes) + self._exchanging_s(share, passes)
+        return self._with_gathering(compute, passes, gathers=1)
 
     def accumulate_s(self, sequences: Sequences) -> float:
         """Seconds of the forward and backward passes of one optimizer step, without the step."""
@@ -80,8 +96,11 @@ class Ranks:
         share, passes = self._share(sequences)
         constants, dtype = self.constants, self.engine.dtype
         compute = self._seconds(training_work(self.shape, dtype, share, self.trained), constants.training, passes)
+        exchanges = 2
         if self.engine.activation_checkpointing:
+            exchanges = 3
             compute += self._seconds(layers_work(self.shape, dtype, share), constants.scoring, passes)
+        compute += exchanges * self._exchanging_s(share, passes)
         return self._with_gathering(compute, passes, gathers=2) + self._reducing_s(passes)
 
     def step_s(self) -> float:
@@ -103,13 +122,13 @@ class Ranks:
         return optimizer_steps * (self.accumulate_s(sequences / optimizer_steps) + self.step_s())
 
     def _share(self, sequences: Sequences) -> tuple[Sequences, int]:
-        """What the busiest rank gets, and the number of its micro-batches."""
-        if sequences.count <= 0:
-            return sequences, 0
-        mine = max(1.0, math.ceil(sequences.count / self.group.ranks - 1e-9)) if sequences.count >= 1 else 1.0
+        """What the busiest rank gets, and the number of its micro-batches. Of sequences that ranks share, each rank has
+        a part of the tokens, and in attention of the heads."""
+        sharing = self.engine.sequence_parallel
+        mine = max(1, math.ceil(sequences.count * sharing / self.group.ranks - 1e-9))
         length = sequences.tokens / sequences.count
         together = max(1, int(self.engine.micro_batch_tokens / length))
-        return sequences / (sequences.count / mine), math.ceil(mine / together)
+        return sequences / (sequences.count / mine * sharing), math.ceil(mine / together)
 
     def _seconds(self, work: Work, factors: Pass, passes: int) -> float:
         ideal = ideal_times(work, self.rates, self.engine.dtype, passes, self.shape.layers)
@@ -117,6 +136,17 @@ class Ranks:
         launches = parts.pop("layer_s")
         compute = sum(parts.values())
         return max(compute, launches) if self.rates.ahead else compute + launches
+
+    def _exchanging_s(self, share: Sequences, passes: int) -> float:
+        """Ranks that share sequences exchange queries, keys, values and results in each layer (Jacobs et al. 2023)."""
+        sharing, shape, factors = self.engine.sequence_parallel, self.shape, self.constants.collectives
+        if sharing == 1:
+            return 0.0
+        near = self.group.ranks // self.group.nodes >= sharing
+        bandwidth = self.group.link if near else self.group.bandwidth
+        states = 2 * (shape.heads + shape.kv_heads) * shape.head_dim * BYTES[self.engine.dtype]
+        moved = share.tokens * shape.layers * states * (sharing - 1) / sharing
+        return factors.all_gather * moved / bandwidth + passes * shape.layers * 4 * factors.call_s
 
     def _with_gathering(self, compute: float, passes: int, gathers: int) -> float:
         """ZeRO-3 brings every layer's weights together in each pass, the next ones while a GPU computes."""

@@ -24,8 +24,6 @@ from rlhf_ray.engines.level import Level
 _WAVES = 8
 # Token, its log-prob and version from the engine, and four columns of numbers to train on.
 _TOKEN_BYTES = 28
-# Of a weight: float32 master, two moments.
-_OPTIMIZER_BYTES = 12
 
 
 def ppo_tasks(
@@ -152,8 +150,8 @@ class _Step:
         low, high = sorted((before, level))
         size = 0.0
         for ranks in dict.fromkeys(self._scoring[role]):
-            size += _held_bytes(ranks) if low < Level.WEIGHTS <= high else 0.0
-            size += _optimizer_bytes(ranks) if low < Level.FULL <= high and role in ("policy", "critic") else 0.0
+            size += ranks.held_bytes if low < Level.WEIGHTS <= high else 0.0
+            size += ranks.optimizer_bytes if low < Level.FULL <= high and role in ("policy", "critic") else 0.0
         return size / rates.host
 
     def _add(self, phase: str, role: str, seconds: float, after: tuple[int, ...]) -> int:
@@ -177,13 +175,3 @@ def _engine(
         workers=seat.group,
         constants=seat.constants,
     )
-
-
-def _held_bytes(ranks: Ranks) -> float:
-    """Of weights, on one rank."""
-    return ranks.weight_bytes / (ranks.group.ranks if ranks.engine.zero_stage == 3 else 1)
-
-
-def _optimizer_bytes(ranks: Ranks) -> float:
-    """Of optimizer state, on one rank."""
-    return _OPTIMIZER_BYTES * ranks.trained / (ranks.group.ranks if ranks.engine.zero_stage else 1)

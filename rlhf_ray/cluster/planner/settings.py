@@ -68,7 +68,6 @@ def settings(*, ranks: int, scores: bool, learns: bool, leaves: bool, on_devices
     scoring: tuple[Literal[0, 3], ...] = (0, 3) if scores and ranks > 1 and not leaves else (0,)
     offload = (False, True) if learns and on_devices else (False,)
     checkpointing = (False, True) if learns else (False,)
-    for stage, off, again, scored, micro in product(
-        stages, offload, checkpointing, scoring, (4.0, 2.0, 1.0, 0.5, 0.25)
-    ):
+    micro_batches = (4.0, 2.0, 1.0, 0.5, 0.25)
+    for stage, off, again, scored, micro in product(stages, offload, checkpointing, scoring, micro_batches):
         yield Setting(stage, off, again, scored, micro)

@@ -164,3 +164,14 @@ def test_of_experts_only_those_that_tokens_are_sent_to_are_read() -> None:
     assert touched_parameters(mixtral, 1) == pytest.approx(layer_parameters(mixtral) + mixtral.head_parameters)
     everything = mixtral.parameters - mixtral.embedding_parameters
     assert touched_parameters(mixtral, 1000) == pytest.approx(everything)
+
+
+def test_ranks_that_share_sequences_have_a_part_of_their_tokens_and_exchange_states() -> None:
+    factors = {"scoring": PRODUCTS, "collectives": Collectives(all_reduce=0, all_gather=1, reduce_scatter=0, call_s=0)}
+    alone, shared = (ranks(4, engine={"sequence_parallel": sharing}, **factors) for sharing in (1, 4))
+    states = 2 * (32 + 8) * 128 * 2 * 32
+    exchanged = SEQUENCES.tokens / 4 * states * 3 / 4 / 1e11
+    assert shared.scoring_s(SEQUENCES) == pytest.approx(alone.scoring_s(SEQUENCES) + exchanged)
+    # A single sequence has one rank to compute it, or four.
+    one = Sequences.of(1, 0, 8192)
+    assert alone.scoring_s(one) > 3 * shared.scoring_s(one)
