@@ -7,11 +7,12 @@ from rlhf_ray.cluster.planner.footprint import Footprint, Item, Place, always, d
 from rlhf_ray.cluster.planner.hardware import Hardware, Machine
 from rlhf_ray.cluster.planner.processes import ProcessMemory
 from rlhf_ray.cluster.planner.residence import Stage, stages
+from rlhf_ray.cluster.planner.roles import Role, RolloutRole, ScoredRole, TrainedRole, Workload
 from rlhf_ray.cluster.planner.rollout_memory import EnginePlan, engine_plan
 from rlhf_ray.cluster.planner.scored_memory import scored_items
 from rlhf_ray.cluster.planner.seating import Chair, seat_processes
 from rlhf_ray.cluster.planner.trained_memory import trained_items
-from rlhf_ray.cluster.planner.workload import Role, RolloutRole, ScoredRole, TrainedRole, Workload, workload_of
+from rlhf_ray.cluster.planner.workload import workload_of
 from rlhf_ray.config.jobs import JobConfig
 from rlhf_ray.engines.level import Level
 

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from rlhf_ray.cluster.planner.memory import MemoryPlan
+from rlhf_ray.cluster.planner.roles import RolloutRole, ScoredRole, TrainedRole
 from rlhf_ray.cluster.planner.shapes import can_share_heads
-from rlhf_ray.cluster.planner.workload import RolloutRole, ScoredRole, TrainedRole
 from rlhf_ray.config.jobs import JobConfig, PPOJob
 from rlhf_ray.config.placement import RolloutPlacement
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from rlhf_ray.cluster.planner.activations import FLOAT32, INT64, ITEMSIZE
 from rlhf_ray.cluster.planner.footprint import Item, always, during
-from rlhf_ray.cluster.planner.workload import RolloutRole
+from rlhf_ray.cluster.planner.roles import RolloutRole
 from rlhf_ray.engines.level import Level
 
 GIB = 2**30

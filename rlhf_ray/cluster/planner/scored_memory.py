@@ -2,8 +2,8 @@
 
 from rlhf_ray.cluster.planner.activations import ITEMSIZE, PassShape
 from rlhf_ray.cluster.planner.footprint import Item, Place, always, during
+from rlhf_ray.cluster.planner.roles import ScoredRole
 from rlhf_ray.cluster.planner.trained_memory import LIVE_PARAMETERS, PERSISTENT, PREFETCH
-from rlhf_ray.cluster.planner.workload import ScoredRole
 from rlhf_ray.engines.level import Level
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from rlhf_ray.cluster.assignment import Assignment, assign, requests_of
 from rlhf_ray.cluster.planner.hardware import Hardware, Machine
-from rlhf_ray.cluster.planner.workload import Role, RolloutRole, Workload
+from rlhf_ray.cluster.planner.roles import Role, RolloutRole, Workload
 from rlhf_ray.config.placement import RolePlacement, RolloutPlacement
 
 

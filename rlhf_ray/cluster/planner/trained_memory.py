@@ -10,8 +10,8 @@ from functools import cache
 from rlhf_ray.cluster.planner.activations import FLOAT32, ITEMSIZE, PassShape
 from rlhf_ray.cluster.planner.adapters import adapted_layers, adapter_sizes, frozen_bytes
 from rlhf_ray.cluster.planner.footprint import Item, Moment, Place, always, during
+from rlhf_ray.cluster.planner.roles import TrainedRole
 from rlhf_ray.cluster.planner.shapes import ModelShape
-from rlhf_ray.cluster.planner.workload import TrainedRole
 from rlhf_ray.config.training import Lora
 from rlhf_ray.engines.level import Level
 
@@ -125,6 +125,8 @@ class _Rank:
         bucket = min(REDUCE_BUCKET, trained) if self.cpu else REDUCE_BUCKET
         flattened = min(max(REDUCE_BUCKET, self.sizes.largest), trained)
         several = trained > REDUCE_BUCKET
+        # Of several buckets the first is full while most activations are still there.
+        early: tuple[Moment, ...] = ("backward",) if several else ()
         whole: list[Moment] = [*(("backward",) if accumulates else ()), "reduce"]
         if self.stage == 0:
             return [
@@ -135,7 +137,7 @@ class _Rank:
             return [
                 always("gradients", item * self.owned, place=self.states),
                 always("reduce buffers", item * bucket),
-                during("reduce buffers", item * flattened, "reduce"),
+                during("reduce buffers", item * flattened, *early, "reduce"),
             ]
         part = item * self.owned
         passing = item * flattened + part if several else max(item * flattened, part)
@@ -149,7 +151,8 @@ class _Rank:
         return [
             during("gradients", accumulated, "backward", place=self.states),
             during("gradients", part, "step", place=self.states),
-            during("reduce buffers", 0 if self.cpu else item * bucket, "backward"),
+            during("reduce buffers", item * bucket if several or not self.cpu else 0, "backward"),
+            during("reduce buffers", item * flattened, *early),
             during("reduce buffers", item * bucket + passing + accumulated, "reduce"),
         ]
 

@@ -11,9 +11,10 @@ from rlhf_ray.cluster.planner.footprint import total
 from rlhf_ray.cluster.planner.hardware import Hardware, load_hardware
 from rlhf_ray.cluster.planner.memory import MemoryPlan, Shelf, plan_memory
 from rlhf_ray.cluster.planner.processes import ProcessMemory
+from rlhf_ray.cluster.planner.roles import RolloutRole, ScoredRole, TrainedRole
 from rlhf_ray.cluster.planner.rollout_memory import token_bytes
 from rlhf_ray.cluster.planner.trained_memory import trained_items
-from rlhf_ray.cluster.planner.workload import RolloutRole, ScoredRole, TrainedRole, workload_of
+from rlhf_ray.cluster.planner.workload import workload_of
 
 MakeJob = Callable[..., Any]
 GIB = 2**30

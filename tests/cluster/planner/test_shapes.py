@@ -10,9 +10,10 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rlhf_ray.cluster.planner.errors import PlanError
+from rlhf_ray.cluster.planner.families import DEFAULTS, FAMILIES
 from rlhf_ray.cluster.planner.folders import read_shape
 from rlhf_ray.cluster.planner.public_models import PUBLIC_MODELS
-from rlhf_ray.cluster.planner.shapes import DEFAULTS, FAMILIES, ModelShape
+from rlhf_ray.cluster.planner.shapes import ModelShape
 
 # What the model cards name, to the last parameter.
 PARAMETERS = {
@@ -154,3 +155,11 @@ def test_a_folder_without_a_config_is_no_model(tmp_path: Path) -> None:
         read_shape(str(tmp_path))
     with pytest.raises(PlanError, match="no such folder"):
         read_shape("models/nowhere")
+
+
+def test_a_name_that_the_hub_does_not_give_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(
+        PlanError, match="model 'nobody/nothing': there is no such folder, and its config.json can't be"
+    ):
+        read_shape("nobody/nothing")
