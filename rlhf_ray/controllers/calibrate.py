@@ -5,7 +5,6 @@ measurement has the machine for itself; only the starts overlap, as they do in a
 """
 
 import logging
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -46,7 +45,7 @@ from rlhf_ray.controllers.roles import join_collectives
 from rlhf_ray.data.requests import PromptRequest
 from rlhf_ray.engines.rollout_setup import RolloutSetup
 from rlhf_ray.models.random_llama import LlamaSize, write_random_llama
-from rlhf_ray.platform import device_names
+from rlhf_ray.platform import cores, device_names, machine_name
 
 logger = logging.getLogger("rlhf_ray")
 
@@ -135,7 +134,7 @@ def _measure(
     models: Sequence[Path],
     collectives: CollectiveSeconds | None,
 ) -> Measurements:
-    threads = len(os.sched_getaffinity(0))
+    threads = cores()
     shapes = [read_shape(str(model)) for model in models]
     # On a CPU several engines start together; a GPU has room for one.
     engine_models = list(models) if device == "cpu" else [models[-1]]
@@ -169,7 +168,7 @@ def _measure(
                 syncs.append(SyncSeconds(shape, _sync_s(policy, engine)))
         return Measurements(
             device=device,
-            machine=devices[0] if devices else _cpu_name(threads),
+            machine=machine_name(),
             threads=None if devices else threads,
             dtype=_DTYPE,
             flops=flops,
@@ -250,7 +249,7 @@ def _policy(model: Path, sizes: Sizes) -> Policy:
 def _collectives(sizes: Sizes, on_gpus: int) -> CollectiveSeconds:
     """Between two processes, each with its own device or its half of the cores."""
     logger.info("measuring collectives")
-    threads = max(1, len(os.sched_getaffinity(0)) // 2)
+    threads = max(1, cores() // 2)
     placement = RolePlacement(ranks=2, cpus=0, gpus=1 if on_gpus else 0, threads=threads)
     seating = Seating({"pair": Placed(placement, 1)}, _TIMEOUT_S, autoscaling=False)
     pair = None
@@ -331,12 +330,6 @@ def _seconds(work: Callable[[], Any]) -> float:
     began = time.perf_counter()
     work()
     return time.perf_counter() - began
-
-
-def _cpu_name(threads: int) -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "a CPU")
-    return f"{model}, {threads} cores"
 
 
 def _one(group: ActorGroup, method: str, *args: Any) -> Any:

@@ -187,6 +187,29 @@ def default_place() -> Path:
     return Path(cache) / "rlhf_ray" / "calibration.yaml"
 
 
+def constants(path: Path | None, here: str | None) -> dict[Device, Calibration]:
+    """Of both kinds of devices: what was measured, where it was, else defaults.
+
+    Args:
+        path: of a file; None looks at the default place.
+        here: what this machine computes with, when the plan is for it. A file at the default place counts for the
+            machine alone that it was measured on.
+
+    Raises:
+        ConfigError: when the file can't be used.
+    """
+    found: dict[Device, Calibration] = {"cpu": defaults("cpu"), "gpu": defaults("gpu")}
+    if path is not None:
+        measured = load_calibration(path)
+    elif here is not None and default_place().is_file():
+        measured = load_calibration(default_place())
+        if measured.machine != here:
+            return found
+    else:
+        return found
+    return found | {measured.device: measured}
+
+
 def load_calibration(path: Path) -> Calibration:
     """Read a file that `calibrate` wrote, or that somebody wrote by hand.
 

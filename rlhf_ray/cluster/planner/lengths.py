@@ -3,6 +3,8 @@
 import math
 from dataclasses import dataclass
 
+from rlhf_ray.config.jobs import JobConfig, PPOJob, PreferenceJob
+
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
 
@@ -38,3 +40,20 @@ class Lengths:
             mean = -math.expm1(-middle * self.longest) / middle
             low, high = (middle, high) if mean > self.response else (low, middle)
         return (low + high) / 2
+
+
+def lengths_of(job: JobConfig, prompt: float | None = None, response: float | None = None) -> Lengths:
+    """Of a job.
+
+    Args:
+        prompt, response: mean tokens of prompts and responses, in a job over a data set of what is not learnt of a row
+            and of what is (of a pair's answers each). By default the longest that the config allows; of a pair, the
+            prompt then has half of them.
+    """
+    if isinstance(job, PPOJob):
+        most, longest = job.max_prompt_tokens, job.rollout.sampling.max_new_tokens
+    elif isinstance(job, PreferenceJob):
+        most, longest = job.data.max_tokens // 2, job.data.max_tokens - job.data.max_tokens // 2
+    else:
+        most, longest = 0, job.data.max_tokens
+    return Lengths(most if prompt is None else prompt, longest if response is None else response, longest)

@@ -95,7 +95,7 @@ class _Search:
         self._job, self._hardware, self._constants = job, hardware, constants
         self._processes, self._lengths = processes, lengths
         self._roles = workload_of(job).roles
-        self._on_devices = any(machine.devices for machine in hardware.machines)
+        self._on_devices = hardware.device == "gpu"
         self._chosen: dict[tuple[object, ...], Overrides | None] = {}
 
     def candidates(self) -> Iterator[tuple[StepTime, Overrides]]:

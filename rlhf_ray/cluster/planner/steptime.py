@@ -1,15 +1,18 @@
 """How long a step takes, phase by phase, and how long each role idles meanwhile."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from rlhf_ray.cluster.assignment import assign, requests_of
+from rlhf_ray.cluster.planner.calibration import Calibration, Device
 from rlhf_ray.cluster.planner.epoch_tasks import epoch_tasks
+from rlhf_ray.cluster.planner.hardware import Hardware
 from rlhf_ray.cluster.planner.lengths import Lengths
 from rlhf_ray.cluster.planner.ppo_tasks import ppo_tasks
 from rlhf_ray.cluster.planner.seats import Cluster, Seats
 from rlhf_ray.cluster.planner.timeline import Span, covered, run
-from rlhf_ray.cluster.planner.workload import Workload
-from rlhf_ray.config.jobs import PPOJob
+from rlhf_ray.cluster.planner.workload import Workload, workload_of
+from rlhf_ray.config.jobs import JobConfig, PPOJob
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,27 @@ def step_time(workload: Workload, cluster: Cluster, lengths: Lengths, cached_tok
         tuple(_role_time(role, spans, seconds) for role in config.places),
         generated,
     )
+
+
+def predict(
+    job: JobConfig,
+    hardware: Hardware,
+    known: Mapping[Device, Calibration],
+    lengths: Lengths,
+    cached_tokens: int | None = None,
+) -> StepTime:
+    """One step of a job, its roles placed as a run would place them.
+
+    Args:
+        known: constants of each kind of device.
+
+    Raises:
+        PlanError: when the shape of a model can't be read.
+        PlacementError: when a role has no place.
+    """
+    requests = requests_of({role: placed.placement for role, placed in job.places.items()})
+    cluster = Cluster(hardware, assign(requests, hardware.nodes), known)
+    return step_time(workload_of(job), cluster, lengths, cached_tokens)
 
 
 def _phases(spans: Sequence[Span]) -> dict[str, float]:
