@@ -1,6 +1,6 @@
 """Measures what this machine gives, with the actors that a job has: `rlhf-ray calibrate`.
 
-Random models of two shapes go through the policy's passes, its optimizer, the engines and a weight sync. Each
+Random models of a few shapes go through the policy's passes, its optimizer, the engines and a weight sync. Each
 measurement has the machine for itself; only the starts overlap, as they do in a job.
 """
 
@@ -72,7 +72,7 @@ class Sizes:
     Attributes:
         product: rows of a square matrix.
         copy, collective, stored: bytes.
-        models: narrow and deep, wide and flat.
+        models: tiny, narrow and deep, wide and flat.
         passes: micro-batches: one that is long in all, long sequences, many scored tokens, and short ones.
         short, long: tokens of responses, whose difference tells the time of a token.
     """
@@ -94,7 +94,7 @@ SIZES: dict[Device, Sizes] = {
         copy=256 * MIB,
         collective=64 * MIB,
         stored=64 * MIB,
-        models=(LlamaSize(512, 10, 1408, 8192), LlamaSize(1024, 4, 2816, 32768)),
+        models=(LlamaSize(256, 2, 704, 4096), LlamaSize(512, 10, 1408, 8192), LlamaSize(1024, 4, 2816, 32768)),
         passes=(Samples(16, 124, 4), Samples(2, 1020, 4), Samples(16, 32, 32), Samples(2, 28, 4)),
         decoding=(Decoding(1, 16), Decoding(8, 16), Decoding(48, 16), Decoding(16, 384)),
     ),

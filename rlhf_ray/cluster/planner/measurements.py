@@ -210,17 +210,20 @@ def _optimizer(found: Measurements) -> OptimizerRates:
 
 
 def _generation(found: Measurements, assumed: Calibration) -> Generation:
-    """A GPU multiplies while it reads weights; with batches as small as the measured ones reading is what takes time,
-    so their products say nothing and are assumed to be as good as those of prompts."""
+    """With one engine, as on a GPU, what a model's size and number of layers cost can't be told apart: what each layer,
+    each step and the vocabulary take is assumed. There, weights are read while products are computed, and with batches
+    as small as the measured ones reading takes longer; products are then assumed to be as good as those of prompts."""
     alone = Group(1, 1, found.rates.link, found.rates.network)
 
     def engine(shape: ModelShape) -> Engine:
         return Engine(shape, found.dtype, 1, 1, found.rates, alone, assumed)
 
     steps = [engine(point.shape).ideal_step(point.sequences, point.context) for point in found.decoding]
+    known = {name: getattr(assumed.generation, name) for name in ("vocabulary", "layer_s", "step_s")}
     if found.device == "gpu":
-        steps = [{**step, "products": 0.0} for step in steps]
-    factors = fit_factors(steps, [point.step_s for point in found.decoding])
+        known["products"] = 0.0
+    one = len({point.shape for point in found.decoding}) == 1
+    factors = fit_factors(steps, [point.step_s for point in found.decoding], known if one else None)
     prompts = [
         (point.short_s - point.short * point.step_s)
         / engine(point.shape).ideal_prompt_s(point.sequences * point.prompt)

@@ -30,6 +30,12 @@ def test_a_term_that_no_measurement_has_gets_no_factor() -> None:
     assert fit_factors(ideal, measured) == pytest.approx({"products": 2, "moved": 0, "constant": 3})
 
 
+def test_what_is_known_is_kept_and_the_rest_found() -> None:
+    factors = {"products": 1.5, "moved": 0.25, "constant": 0.01}
+    assert fit_factors(IDEAL, seconds(factors), {"moved": 0.25}) == pytest.approx(factors)
+    assert fit_factors(IDEAL, seconds(factors), {"moved": 0.0})["moved"] == 0.0
+
+
 def test_a_small_measurement_counts_as_much_as_a_large_one() -> None:
     ideal = [{"products": 1.0}, {"products": 1000.0}]
     # Relative errors of both are equal and opposite, where absolute ones would leave all of it to the first.
