@@ -111,15 +111,18 @@ SIZES: dict[Device, Sizes] = {
 }
 
 
-def calibrate() -> Calibration:
+def calibrate(sizes: Sizes | None = None) -> Calibration:
     """What this machine gives.
+
+    Args:
+        sizes: of what is measured with; by default those of its kind of device.
 
     Raises:
         RoleTimeout, RoleFailure: as `wait_all`.
     """
     devices = device_names()
     device: Device = "gpu" if devices else "cpu"
-    sizes = SIZES[device]
+    sizes = sizes or SIZES[device]
     with TemporaryDirectory(prefix="rlhf-ray-calibrate-") as folder, ray_session(Cluster(address="local"), "calibrate"):
         logger.info("writing random models")
         models = [write_random_llama(Path(folder) / str(n), size) for n, size in enumerate(sizes.models)]
