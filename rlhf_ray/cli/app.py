@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from rlhf_ray.cli.arguments import Config, Overrides, problems_of
+from rlhf_ray.cli.calibrate import calibrate
 from rlhf_ray.cli.data import data
 from rlhf_ray.cli.failures import Commands, forget_failure, how_stopped, record_failure, say
 from rlhf_ray.cli.plan import plan
@@ -29,6 +30,7 @@ main = typer.Typer(
 )
 
 main.add_typer(data, name="data")
+main.command(short_help="Measure this machine, for plan.")(calibrate)
 main.command(short_help="Say what a job needs, and whether it fits.")(plan)
 
 

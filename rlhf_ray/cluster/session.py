@@ -73,7 +73,7 @@ def _connect(cluster: Cluster, name: str) -> None:
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     options: dict[str, Any] = {"namespace": name, "log_to_driver": False, "logging_level": logging.WARNING}
     address = cluster.address or os.environ.get("RAY_ADDRESS")
-    if address is not None:
+    if address not in (None, "local"):
         ray.init(address=address, **options)
         logger.info("joined the Ray cluster at %s", ray.get_runtime_context().gcs_address)
     else:  # "local" because Ray would otherwise join any cluster that it finds on this machine

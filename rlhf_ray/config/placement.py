@@ -248,8 +248,8 @@ class Cluster(Section):
     """The Ray cluster the job runs on."""
 
     address: str | None = None
-    """Cluster to join; `auto` is the one that runs on this machine. None takes `RAY_ADDRESS`, which Ray jobs have, else
-    starts a local cluster that ends with the run."""
+    """Cluster to join; `auto` is the one that runs on this machine, `local` a new one that ends with the run. None
+    takes `RAY_ADDRESS`, which Ray jobs have, else `local`."""
     cpus: NonNegativeInt | None = None
     """CPUs that a local cluster offers; by default this machine's."""
     autoscaling: bool = False
