@@ -10,6 +10,7 @@ from rlhf_ray.config.base import NonNegativeInt, Section
 from rlhf_ray.config.data import ComparisonData, ComparisonKind, ConversationData, PreferenceData, PromptData
 from rlhf_ray.config.placement import (
     Cluster,
+    Placed,
     PPOPlacement,
     PreferencePlacement,
     RewardModelPlacement,
@@ -21,6 +22,7 @@ from rlhf_ray.config.reward_loss import BradleyTerry, RewardLoss
 from rlhf_ray.config.rewards import ModelReward, RewardPart, part_name
 from rlhf_ray.config.rollout import Rollout
 from rlhf_ray.config.run import EpochRun, PPORun, SFTRun
+from rlhf_ray.config.sharing import check_sharing
 from rlhf_ray.config.training import (
     Critic,
     Lora,
@@ -98,6 +100,18 @@ class PPOJob(_Job):
         """The policy with its adapters off is the reference, so there are no actors for one."""
         return self.policy.lora is not None and self.reference.from_model == "policy"
 
+    @property
+    def places(self) -> dict[str, Placed]:
+        """The roles that have actors; each reward model is a group of its own."""
+        groups = {
+            "policy": 1,
+            "critic": 1,
+            "reference": 0 if self.policy_is_reference else 1,
+            "reward": len(self.reward_models),
+            "rollout": 1,
+        }
+        return {role: Placed(getattr(self.placement, role), count) for role, count in groups.items() if count}
+
     @model_validator(mode="after")
     def _sections_agree(self) -> "PPOJob":
         if not self.reward:
@@ -147,10 +161,11 @@ class PPOJob(_Job):
                     f"rollout.shard_samples ({self.rollout.shard_samples}) cuts {self.samples_per_step} samples into "
                     f"shards of {self.samples_per_step // shards}, fewer than the {ranks} ranks of placement.{scoring}"
                 )
-        if (self.placement.rollout.gpus > 0) != (self.placement.policy.gpus > 0):
+        gpus = {role: self.placement.gpus_of(role) for role in ("policy", "rollout")}
+        if (gpus["rollout"] > 0) != (gpus["policy"] > 0):
             raise ValueError(
-                f"placement.policy.gpus ({self.placement.policy.gpus:g}) and placement.rollout.gpus "
-                f"({self.placement.rollout.gpus}) must both be 0 or both not: weights travel over one kind of device"
+                f"placement.policy.gpus ({gpus['policy']:g}) and placement.rollout.gpus ({gpus['rollout']:g}) "
+                "must both be 0 or both not: weights travel over one kind of device"
             )
         if self.algorithm.critic_warmup_steps >= self.run.steps:
             raise ValueError(
@@ -174,6 +189,9 @@ class PPOJob(_Job):
                 )
         if self.policy_is_reference:
             _check_unused_reference(self.reference, self.placement.reference)
+        engines = {role: (getattr(self, role).engine,) for role in ("policy", "critic", "reference")}
+        engines["reward"] = tuple(part.engine for part in self.reward_models)
+        check_sharing(self.places, engines, offload_idle=self.placement.offload_idle)
         return self
 
 
@@ -236,6 +254,11 @@ class RewardModelJob(_Job):
         return EpochRole("reward", self.reward, self.placement.reward, self.data.rows_per_step)
 
     @property
+    def places(self) -> dict[str, Placed]:
+        """The one role, which has actors."""
+        return {"reward": Placed(self.placement.reward, 1)}
+
+    @property
     def kind(self) -> ComparisonKind:
         """What its rows are for."""
         return "rewards"
@@ -270,6 +293,11 @@ class SFTJob(_Job):
     def role(self) -> EpochRole:
         """The one role."""
         return EpochRole("policy", self.policy, self.placement.policy, self.data.rows_per_step)
+
+    @property
+    def places(self) -> dict[str, Placed]:
+        """The one role, which has actors."""
+        return {"policy": Placed(self.placement.policy, 1)}
 
     @model_validator(mode="after")
     def _sections_agree(self) -> "SFTJob":
@@ -313,6 +341,14 @@ class PreferenceJob(_Job):
         return EpochRole("policy", self.policy, self.placement.policy, self.data.rows_per_step)
 
     @property
+    def places(self) -> dict[str, Placed]:
+        """The roles that have actors."""
+        policy = {"policy": Placed(self.placement.policy, 1)}
+        if not self.algorithm.needs_reference or self.policy_is_reference:
+            return policy
+        return policy | {"reference": Placed(self.placement.reference, 1)}
+
+    @property
     def kind(self) -> ComparisonKind:
         """What its rows are for."""
         return "labels" if self.algorithm.unpaired else "pairs"
@@ -340,6 +376,8 @@ class PreferenceJob(_Job):
                     f"reference.update_every is {self.reference.update_every}, but with policy.lora the reference is "
                     "the policy with its adapters off, which stays as it is"
                 )
+        engines = {"policy": (self.policy.engine,), "reference": (self.reference.engine,)}
+        check_sharing(self.places, engines, offload_idle=self.placement.offload_idle)
         ranks = self.placement.reference_ranks
         if self.algorithm.needs_reference and self.data.rows_per_step < ranks:
             raise ValueError(

@@ -4,13 +4,12 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import ray
 
 from rlhf_ray.actors.critic import CriticWorker
-from rlhf_ray.actors.group import ActorGroup, Seat, Seating, create_group
+from rlhf_ray.actors.group import ActorGroup, Seating, create_group
 from rlhf_ray.actors.policy import PolicyWorker
 from rlhf_ray.actors.preference import PreferenceWorker
 from rlhf_ray.actors.reference import ReferenceWorker
@@ -82,14 +81,15 @@ def ppo_roles(config: PPOJob, inputs: PPOInputs) -> Iterator[PPORoles]:
     """Start all actors of a PPO job with their models, connected for weight transfer; end them on the way out."""
     placement = config.placement
     logger.info("starting the actors and loading the models")
-    seating = Seating(placement.placement_timeout_s)
+    seating = Seating(config.places, placement.placement_timeout_s, autoscaling=config.cluster.autoscaling)
     started: list[ActorGroup] = []
     try:
-        seats = _ppo_seats(config, seating)
 
         def group(role: str, worker: type, name: str | None = None, ranks: int | None = None) -> ActorGroup:
             count = ranks or placement.ranks_of(role)  # type: ignore[arg-type]
-            created = create_group(name or role, worker, seats[role], count, _identity(name or role, count, config))
+            created = create_group(
+                name or role, worker, seating.seats[role], count, _identity(name or role, count, config)
+            )
             started.append(created)
             return created
 
@@ -98,7 +98,7 @@ def ppo_roles(config: PPOJob, inputs: PPOInputs) -> Iterator[PPORoles]:
         rewards = tuple(_reward_part(part, group) for part in config.reward)
         started += [part.group for part in rewards if not part.collective]
         engines = create_group(
-            "rollout", RolloutWorker, seats["rollout"], placement.rollout.engines, lambda rank: {"rank": rank}
+            "rollout", RolloutWorker, seating.seats["rollout"], placement.rollout.engines, lambda rank: {"rank": rank}
         )
         rollout = RolloutGroup(
             engines.actors,
@@ -130,8 +130,8 @@ def _end_engines(rollout: RolloutGroup) -> None:
 def epoch_role(config: RewardModelJob | SFTJob, total_steps: int) -> Iterator[ActorGroup]:
     """Start the ranks of a job over a data set; end them on the way out."""
     logger.info("starting the actors and loading the model")
-    seating = Seating(config.placement.placement_timeout_s)
     role = config.role
+    seating = Seating(config.places, config.placement.placement_timeout_s, autoscaling=config.cluster.autoscaling)
     worker, arguments = (
         (RewardTrainingWorker, (config.reward, config.loss, total_steps, config.seed))
         if isinstance(config, RewardModelJob)
@@ -139,7 +139,7 @@ def epoch_role(config: RewardModelJob | SFTJob, total_steps: int) -> Iterator[Ac
     )
     group = None
     try:
-        seat = seating.seat_trained(role.name, role.placement, guests=0)
+        seat = seating.seats[role.name]
         group = create_group(role.name, worker, seat, role.ranks, _identity(role.name, role.ranks, config))
         join_collectives([group], config.run.timeouts)
         loaded = group.call("load_model", *arguments)
@@ -164,21 +164,17 @@ def preference_roles(config: PreferenceJob, total_steps: int, *, with_reference:
     """Start the ranks of a preference job; end them on the way out."""
     logger.info("starting the actors and loading the models")
     placement, timeouts = config.placement, config.run.timeouts
-    seating = Seating(placement.placement_timeout_s)
+    places = {role: placed for role, placed in config.places.items() if role == "policy" or with_reference}
+    seating = Seating(places, placement.placement_timeout_s, autoscaling=config.cluster.autoscaling)
     started: list[ActorGroup] = []
 
-    def group(role: str, worker: type, seat: Seat, ranks: int) -> ActorGroup:
-        started.append(create_group(role, worker, seat, ranks, _identity(role, ranks, config)))
+    def group(role: str, worker: type, ranks: int) -> ActorGroup:
+        started.append(create_group(role, worker, seating.seats[role], ranks, _identity(role, ranks, config)))
         return started[-1]
 
     try:
-        beside = with_reference and placement.reference.colocate is not None
-        seat = seating.seat_trained("policy", placement.policy, guests=int(beside))
-        policy, reference = group("policy", PreferenceWorker, seat, config.role.ranks), None
-        if with_reference:
-            own = seating.seat_guest if beside else partial(seating.seat_trained, guests=0)
-            seat = own("reference", placement.reference)
-            reference = group("reference", ReferenceWorker, seat, placement.reference_ranks)
+        policy = group("policy", PreferenceWorker, config.role.ranks)
+        reference = group("reference", ReferenceWorker, placement.reference_ranks) if with_reference else None
         join_collectives(started, timeouts)
         loading = policy.call("load_model", config.policy, config.algorithm, total_steps)
         if reference is not None:
@@ -204,25 +200,6 @@ def join_collectives(groups: Sequence[ActorGroup], timeouts: Timeouts) -> None:
         for ref in group.call("join", host, port, longest)
     ]
     wait_all(joined, timeouts.setup_s, "ranks joining their groups", "run.timeouts.setup_s")
-
-
-def _ppo_seats(config: PPOJob, seating: Seating) -> dict[str, Seat]:
-    placement = config.placement
-    models = len(config.reward_models)
-    weight = {"policy": 1, "critic": 1, "reference": 0 if config.policy_is_reference else 1, "reward": models}
-    seats: dict[str, Seat] = {}
-    for role in ("policy", "critic", "reference", "reward"):
-        own = getattr(placement, role)
-        if own.colocate is None and weight[role]:
-            guests = sum(count for guest, count in weight.items() if getattr(placement, guest).colocate == role)
-            # Several reward models share their bundles among themselves too.
-            seats[role] = seating.seat_trained(role, own, guests + weight[role] - 1)
-    for role in ("policy", "critic", "reference", "reward"):
-        own = getattr(placement, role)
-        if own.colocate is not None and weight[role]:
-            seats[role] = seating.seat_guest(role, own)
-    seats["rollout"] = seating.seat_engines(placement.rollout)
-    return seats
 
 
 def _reward_part(part: Any, group: Any) -> RewardPart:
