@@ -12,6 +12,7 @@ from rlhf_ray.cli.arguments import Config, Overrides, problems_of
 from rlhf_ray.cli.data import data
 from rlhf_ray.cli.failures import Commands, forget_failure, how_stopped, record_failure, say
 from rlhf_ray.cli.jobs import logs, stop, submit
+from rlhf_ray.cli.preflight import preflight
 
 if TYPE_CHECKING:
     from rlhf_ray.config.jobs import JobConfig
@@ -247,6 +248,7 @@ def _how_to_resume(job: "JobConfig") -> str:
     return f"the same command resumes it from the checkpoint of step {steps[-1]}"
 
 
+main.command(short_help="Check a cluster, without starting.")(preflight)
 main.command(short_help="Run a job on a cluster.")(submit)
 main.command(short_help="End a submitted job.")(stop)
 main.command(short_help="Show what a submitted job writes.")(logs)

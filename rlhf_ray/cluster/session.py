@@ -10,6 +10,7 @@ from typing import Any
 
 import ray
 
+from rlhf_ray.cluster.tokens import show_token
 from rlhf_ray.cluster.topology import describe
 from rlhf_ray.config.placement import Cluster
 
@@ -74,6 +75,7 @@ def _connect(cluster: Cluster, name: str) -> None:
     options: dict[str, Any] = {"namespace": name, "log_to_driver": False, "logging_level": logging.WARNING}
     address = cluster.address or os.environ.get("RAY_ADDRESS")
     if address is not None:
+        show_token(address)
         ray.init(address=address, **options)
         logger.info("joined the Ray cluster at %s", ray.get_runtime_context().gcs_address)
     else:  # "local" because Ray would otherwise join any cluster that it finds on this machine
