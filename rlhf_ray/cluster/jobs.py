@@ -26,6 +26,8 @@ STOP_S = 60
 """Seconds that a job has to end its actors and engines after it is told to stop."""
 LOST_S = 120.0
 """How long a cluster may be out of reach before following its logs is given up."""
+SILENCE_S = 60.0
+"""After so long without a word of the log, it is asked for anew."""
 _RETRY_S = 2.0
 
 TERMINATED = 143
@@ -51,6 +53,25 @@ class Outcome:
 
     exit_code: int
     message: str
+
+
+class _Shown:
+    """A log that is read several times from its beginning, and shown once."""
+
+    def __init__(self, write: Callable[[str], None]) -> None:
+        self._write, self._shown, self._seen = write, 0, 0
+
+    def begin(self) -> None:
+        """The next text is the first of the log."""
+        self._seen = 0
+
+    def add(self, text: str) -> None:
+        """The log goes on with this text."""
+        fresh = text[max(0, self._shown - self._seen) :]
+        self._seen += len(text)
+        if fresh:
+            self._write(fresh)
+            self._shown = self._seen
 
 
 class _Client(JobSubmissionClient):
@@ -149,29 +170,40 @@ class Jobs:
         return status
 
     async def _follow(self, job_id: str, write: Callable[[str], None]) -> None:
-        shown, reached = 0, time.monotonic()
+        shown = _Shown(write)
+        reached = time.monotonic()
         while True:
             try:
-                seen = 0
-                async for chunk in self._client.tail_job_logs(job_id):
-                    write(chunk[max(0, shown - seen) :])
-                    seen += len(chunk)
-                    shown, reached = max(shown, seen), time.monotonic()
+                at_end = await self._read_on(job_id, shown)
                 ended = (await asyncio.to_thread(self.details, job_id)).status.is_terminal()
                 reached = time.monotonic()
-            # Ray raises that plain class when the connection breaks.
+                if at_end and ended:
+                    return
+            except UnknownJob:
+                raise
+            # Ray raises the first, plain class when the connection breaks.
             except (RuntimeError, aiohttp.ClientError, JobError) as error:
-                if isinstance(error, UnknownJob):
-                    raise
                 if time.monotonic() - reached > LOST_S:
                     raise JobError(
                         f"the cluster at {self.address} has been out of reach for {LOST_S:g} s ({error}). The job "
                         f"{job_id} may go on: try again with `rlhf-ray logs {job_id} --follow`"
                     ) from error
-                ended = False
-            if ended:
-                return
             await asyncio.sleep(_RETRY_S)
+
+    async def _read_on(self, job_id: str, shown: "_Shown") -> bool:
+        """Read the log from its beginning over one connection; whether it came to an end. A silent one is given up:
+        it may be dead without anybody having said so."""
+        stream = self._client.tail_job_logs(job_id)
+        shown.begin()
+        while True:
+            try:
+                async with asyncio.timeout(SILENCE_S):
+                    chunk = await anext(stream)
+            except StopAsyncIteration:
+                return True
+            except TimeoutError:
+                return False
+            shown.add(chunk)
 
     @contextmanager
     def _errors(self, job_id: str | None = None) -> Iterator[None]:

@@ -1,5 +1,6 @@
 """Ray jobs: what they run, how they end, and what is shown of them."""
 
+import asyncio
 import os
 import shlex
 from collections.abc import AsyncIterator, Iterator
@@ -62,6 +63,19 @@ def test_a_log_is_followed_over_connections_that_break_and_no_line_comes_twice(f
         ]
     )
     assert follow(head) == ("one\ntwo\nthree\n", Outcome(0, "job a succeeded"))
+
+
+def test_a_connection_that_is_silent_is_made_again(follow: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Silent(Head):
+        async def tail_job_logs(self, job_id: str) -> AsyncIterator[str]:
+            async for chunk in super().tail_job_logs(job_id):
+                yield chunk
+            if not self._ended:
+                await asyncio.sleep(60)
+
+    monkeypatch.setattr(jobs_module, "SILENCE_S", 0.01)
+    head = Silent([(["one\n"], False, None), (["one\n", "two\n"], True, None)])
+    assert follow(head) == ("one\ntwo\n", Outcome(0, "job a succeeded"))
 
 
 def test_a_cluster_that_stays_out_of_reach_ends_the_following(follow: Any, monkeypatch: pytest.MonkeyPatch) -> None:
