@@ -35,13 +35,12 @@ def named_in(config: JobConfig) -> Iterator[Named]:
         yield Named("reference.cache", config.reference.cache, "folder")
 
 
-def local_path(named: Named) -> Path | None:
-    """The file or folder of this name in the current folder or on the disk; None where there is none, as for the hub's
-    names."""
-    path = Path(named.value)
+def local_path(named: Named, base: Path = Path()) -> Path | None:
+    """The file or folder of this name, seen from `base`; None where there is none, as for the hub's names."""
+    path = base / named.value
     if named.kind == "data" and not path.exists():
         # A folder of a data set may carry a split behind a colon.
-        path = Path(named.value.rpartition(":")[0] or named.value)
+        path = base / (named.value.rpartition(":")[0] or named.value)
     return path if path.exists() else None
 
 

@@ -9,6 +9,7 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from os.path import normpath
 from pathlib import Path
 from zipfile import ZIP_DEFLATED, ZipFile, ZipInfo
 
@@ -131,16 +132,13 @@ def pinned_paths(config: JobConfig, content: Package) -> list[Pinned]:
 
     Absolute, they are the same place on every node as long as it is on storage that all see.
     """
-    sent = {part for file in content.files for part in (file, *file.parents)}
+    sent = {content.folder / part for file in content.files for part in (file, *file.parents)}
     pinned: dict[str, Pinned] = {}
     for named in named_in(config):
-        path = Path(named.value)
-        if path.is_absolute():
-            continue
-        here = local_path(named)
-        if named.kind == "folder" or (here is not None and here not in sent):
-            place = str(content.folder / path)
-            pinned[named.setting] = Pinned(named.setting, named.value, place)
+        here = local_path(named, content.folder)
+        left_out = here is not None and Path(normpath(here)) not in sent
+        if not Path(named.value).is_absolute() and (named.kind == "folder" or left_out):
+            pinned[named.setting] = Pinned(named.setting, named.value, normpath(content.folder / named.value))
     return list(pinned.values())
 
 

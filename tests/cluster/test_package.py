@@ -75,9 +75,8 @@ def test_the_same_files_make_the_same_archive(tmp_path: Path) -> None:
         assert archive.namelist() == ["a.py", "b/c.py"]
 
 
-def test_paths_that_are_not_sent_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paths_that_are_not_sent_become_absolute(tmp_path: Path) -> None:
     put(tmp_path, "models/tiny/config.json", "data/rows.jsonl", "my.yaml")
-    monkeypatch.chdir(tmp_path)
     pinned = pinned_paths(sft(), package(tmp_path))
     assert [path.override for path in pinned] == [
         f"policy.model={tmp_path}/models/tiny",
@@ -86,21 +85,22 @@ def test_paths_that_are_not_sent_become_absolute(tmp_path: Path, monkeypatch: py
     ]
 
 
-def test_paths_that_are_sent_and_names_of_the_hub_stay_as_they_are(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_paths_beside_the_folder_become_absolute(tmp_path: Path) -> None:
+    put(tmp_path, "here/my.yaml", "beside/rows.jsonl")
+    config = sft(model="owner/name", train="../beside/rows.jsonl", dir="/shared/runs/a")
+    [pinned] = pinned_paths(config, package(tmp_path / "here"))
+    assert pinned.override == f"data.train={tmp_path}/beside/rows.jsonl"
+
+
+def test_paths_that_are_sent_and_names_of_the_hub_stay_as_they_are(tmp_path: Path) -> None:
     put(tmp_path, "rows/train.jsonl")
-    monkeypatch.chdir(tmp_path)
     config = sft(model="owner/name", train="rows/train.jsonl", dir="/shared/runs/a")
     assert pinned_paths(config, package(tmp_path)) == []
 
 
-def test_a_pinned_path_is_quoted_where_yaml_would_read_something_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_pinned_path_is_quoted_where_yaml_would_read_something_else(tmp_path: Path) -> None:
     folder = tmp_path / "a: b"
     put(folder, "my.yaml")
-    monkeypatch.chdir(folder)
     [pinned] = pinned_paths(sft(model="owner/name", train="owner/rows"), package(folder))
     assert pinned.override == f'run.dir="{folder}/runs/a"'
 

@@ -2,9 +2,10 @@
 
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 
 import ray
+from ray.exceptions import RayError
 
 from rlhf_ray.cluster.preflight.contents import check_contents
 from rlhf_ray.cluster.preflight.network import check_clocks, check_links, check_ports, link_probes
@@ -62,7 +63,8 @@ def naming_lost_nodes(report: Report) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-        for name in (name for name, node_id in report.node_ids.items() if node_id not in alive):
-            error.add_note(f"Node {name} was there at the preflight and has left the cluster since.")
+        with suppress(RayError, RuntimeError):  # the cluster as a whole may be what failed
+            alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+            for name in (name for name, node_id in report.node_ids.items() if node_id not in alive):
+                error.add_note(f"Node {name} was there at the preflight and has left the cluster since.")
         raise
