@@ -32,6 +32,7 @@ from rlhf_ray.data.minibatches import OptimizerStep, plan_update
 from rlhf_ray.data.prompts import load_prompts
 from rlhf_ray.data.requests import PromptRequest, requests_for
 from rlhf_ray.data.trajectory import Trajectory, TrajectoryBatch
+from rlhf_ray.engines.rollout_setup import RolloutSetup
 from rlhf_ray.models.heads import load_tokenizer
 
 TEMPERATURE = 1.0
@@ -56,7 +57,8 @@ def rollout_role(
     actors = create_group("rollout", RolloutWorker, seating.seats["rollout"], engines, lambda rank: {"rank": rank})
     group = RolloutGroup(actors.actors, rollout, deterministic=False, timeout_s=_TIMEOUTS.rollout_s)
     try:
-        _wait(group.call("load_model", str(model), rollout, dtype, 1, SEED, False, adapter_rank), "rollout: load_model")
+        setup = RolloutSetup(str(model), rollout.engine, dtype, 1, SEED, adapter_rank=adapter_rank)
+        _wait(group.call("load_model", setup), "rollout: load_model")
         yield group
         _wait(group.call("shutdown"), "rollout: shutdown")
     finally:

@@ -14,6 +14,8 @@ from rlhf_ray.actors.waiting import RoleTimeout, fetch, wait_all
 from rlhf_ray.config.rollout import Rollout, Sampling
 from rlhf_ray.data.requests import PromptRequest
 from rlhf_ray.data.trajectory import TrajectoryBatch
+from rlhf_ray.engines.level import Level
+from rlhf_ray.engines.rollout_setup import RolloutSetup
 from rlhf_ray.telemetry.trace import Span, SpanRecorder
 
 if TYPE_CHECKING:  # torch is imported with vLLM, when the engine starts
@@ -48,28 +50,11 @@ class RolloutWorker:
         self.recorder = SpanRecorder()
         self.engine: Any = None  # vLLM is imported when the engine starts
 
-    async def load_model(
-        self,
-        model: str,
-        rollout: Rollout,
-        dtype: str,
-        tensor_parallel: int,
-        seed: int,
-        trust_remote_code: bool,
-        adapter_rank: int | None,
-    ) -> None:
-        """Start the engine; one that `load_adapter` will be called on is told the adapters' rank."""
+    async def load_model(self, setup: RolloutSetup) -> None:
+        """Start the engine."""
         from rlhf_ray.engines.rollout import RolloutEngine
 
-        self.engine = RolloutEngine(
-            model,
-            rollout.engine,
-            dtype=dtype,
-            tensor_parallel=tensor_parallel,
-            seed=seed,
-            trust_remote_code=trust_remote_code,
-            adapter_rank=adapter_rank,
-        )
+        self.engine = RolloutEngine(setup)
         await self.engine.set_version(0)
 
     async def generate(
@@ -98,6 +83,11 @@ class RolloutWorker:
                 await asyncio.sleep(0)
         self.engine.queued = 0
         await self.engine.resume()
+
+    async def move(self, level: Level) -> None:
+        """Leave the device to others, or come back to it, as far as `level` says."""
+        with self.recorder.span(f"going to {level.name.lower()}"):
+            await self.engine.move(level)
 
     async def init_transfer(self, init_info: dict[str, Any]) -> None:
         """Join the trainer's weight-transfer group."""

@@ -4,6 +4,7 @@ import os
 import random
 import socket
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import ray
@@ -11,11 +12,17 @@ import torch
 
 from rlhf_ray.data.seeds import derive_seed
 from rlhf_ray.engines.collectives import Rendezvous, join_collectives
+from rlhf_ray.engines.level import Level
 from rlhf_ray.telemetry.trace import Span, SpanRecorder
+
+if TYPE_CHECKING:
+    from rlhf_ray.engines.training import ForwardEngine, TrainingEngine
 
 
 class Worker:
     """One rank of a role."""
+
+    engine: "TrainingEngine | ForwardEngine"
 
     def __init__(self, role: str, rank: int, world_size: int, seed: int, deterministic: bool) -> None:
         self.role, self.rank, self.world_size = role, rank, world_size
@@ -33,6 +40,11 @@ class Worker:
     def join(self, host: str, port: int, timeout_s: float) -> None:
         """Join the group's collectives."""
         join_collectives(Rendezvous(self.rank, self.world_size, host, port, timeout_s))
+
+    def move(self, level: Level) -> None:
+        """Leave the device to others, or come back to it, as far as `level` says."""
+        with self.recorder.span(f"going to {level.name.lower()}"):
+            self.engine.move(level)
 
     def drain_spans(self) -> list[Span]:
         """What this rank did since the last call."""

@@ -218,6 +218,13 @@ def _check_colocated(placement: PPOPlacement | PreferencePlacement, guest: str) 
             f".{guest}.engines ({role.engines}) x .{guest}.tensor_parallel ({role.tensor_parallel}) differs from "
             f".{role.colocate}.ranks ({ranks}), but .{guest}.colocate puts each worker on the place of one rank"
         )
+    if isinstance(role, RolloutPlacement) and role.tensor_parallel > 1:
+        on_one_node = {"STRICT_SPREAD": 1}.get(host.strategy, ranks // (host.nodes or 1))
+        if on_one_node % role.tensor_parallel:
+            raise ValueError(
+                f".{guest}.tensor_parallel ({role.tensor_parallel}) does not divide the ranks that "
+                f".{role.colocate} has on a node ({on_one_node}): one engine's workers share a node"
+            )
     if isinstance(role, RolePlacement) and role.ranks not in (None, ranks):
         raise ValueError(
             f".{guest}.ranks ({role.ranks}) differs from .{role.colocate}.ranks ({ranks}), but "

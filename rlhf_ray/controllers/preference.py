@@ -40,6 +40,7 @@ class PreferenceController(EpochController):
         checkpointing: Checkpointing,
     ) -> None:
         super().__init__(config, inputs, roles.policy, folder, checkpointing)
+        self._devices = roles.devices
         self._shift = RewardShift()
         self._others = {name: Split(f"{name}, mismatched", rows) for name, rows in inputs.mismatched.items()}
         splits = [split for split in (self.training, self.held_out, *self._others.values()) if split is not None]
@@ -57,12 +58,16 @@ class PreferenceController(EpochController):
     def context(self, split: Split, rows: NDArray[np.int64]) -> StepContext:
         """Log-probs of reference and policy that the losses of these rows take as given."""
         algorithm = self.config.algorithm
-        return StepContext(
+        self._devices.enter("score")
+        context = StepContext(
             reference=self._of_reference(split, rows),
             policy=self._of_policy(split, rows) if algorithm.couples_rows else (),
             mismatched=self._of_mismatched(split, rows) if algorithm.kto is not None else ((), ()),
             shift=self._shift.value,
         )
+        self._devices.finish([*context.reference, *context.mismatched[1]], "log-probs of the reference")
+        self._devices.enter("update")
+        return context
 
     def after_step(self, step: int, reports: Sequence[UpdateReport]) -> Metrics:
         """Move BCO's running mean of rewards and TR-DPO's reference."""
@@ -74,6 +79,7 @@ class PreferenceController(EpochController):
             self._shift.update(bco.beta * wanted.total, wanted.weight, bco.beta * unwanted.total, unwanted.weight)
         every = self.config.reference.update_every
         if self._live is not None and every and step % every == 0:
+            self._devices.enter("score")
             shared = self._wait(self.group.call("share_weights"), "share_weights", "sync_s")
             self._live.mix(shared, self.config.reference.update_mix)
         return metrics

@@ -1,129 +1,22 @@
 """The actors of a job, from its config."""
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import ray
-
-from rlhf_ray.actors.critic import CriticWorker
+from rlhf_ray.actors.devices import Devices
 from rlhf_ray.actors.group import ActorGroup, Seating, create_group
-from rlhf_ray.actors.policy import PolicyWorker
 from rlhf_ray.actors.preference import PreferenceWorker
 from rlhf_ray.actors.reference import ReferenceWorker
-from rlhf_ray.actors.reward import RewardModelWorker, TextRewardWorker
 from rlhf_ray.actors.reward_training import RewardTrainingWorker
-from rlhf_ray.actors.rollout import RolloutGroup, RolloutWorker
 from rlhf_ray.actors.sft import SFTWorker
-from rlhf_ray.actors.waiting import RoleFailure, RoleTimeout, wait_all
-from rlhf_ray.config.jobs import JobConfig, PPOJob, PreferenceJob, RewardModelJob, SFTJob
-from rlhf_ray.config.rewards import FunctionReward, ModelReward, part_name
+from rlhf_ray.actors.waiting import wait_all
+from rlhf_ray.config.jobs import JobConfig, PreferenceJob, RewardModelJob, SFTJob
 from rlhf_ray.config.run import Timeouts
-from rlhf_ray.controllers.preflight import PPOInputs
 
 logger = logging.getLogger("rlhf_ray")
-
-
-@dataclass(frozen=True)
-class RewardPart:
-    """One part of the reward and who computes it.
-
-    Attributes:
-        name: in metrics.
-        weight: in the sum.
-        group: its actors.
-        collective: all ranks score a shard together; else each worker scores whole shards.
-    """
-
-    name: str
-    weight: float
-    group: ActorGroup
-    collective: bool
-
-    def score(self, shard: int, trajectories: ray.ObjectRef) -> list[ray.ObjectRef]:
-        """Start scoring a shard."""
-        if self.collective:
-            return self.group.call("score", trajectories)
-        return [self.group.call_one(shard, "score", trajectories)]
-
-
-@dataclass(frozen=True)
-class PPORoles:
-    """The five roles; `reference` is None where the policy with its adapters off is the reference."""
-
-    policy: ActorGroup
-    critic: ActorGroup
-    reference: ActorGroup | None
-    rewards: tuple[RewardPart, ...]
-    rollout: RolloutGroup
-
-    @property
-    def groups(self) -> list[ActorGroup]:
-        """All of them."""
-        return [*self.models, self.rollout, *(part.group for part in self.rewards)]
-
-    @property
-    def models(self) -> list[ActorGroup]:
-        """Policy, critic and reference."""
-        return [self.policy, self.critic] if self.reference is None else [self.policy, self.critic, self.reference]
-
-    def reference_logprobs(self, trajectories: ray.ObjectRef) -> list[ray.ObjectRef]:
-        """Start to compute the reference's log-probs of a shard."""
-        if self.reference is None:
-            return self.policy.call("reference_logprobs", trajectories)
-        return self.reference.call("logprobs", trajectories)
-
-
-@contextmanager
-def ppo_roles(config: PPOJob, inputs: PPOInputs) -> Iterator[PPORoles]:
-    """Start all actors of a PPO job with their models, connected for weight transfer; end them on the way out."""
-    placement = config.placement
-    logger.info("starting the actors and loading the models")
-    seating = Seating(config.places, placement.placement_timeout_s, autoscaling=config.cluster.autoscaling)
-    started: list[ActorGroup] = []
-    try:
-
-        def group(role: str, worker: type, name: str | None = None, ranks: int | None = None) -> ActorGroup:
-            count = ranks or placement.ranks_of(role)  # type: ignore[arg-type]
-            created = create_group(
-                name or role, worker, seating.seats[role], count, _identity(name or role, count, config)
-            )
-            started.append(created)
-            return created
-
-        policy, critic = group("policy", PolicyWorker), group("critic", CriticWorker)
-        reference = None if config.policy_is_reference else group("reference", ReferenceWorker)
-        rewards = tuple(_reward_part(part, group) for part in config.reward)
-        started += [part.group for part in rewards if not part.collective]
-        engines = create_group(
-            "rollout", RolloutWorker, seating.seats["rollout"], placement.rollout.engines, lambda rank: {"rank": rank}
-        )
-        rollout = RolloutGroup(
-            engines.actors,
-            config.rollout,
-            deterministic=config.run.deterministic,
-            timeout_s=config.run.timeouts.rollout_s,
-        )
-        started.append(rollout)
-        roles = PPORoles(policy, critic, reference, rewards, rollout)
-        _load_ppo_models(config, inputs, roles)
-        yield roles
-    finally:
-        for created in started:
-            if isinstance(created, RolloutGroup):
-                _end_engines(created)
-            created.kill()
-        seating.release()
-
-
-def _end_engines(rollout: RolloutGroup) -> None:
-    """Let the engines end their own processes, which outlive an actor that is killed."""
-    try:
-        rollout.run("shutdown", timeout_s=30, setting="run.timeouts.setup_s")
-    except (RoleFailure, RoleTimeout) as error:
-        logger.warning("a rollout engine did not end in order: %s", error)
 
 
 @contextmanager
@@ -140,7 +33,7 @@ def epoch_role(config: RewardModelJob | SFTJob, total_steps: int) -> Iterator[Ac
     group = None
     try:
         seat = seating.seats[role.name]
-        group = create_group(role.name, worker, seat, role.ranks, _identity(role.name, role.ranks, config))
+        group = create_group(role.name, worker, seat, role.ranks, identity(role.name, role.ranks, config))
         join_collectives([group], config.run.timeouts)
         loaded = group.call("load_model", *arguments)
         wait_all(loaded, config.run.timeouts.setup_s, f"{role.name}: load_model", "run.timeouts.setup_s")
@@ -157,6 +50,7 @@ class PreferenceRoles:
 
     policy: ActorGroup
     reference: ActorGroup | None
+    devices: Devices
 
 
 @contextmanager
@@ -169,19 +63,25 @@ def preference_roles(config: PreferenceJob, total_steps: int, *, with_reference:
     started: list[ActorGroup] = []
 
     def group(role: str, worker: type, ranks: int) -> ActorGroup:
-        started.append(create_group(role, worker, seating.seats[role], ranks, _identity(role, ranks, config)))
+        started.append(create_group(role, worker, seating.seats[role], ranks, identity(role, ranks, config)))
         return started[-1]
 
     try:
         policy = group("policy", PreferenceWorker, config.role.ranks)
         reference = group("reference", ReferenceWorker, placement.reference_ranks) if with_reference else None
+        movable = {"policy": [policy], "reference": [] if reference is None else [reference]}
+        devices = Devices(places, movable, timeouts, offload_idle=placement.offload_idle)
         join_collectives(started, timeouts)
         loading = policy.call("load_model", config.policy, config.algorithm, total_steps)
+        if devices.shares("policy"):
+            wait_all(loading, timeouts.setup_s, "policy: load_model", "run.timeouts.setup_s")
+            devices.loaded("policy")
         if reference is not None:
             trusted = config.policy.trust_remote_code
             loading += reference.call("load_model", config.reference_model, config.reference.engine, 1.0, trusted)
         wait_all(loading, timeouts.setup_s, "loading of the models", "run.timeouts.setup_s")
-        yield PreferenceRoles(policy, reference)
+        devices.loaded("reference")
+        yield PreferenceRoles(policy, reference, devices)
     finally:
         for created in started:
             created.kill()
@@ -202,74 +102,11 @@ def join_collectives(groups: Sequence[ActorGroup], timeouts: Timeouts) -> None:
     wait_all(joined, timeouts.setup_s, "ranks joining their groups", "run.timeouts.setup_s")
 
 
-def _reward_part(part: Any, group: Any) -> RewardPart:
-    name = part_name(part)
-    if isinstance(part, ModelReward):
-        return RewardPart(name, part.weight, group("reward", RewardModelWorker, f"reward-{name}"), collective=True)
-    workers = part.workers if isinstance(part, FunctionReward) else 1
-    actors = [
-        ray.remote(TextRewardWorker).options(num_cpus=0).remote(**_arguments(f"reward-{name}", rank, workers, 0, False))
-        for rank in range(workers)
-    ]
-    return RewardPart(name, part.weight, ActorGroup(f"reward-{name}", actors), collective=False)
+def identity(role: str, ranks: int, config: JobConfig) -> Callable[[int], dict[str, Any]]:
+    """Constructor arguments of each rank of a role."""
+    return lambda rank: arguments_of(role, rank, ranks, config.seed, config.run.deterministic)
 
 
-def _identity(role: str, ranks: int, config: JobConfig) -> Any:
-    return lambda rank: _arguments(role, rank, ranks, config.seed, config.run.deterministic)
-
-
-def _arguments(role: str, rank: int, ranks: int, seed: int, deterministic: bool) -> Mapping[str, Any]:
+def arguments_of(role: str, rank: int, ranks: int, seed: int, deterministic: bool) -> dict[str, Any]:
+    """Constructor arguments of one worker."""
     return {"role": role, "rank": rank, "world_size": ranks, "seed": seed, "deterministic": deterministic}
-
-
-def _load_ppo_models(config: PPOJob, inputs: PPOInputs, roles: PPORoles) -> None:
-    timeouts = config.run.timeouts
-    trust = config.policy.trust_remote_code
-    rollout_dtype = config.rollout.engine.dtype or config.policy.engine.dtype
-    temperature = config.rollout.sampling.temperature
-    updates = config.algorithm.epochs * config.algorithm.optimizer_steps
-    engines = roles.rollout.call(
-        "load_model",
-        config.policy.model,
-        config.rollout,
-        rollout_dtype,
-        config.placement.rollout.tensor_parallel,
-        config.seed,
-        trust,
-        config.policy.lora.rank if config.policy.lora and config.rollout.lora_sync == "adapters" else None,
-    )
-    join_collectives([*roles.models, *(p.group for p in roles.rewards if p.collective)], timeouts)
-    policy_steps = (config.run.steps - config.algorithm.critic_warmup_steps) * updates
-    loading = [
-        *engines,
-        *roles.policy.call(
-            "load_model", config.policy, config.algorithm, temperature, policy_steps, config.rollout.lora_sync
-        ),
-        *roles.critic.call(
-            "load_model", config.critic, inputs.critic_model, config.algorithm, config.run.steps * updates, config.seed
-        ),
-    ]
-    if roles.reference is not None:
-        loading += roles.reference.call(
-            "load_model", inputs.reference_model, config.reference.engine, temperature, trust
-        )
-    same_tokens = iter(inputs.same_tokens)
-    for part, reward in zip(roles.rewards, config.reward, strict=True):
-        if isinstance(reward, ModelReward):
-            loading += part.group.call("load_model", reward, part.name, config.policy.model, trust, next(same_tokens))
-        else:
-            loading += part.group.call("load_model", reward, config.policy.model, trust)
-    wait_all(loading, timeouts.setup_s, "loading of the models", "run.timeouts.setup_s")
-    [(host, port)] = wait_all(
-        [roles.policy.call_one(0, "address")], timeouts.setup_s, "policy: address", "run.timeouts.setup_s"
-    )
-    connected = roles.policy.call(
-        "connect",
-        roles.rollout.actors,
-        config.placement.rollout.tensor_parallel,
-        host,
-        port,
-        config.rollout.sync_bucket_mib * 2**20,
-        timeouts.sync_s,
-    )
-    wait_all(connected, timeouts.setup_s, "policy and engines connecting", "run.timeouts.setup_s")

@@ -13,6 +13,8 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from rlhf_ray.config import training as config
+from rlhf_ray.engines.device_states import DeviceStates
+from rlhf_ray.engines.level import Level
 from rlhf_ray.models.lora import Adapter
 from rlhf_ray.models.token_logprobs import TokenLogProbs
 from rlhf_ray.models.weights import Weight, model_weights
@@ -60,6 +62,7 @@ class TrainingEngine:
             adam.state.clear()
         if engine.zero_stage == 3:
             _announce_shared_weights(model)
+        self._states = DeviceStates(self._engine, engine)
         self.model = model
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -85,6 +88,10 @@ class TrainingEngine:
             grad_norm=float(norm if norm is not None else self._engine.get_global_grad_norm()), lr=float(lr)
         )
 
+    def move(self, level: Level) -> None:
+        """Leave the device, or come back to it, as far as `level` says."""
+        self._states.move(level)
+
     def save(self, folder: Path) -> None:
         """Write what is trained, optimizer and schedule; each rank writes its own shards into `folder`."""
         self._engine.save_checkpoint(str(folder), tag="state", save_latest=False, exclude_frozen_parameters=True)
@@ -102,6 +109,7 @@ class ForwardEngine:
     def __init__(self, model: nn.Module, engine: config.ScoringEngine) -> None:
         model.eval().requires_grad_(False).to(platform().device)
         self.model = model
+        self._sharded = engine.zero_stage == 3
         self._forward: Callable[..., Any] = model
         if engine.zero_stage == 3:
             self._forward, *_ = deepspeed.initialize(model=model, config=_deepspeed_config(engine))
@@ -111,6 +119,12 @@ class ForwardEngine:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward pass, without gradients."""
         return self._forward(*args, **kwargs)
+
+    def move(self, level: Level) -> None:
+        """Leave the device at `Level.OUT`, else come back to it. Shards that are kept in host memory stay there."""
+        if not self._sharded:
+            self.model.to("cpu" if level == Level.OUT else platform().device)
+            deepspeed.get_accelerator().empty_cache()
 
     def mix(self, weights: Mapping[str, torch.Tensor], share: float) -> None:
         """Move weights, by Hugging Face name, by `share` of their way to these; collective, the same on every rank."""

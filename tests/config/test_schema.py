@@ -215,6 +215,73 @@ CONFLICTS: list[tuple[dict[str, Any], str]] = [
         "placement.policy.colocate: 'policy' must name a role that has its own place",
     ),
     (
+        ppo(placement={"policy": {"colocate": "critic"}, "critic": {"colocate": "policy"}}),
+        "placement.policy.colocate: 'critic' must name a role that has its own place",
+    ),
+    (
+        ppo(placement={"policy": {"labels": {"zone": "in(a"}}}),
+        "placement.policy.labels.zone is 'in(a', which is none of: value, !value, in(a, b), !in(a, b)",
+    ),
+    (
+        ppo(placement={"policy": {"resources": {"GPU": 1}}}),
+        "placement.policy.resources names GPU, which placement.policy.gpus sets",
+    ),
+    (
+        ppo(placement={"policy": {"ranks": 4, "nodes": 2, "strategy": "SPREAD"}}),
+        "placement.policy.strategy is 'SPREAD', but placement.policy.nodes (2) says already how they spread",
+    ),
+    (
+        ppo(placement={"policy": {"ranks": 4, "nodes": 3}}),
+        "placement.policy.ranks (4) can't be spread equally over placement.policy.nodes (3)",
+    ),
+    (
+        ppo(placement={"rollout": {"engines": 3, "nodes": 2}}),
+        "placement.rollout.engines (3) can't be spread equally over placement.rollout.nodes (2)",
+    ),
+    (
+        ppo(placement={"rollout": {"engines": 2, "colocate": "policy"}}),
+        "placement.rollout.engines (2) x placement.rollout.tensor_parallel (1) differs from placement.policy.ranks "
+        "(1), but placement.rollout.colocate puts each worker on the place of one rank",
+    ),
+    (
+        ppo(
+            placement={
+                "policy": {"ranks": 4, "strategy": "STRICT_SPREAD"},
+                "rollout": {"engines": 2, "tensor_parallel": 2, "colocate": "policy"},
+            }
+        ),
+        "placement.rollout.tensor_parallel (2) does not divide the ranks that placement.policy has on a node (1): one "
+        "engine's workers share a node",
+    ),
+    (
+        ppo(placement={"rollout": {"labels": {"a": "b"}, "colocate": "policy"}}),
+        "placement.rollout.labels has no effect beside placement.rollout.colocate: it sits in placement.policy's place",
+    ),
+    (
+        ppo(
+            placement={"offload_idle": True, "reference": {"colocate": None}, "reward": {"colocate": None}},
+        ),
+        "placement.offload_idle has no effect: no placement.ROLE.colocate puts two roles together",
+    ),
+    (
+        ppo(placement={"offload_idle": True}, policy={"model": "m", "engine": {"zero_stage": 0}}),
+        "placement.offload_idle: policy.engine.zero_stage is 0, whose optimizer state DeepSpeed can't move: set it to "
+        "1, 2 or 3",
+    ),
+    (
+        ppo(
+            placement={"offload_idle": True},
+            policy={"model": "m", "engine": {"zero_stage": 3, "offload_parameters": True}},
+        ),
+        "placement.offload_idle: DeepSpeed moves no optimizer state beside policy.engine.offload_parameters: set "
+        "policy.engine.offload_optimizer too",
+    ),
+    (
+        ppo(placement={"offload_idle": True}, reference={"engine": {"zero_stage": 3}}),
+        "placement.offload_idle: reference.engine.zero_stage is 3, whose shards stay where they are: set "
+        "reference.engine.offload_parameters, or reference.engine.zero_stage to 0",
+    ),
+    (
         ppo(placement={"policy": {"gpus": 2}}),
         "placement.policy.gpus is 2, but a rank drives one device: raise placement.policy.ranks instead",
     ),

@@ -15,7 +15,7 @@ from rlhf_ray.recovery.checkpoints import CheckpointStore
 from rlhf_ray.telemetry.metrics import Metrics, read_metrics
 from rlhf_ray.telemetry.names import METRICS, find_metric
 from rlhf_ray.telemetry.samples import read_samples
-from runs import MakeConfig, exported_weights
+from runs import MakeConfig, assert_same_run, exported_weights, span_names
 
 STEPS = 4
 
@@ -143,3 +143,12 @@ def test_the_newest_checkpoints_are_kept(run: Path) -> None:
     assert latest is not None
     assert latest.step == STEPS
     assert latest.state["version"] == STEPS
+
+
+def test_all_roles_on_one_place_that_leave_it_to_each_other_train_as_apart(
+    tmp_path: Path, run: Path, ppo_config: MakeConfig
+) -> None:
+    guests = [f"placement.{role}.colocate=policy" for role in ("critic", "reference", "reward", "rollout")]
+    together = train(ppo_config(tmp_path / "run", *guests, "placement.offload_idle=true"))
+    assert_same_run(together, run)
+    assert {"going to out", "going to weights", "going to full"} <= span_names(together)

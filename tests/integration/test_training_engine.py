@@ -1,6 +1,6 @@
 """One rank or two, any ZeRO stage, any micro-batches: the training of a plain torch loop."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +11,7 @@ import torch
 from rlhf_ray.actors.group import ActorGroup
 from rlhf_ray.actors.waiting import RoleFailure
 from rlhf_ray.config.training import Lora, TrainingEngine
+from rlhf_ray.engines.level import Level
 from rlhf_ray.engines.training import lr_factor
 from rlhf_ray.models.heads import load_causal
 from rlhf_ray.models.weights import model_weights
@@ -57,11 +58,16 @@ def run(group: ActorGroup, method: str, *args: object) -> list:  # type: ignore[
 
 
 def trained(
-    group: ActorGroup, model: Path, micro_batches: list[list[list[int]]], lora: Lora | None = None, **engine: object
+    group: ActorGroup,
+    model: Path,
+    micro_batches: list[list[list[int]]],
+    lora: Lora | None = None,
+    moves: Sequence[Level] = (),
+    **engine: object,
 ) -> Trained:
     """Two steps; `micro_batches` are per rank. All ranks must hold the same weights in the end."""
     run(group, "build", str(model), TrainingEngine(gradient_clip=CLIP, **engine), 0, lora)  # type: ignore[arg-type]
-    done: list[Trained] = ray.get(group.call_each("train", [(2, mine) for mine in micro_batches]), timeout=120)
+    done: list[Trained] = ray.get(group.call_each("train", [(2, mine, moves) for mine in micro_batches]), timeout=120)
     for other in done[1:]:
         assert_close(other.weights, done[0].weights, 0)
         assert other.norms == done[0].norms
@@ -273,3 +279,25 @@ def test_a_folder_without_checkpoint_is_an_error(
     run(groups[1], "build", str(wide_model), TrainingEngine(zero_stage=2, dtype="float32"))
     with pytest.raises(RoleFailure, match="FileNotFoundError: .* holds no DeepSpeed checkpoint"):
         run(groups[1], "load", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("stage", "dtype", "offload"),
+    [
+        (1, "bfloat16", False),
+        (2, "float32", False),
+        (2, "bfloat16", True),
+        (3, "bfloat16", False),
+        (3, "float32", True),
+    ],
+)
+def test_an_engine_that_left_its_device_goes_on_as_if_it_had_stayed(
+    groups: dict[int, ActorGroup], wide_model: Path, stage: int, dtype: str, offload: bool
+) -> None:
+    halves = [[ALL[:4]], [ALL[4:]]]
+    engine = {"zero_stage": stage, "dtype": dtype, "offload_optimizer": offload}
+    stayed = trained(groups[2], wide_model, halves, **engine)
+    phases = [Level.OUT, Level.WEIGHTS, Level.OUT, Level.WEIGHTS, Level.FULL]
+    moved = trained(groups[2], wide_model, halves, moves=phases, **engine)
+    assert moved.norms == stayed.norms
+    assert_close(moved.weights, stayed.weights, 0)

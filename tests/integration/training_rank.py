@@ -1,5 +1,6 @@
 """A rank that trains a tiny model on given sequences, with the training engine of the package."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from deepspeed.utils import safe_get_full_grad
 
 from rlhf_ray.actors.worker import Worker
 from rlhf_ray.config.training import Lora, Optimizer, TrainingEngine
+from rlhf_ray.engines.level import Level
 from rlhf_ray.engines.training import DTYPES, full_weights
 from rlhf_ray.engines.training import TrainingEngine as Engine
 from rlhf_ray.models.heads import CausalModel, load_causal
@@ -69,10 +71,15 @@ class TrainingRank(Worker):
         self.model: CausalModel = loaded
         self.engine = Engine(loaded, config, OPTIMIZER, TOTAL_STEPS)
 
-    def train(self, steps: int, micro_batches: list[list[int]]) -> Trained:
-        """Optimizer steps, each on these micro-batches of this rank."""
+    def train(self, steps: int, micro_batches: list[list[int]], moves: Sequence[Level] = ()) -> Trained:
+        """Optimizer steps, each on these micro-batches of this rank, leaving the device and coming back in between."""
         found = Trained()
         for _ in range(steps):
+            for level in moves:
+                self.engine.move(level)
+                if level == Level.WEIGHTS:
+                    with torch.no_grad():
+                        token_mean_loss(self.engine, micro_batches[0])
             for number, micro_batch in enumerate(micro_batches):
                 loss = token_mean_loss(self.engine, micro_batch)
                 self.engine.backward(loss, last=number == len(micro_batches) - 1)
