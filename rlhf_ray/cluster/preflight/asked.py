@@ -4,12 +4,12 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from rlhf_ray.cluster.planner.errors import PlanError
+from rlhf_ray.cluster.planner.adapters import adapter_sizes
 from rlhf_ray.cluster.planner.folders import read_shape
 from rlhf_ray.cluster.planner.shapes import Head, ModelShape
 from rlhf_ray.config.jobs import JobConfig, PPOJob, PreferenceJob, RewardModel
 from rlhf_ray.config.rewards import FunctionReward, HttpReward
-from rlhf_ray.config.training import Critic, Dtype, Lora, Policy
+from rlhf_ray.config.training import Critic, Dtype, Policy
 
 _BYTES: Mapping[Dtype, int] = {"bfloat16": 2, "float32": 4}
 _ADAM_BYTES = 12
@@ -120,18 +120,7 @@ def _checkpoint_bytes(section: Policy | Critic | RewardModel, shape: ModelShape)
 
 
 def _trained_parameters(section: Policy | Critic | RewardModel, shape: ModelShape) -> int:
-    if section.lora is None:
-        return shape.parameters
-    return _adapter_parameters(section.lora, shape) + (shape.head_parameters if shape.head == "scalar" else 0)
-
-
-def _adapter_parameters(lora: Lora, shape: ModelShape) -> int:
-    wanted = (
-        tensor
-        for tensor in shape.tensors()
-        if tensor.linear and (lora.targets == "all-linear" or tensor.name.split(".")[-2] in lora.targets)
-    )
-    return sum(lora.rank * sum(tensor.shape) * tensor.count for tensor in wanted)
+    return shape.parameters if section.lora is None else sum(adapter_sizes(shape, section.lora))
 
 
 def _checkpoints(config: JobConfig) -> int:
@@ -142,6 +131,3 @@ def _checkpoints(config: JobConfig) -> int:
         return 1
     kept = run.keep_last + (run.keep_best is not None) + 1  # the newest is complete before the oldest goes
     return min(kept, math.ceil(config.run.steps / every)) if isinstance(config, PPOJob) and every else kept
-
-
-__all__ = ["DiskNeed", "PlanError", "Transfer", "disk_need", "gigabytes", "modules_and_variables", "transfers"]
