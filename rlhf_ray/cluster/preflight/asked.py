@@ -9,6 +9,7 @@ from rlhf_ray.cluster.planner.folders import read_shape
 from rlhf_ray.cluster.planner.shapes import Head, ModelShape
 from rlhf_ray.config.jobs import JobConfig, PPOJob, PreferenceJob, RewardModel
 from rlhf_ray.config.rewards import FunctionReward, HttpReward
+from rlhf_ray.config.run import EpochRun, PPORun
 from rlhf_ray.config.training import Critic, Dtype, Policy
 
 _BYTES: Mapping[Dtype, int] = {"bfloat16": 2, "float32": 4}
@@ -126,8 +127,10 @@ def _trained_parameters(section: Policy | Critic | RewardModel, shape: ModelShap
 def _checkpoints(config: JobConfig) -> int:
     """How many there are at most at a time."""
     run = config.run
-    every = run.checkpoint_every
-    if not every and run.keep_best is None:
+    # The newest is complete before the oldest goes.
+    kept = run.keep_last + (run.keep_best is not None) + 1
+    if isinstance(run, EpochRun) and run.patience is not None:  # each new best gets one
+        return kept
+    if not run.checkpoint_every:
         return 1
-    kept = run.keep_last + (run.keep_best is not None) + 1  # the newest is complete before the oldest goes
-    return min(kept, math.ceil(config.run.steps / every)) if isinstance(config, PPOJob) and every else kept
+    return min(kept, math.ceil(run.steps / run.checkpoint_every)) if isinstance(run, PPORun) else kept
