@@ -45,11 +45,16 @@ class Seat:
 
 
 class ActorGroup:
-    """The ranks of one role. Calls go to all of them; results come back in rank order."""
+    """The ranks of one role. Calls go to all of them; results come back in rank order.
 
-    def __init__(self, role: str, actors: Sequence[Any]) -> None:
+    Attributes:
+        shares: parts that samples are dealt into: one for each rank, or for as many neighbours as share sequences.
+    """
+
+    def __init__(self, role: str, actors: Sequence[Any], sequence_parallel: int = 1) -> None:
         self.role = role
         self.actors = list(actors)
+        self.shares = len(self.actors) // sequence_parallel
 
     def __len__(self) -> int:
         return len(self.actors)
@@ -58,8 +63,10 @@ class ActorGroup:
         """Call a method with the same arguments on every rank."""
         return [getattr(actor, method).remote(*args) for actor in self.actors]
 
-    def call_each(self, method: str, per_rank: Sequence[tuple[Any, ...]]) -> list[ray.ObjectRef]:
-        """Call a method with each rank's own arguments."""
+    def call_each(self, method: str, per_share: Sequence[tuple[Any, ...]]) -> list[ray.ObjectRef]:
+        """Call a method on every rank with the arguments of its share."""
+        together = len(self.actors) // self.shares
+        per_rank = [arguments for arguments in per_share for _ in range(together)]
         return [getattr(actor, method).remote(*args) for actor, args in zip(self.actors, per_rank, strict=True)]
 
     def call_one(self, rank: int, method: str, *args: Any, num_returns: int = 1) -> Any:
@@ -77,7 +84,12 @@ class ActorGroup:
 
 
 def create_group(
-    role: str, worker: type, seat: Seat, ranks: int, arguments: Callable[[int], dict[str, Any]]
+    role: str,
+    worker: type,
+    seat: Seat,
+    ranks: int,
+    arguments: Callable[[int], dict[str, Any]],
+    sequence_parallel: int = 1,
 ) -> ActorGroup:
     """Start one process for each rank on its bundle. `arguments` gives a rank's constructor arguments.
 
@@ -98,7 +110,7 @@ def create_group(
             "max_restarts": 0,
         }
         actors.append(ray.remote(worker).options(**options).remote(**arguments(rank)))
-    return ActorGroup(role, actors)
+    return ActorGroup(role, actors, sequence_parallel)
 
 
 # Roles on CPU take turns on the same cores: a thread that waits for others of its process must not spin for long on a

@@ -48,8 +48,7 @@ class PolicyWorker(PPOTrainedWorker):
     def _logprobs(self, batch: TrajectoryBatch) -> ColumnPart:
         return response_column(
             batch,
-            self.rank,
-            self.world_size,
+            self.share,
             self.policy.engine.micro_batch_tokens,
             lambda pack: self.engine(pack.packed, pack.positions, pack.targets, self.temperature, "nothing")[0],
         )

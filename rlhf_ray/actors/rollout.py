@@ -52,8 +52,10 @@ class RolloutWorker:
 
     async def load_model(self, setup: RolloutSetup) -> None:
         """Start the engine."""
+        from rlhf_ray.engines.collectives import use_interface_of
         from rlhf_ray.engines.rollout import RolloutEngine
 
+        use_interface_of(ray.util.get_node_ip_address())
         self.engine = RolloutEngine(setup)
         await self.engine.set_version(0)
 

@@ -3,6 +3,7 @@
 import os
 import random
 import socket
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,12 +12,28 @@ import ray
 import torch
 
 from rlhf_ray.data.seeds import derive_seed
-from rlhf_ray.engines.collectives import Rendezvous, join_collectives
+from rlhf_ray.engines.collectives import Rendezvous, join_collectives, use_interface_of
 from rlhf_ray.engines.level import Level
 from rlhf_ray.telemetry.trace import Span, SpanRecorder
 
 if TYPE_CHECKING:
     from rlhf_ray.engines.training import ForwardEngine, TrainingEngine
+
+
+@dataclass(frozen=True)
+class Share:
+    """What part of the samples a rank works on.
+
+    Attributes:
+        number: of the part, from 0.
+        count: of parts.
+        reports: whether results are this rank's to give. Of the ranks that work on the same part together one gives
+            them, the others give none.
+    """
+
+    number: int
+    count: int
+    reports: bool = True
 
 
 class Worker:
@@ -39,12 +56,19 @@ class Worker:
 
     def join(self, host: str, port: int, timeout_s: float) -> None:
         """Join the group's collectives."""
+        use_interface_of(ray.util.get_node_ip_address())
         join_collectives(Rendezvous(self.rank, self.world_size, host, port, timeout_s))
 
     def move(self, level: Level) -> None:
         """Leave the device to others, or come back to it, as far as `level` says."""
         with self.recorder.span(f"going to {level.name.lower()}"):
             self.engine.move(level)
+
+    @property
+    def share(self) -> Share:
+        """This rank's part of the samples: that of its neighbours too where they share sequences."""
+        together = self.engine.sequence_parallel
+        return Share(self.rank // together, self.world_size // together, reports=self.rank % together == 0)
 
     def drain_spans(self) -> list[Span]:
         """What this rank did since the last call."""

@@ -39,7 +39,9 @@ class Request:
 def requests_of(placements: Mapping[str, RolePlacement | RolloutPlacement]) -> list[Request]:
     """What the roles of a job ask for; one that sits with another asks for nothing."""
     engines = placements.get("rollout")
-    blocks = {engines.colocate: engines.tensor_parallel} if isinstance(engines, RolloutPlacement) else {}
+    blocks: dict[str | None, int] = {}
+    if isinstance(engines, RolloutPlacement):
+        blocks[engines.colocate] = engines.tensor_parallel
     return [
         _request(role, placement, blocks.get(role, 1))
         for role, placement in placements.items()

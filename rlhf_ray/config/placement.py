@@ -1,7 +1,7 @@
 """Where actors sit and what each reserves."""
 
 import re
-from typing import Any, Literal, NamedTuple, Self
+from typing import Literal, NamedTuple, Self
 
 from pydantic import Field, model_validator
 
@@ -135,13 +135,14 @@ class PPOPlacement(_SharedPlacement):
 
     def ranks_of(self, role: Host) -> int:
         """Ranks of a role, colocated or not."""
-        return self.host_of(role).ranks or 1
+        place: RolePlacement = getattr(self, role)
+        return (place if place.colocate is None else getattr(self, place.colocate)).ranks or 1
 
     def gpus_of(self, role: Host | Literal["rollout"]) -> float:
         """GPUs of the place that a rank of a role, or a worker of an engine, sits on."""
         return self.host_of(role).gpus
 
-    def host_of(self, role: Host | Literal["rollout"]) -> Any:
+    def host_of(self, role: Host | Literal["rollout"]) -> RolePlacement | RolloutPlacement:
         """The section that places a role: its own, or that of the role it sits with."""
         placement: RolePlacement | RolloutPlacement = getattr(self, role)
         return placement if placement.colocate is None else getattr(self, placement.colocate)

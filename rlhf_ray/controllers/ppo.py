@@ -196,7 +196,7 @@ class PPOController:
                     response_lengths,
                     epochs=algorithm.epochs,
                     optimizer_steps=algorithm.optimizer_steps,
-                    ranks=len(group),
+                    ranks=group.shares,
                     max_tokens=getattr(config, role).engine.micro_batch_tokens,
                     seed=derive_seed(config.seed, "minibatches", step),
                 )

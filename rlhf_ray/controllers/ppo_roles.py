@@ -19,7 +19,7 @@ from rlhf_ray.actors.waiting import RoleFailure, RoleTimeout, wait_all
 from rlhf_ray.config.jobs import PPOJob
 from rlhf_ray.config.rewards import FunctionReward, ModelReward, part_name
 from rlhf_ray.controllers.preflight import PPOInputs
-from rlhf_ray.controllers.roles import arguments_of, identity, join_collectives
+from rlhf_ray.controllers.roles import Engine, arguments_of, identity, join_collectives
 from rlhf_ray.engines.rollout_setup import RolloutSetup
 
 logger = logging.getLogger("rlhf_ray")
@@ -85,16 +85,18 @@ def ppo_roles(config: PPOJob, inputs: PPOInputs) -> Iterator[PPORoles]:
     started: list[ActorGroup] = []
     try:
 
-        def group(role: str, worker: type, name: str | None = None, ranks: int | None = None) -> ActorGroup:
-            count = ranks or placement.ranks_of(role)  # type: ignore[arg-type]
-            created = create_group(
-                name or role, worker, seating.seats[role], count, identity(name or role, count, config)
-            )
+        def group(role: str, worker: type, engine: Engine, name: str | None = None) -> ActorGroup:
+            count, name = placement.ranks_of(role), name or role  # type: ignore[arg-type]
+            identities = identity(name, count, config)
+            created = create_group(name, worker, seating.seats[role], count, identities, engine.sequence_parallel)
             started.append(created)
             return created
 
-        policy, critic = group("policy", PolicyWorker), group("critic", CriticWorker)
-        reference = None if config.policy_is_reference else group("reference", ReferenceWorker)
+        policy = group("policy", PolicyWorker, config.policy.engine)
+        critic = group("critic", CriticWorker, config.critic.engine)
+        reference = None
+        if not config.policy_is_reference:
+            reference = group("reference", ReferenceWorker, config.reference.engine)
         rewards = tuple(_reward_part(part, group) for part in config.reward)
         started += [part.group for part in rewards if not part.collective]
         engines = create_group(
@@ -107,7 +109,7 @@ def ppo_roles(config: PPOJob, inputs: PPOInputs) -> Iterator[PPORoles]:
             timeout_s=config.run.timeouts.rollout_s,
         )
         started.append(rollout)
-        movable = {
+        movable: dict[str, list[ActorGroup]] = {
             "policy": [policy],
             "critic": [critic],
             "reference": [] if reference is None else [reference],
@@ -137,7 +139,8 @@ def _end_engines(rollout: RolloutGroup) -> None:
 def _reward_part(part: Any, group: Any) -> RewardPart:
     name = part_name(part)
     if isinstance(part, ModelReward):
-        return RewardPart(name, part.weight, group("reward", RewardModelWorker, f"reward-{name}"), collective=True)
+        ranks = group("reward", RewardModelWorker, part.engine, f"reward-{name}")
+        return RewardPart(name, part.weight, ranks, collective=True)
     workers = part.workers if isinstance(part, FunctionReward) else 1
     actors = [
         ray.remote(TextRewardWorker)

@@ -97,7 +97,7 @@ class PreferenceController(EpochController):
         return () if self._reference is None else self._reference.of(split, rows)
 
     def _of_policy(self, split: Split, rows: NDArray[np.int64]) -> Refs:
-        plan = plan_answers(split, rows, len(self.group), self.config.policy.engine.micro_batch_tokens)
+        plan = plan_answers(split, rows, self.group.shares, self.config.policy.engine.micro_batch_tokens)
         return self.group.call_each("answer_logprobs", plan)
 
     def _of_mismatched(self, split: Split, rows: NDArray[np.int64]) -> tuple[Refs, Refs]:

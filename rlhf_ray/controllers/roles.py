@@ -15,8 +15,11 @@ from rlhf_ray.actors.sft import SFTWorker
 from rlhf_ray.actors.waiting import wait_all
 from rlhf_ray.config.jobs import JobConfig, PreferenceJob, RewardModelJob, SFTJob
 from rlhf_ray.config.run import Timeouts
+from rlhf_ray.config.training import ScoringEngine, TrainingEngine
 
 logger = logging.getLogger("rlhf_ray")
+
+Engine = TrainingEngine | ScoringEngine
 
 
 @contextmanager
@@ -32,8 +35,9 @@ def epoch_role(config: RewardModelJob | SFTJob, total_steps: int) -> Iterator[Ac
     )
     group = None
     try:
-        seat = seating.seats[role.name]
-        group = create_group(role.name, worker, seat, role.ranks, identity(role.name, role.ranks, config))
+        identities = identity(role.name, role.ranks, config)
+        together = role.trained.engine.sequence_parallel
+        group = create_group(role.name, worker, seating.seats[role.name], role.ranks, identities, together)
         join_collectives([group], config.run.timeouts)
         loaded = group.call("load_model", *arguments)
         wait_all(loaded, config.run.timeouts.setup_s, f"{role.name}: load_model", "run.timeouts.setup_s")
@@ -62,13 +66,15 @@ def preference_roles(config: PreferenceJob, total_steps: int, *, with_reference:
     seating = Seating(places, placement.placement_timeout_s, autoscaling=config.cluster.autoscaling)
     started: list[ActorGroup] = []
 
-    def group(role: str, worker: type, ranks: int) -> ActorGroup:
-        started.append(create_group(role, worker, seating.seats[role], ranks, identity(role, ranks, config)))
+    def group(role: str, worker: type, ranks: int, engine: Engine) -> ActorGroup:
+        identities = identity(role, ranks, config)
+        started.append(create_group(role, worker, seating.seats[role], ranks, identities, engine.sequence_parallel))
         return started[-1]
 
     try:
-        policy = group("policy", PreferenceWorker, config.role.ranks)
-        reference = group("reference", ReferenceWorker, placement.reference_ranks) if with_reference else None
+        policy, reference = group("policy", PreferenceWorker, config.role.ranks, config.policy.engine), None
+        if with_reference:
+            reference = group("reference", ReferenceWorker, placement.reference_ranks, config.reference.engine)
         movable = {"policy": [policy], "reference": [] if reference is None else [reference]}
         devices = Devices(places, movable, timeouts, offload_idle=placement.offload_idle)
         join_collectives(started, timeouts)

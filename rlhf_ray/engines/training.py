@@ -13,6 +13,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from rlhf_ray.config import training as config
+from rlhf_ray.engines.collectives import share_sequences
 from rlhf_ray.engines.device_states import DeviceStates
 from rlhf_ray.engines.level import Level
 from rlhf_ray.models.lora import Adapter
@@ -40,13 +41,20 @@ class TrainingEngine:
     """DeepSpeed around one model. Every method is collective: all ranks of the role call it in the same order.
 
     Micro-batches accumulate until one is marked as the last; losses passed to `backward` are this rank's share
-    of a sum over all ranks, so the gradient is that of the summed loss for any number of ranks.
+    of a sum over all ranks, so the gradient is that of the summed loss for any number of ranks. Ranks that share
+    sequences pass the same loss, which counts once.
+
+    Attributes:
+        model: that is trained.
+        sequence_parallel: ranks that share every micro-batch.
     """
 
     def __init__(
         self, model: nn.Module, engine: config.TrainingEngine, optimizer: config.Optimizer, total_steps: int
     ) -> None:
         self._world_size = torch.distributed.get_world_size()
+        self.sequence_parallel = engine.sequence_parallel
+        _share_sequences(model, engine)
         if engine.activation_checkpointing:
             _checkpoint_activations(model)
         model.train()
@@ -104,9 +112,16 @@ class TrainingEngine:
 
 
 class ForwardEngine:
-    """A model that only scores: whole on every rank, or sharded by ZeRO-3 and gathered layer by layer."""
+    """A model that only scores: whole on every rank, or sharded by ZeRO-3 and gathered layer by layer.
+
+    Attributes:
+        model: that scores.
+        sequence_parallel: ranks that share every micro-batch.
+    """
 
     def __init__(self, model: nn.Module, engine: config.ScoringEngine) -> None:
+        self.sequence_parallel = engine.sequence_parallel
+        _share_sequences(model, engine)
         model.eval().requires_grad_(False).to(platform().device)
         self.model = model
         self._sharded = engine.zero_stage == 3
@@ -247,6 +262,11 @@ def _deepspeed_config(engine: config.TrainingEngine | config.ScoringEngine) -> d
         if engine.offload_optimizer:
             zero["offload_optimizer"] = {"device": "cpu"}
     return settings
+
+
+def _share_sequences(model: nn.Module, engine: config.TrainingEngine | config.ScoringEngine) -> None:
+    if engine.sequence_parallel > 1:
+        model.sequence_parallel = share_sequences(engine.sequence_parallel)  # type: ignore[assignment]
 
 
 def _checkpoint_activations(model: nn.Module) -> None:

@@ -182,7 +182,48 @@ CONFLICTS: list[tuple[dict[str, Any], str]] = [
     ),
     (
         ppo(rollout={"shard_samples": 1}, placement={"critic": {"ranks": 2}}),
-        "rollout.shard_samples (1) cuts 128 samples into shards of 1, fewer than the 2 ranks of placement.critic",
+        "rollout.shard_samples (1) cuts 128 samples into shards of 1, fewer than placement.critic.ranks (2)",
+    ),
+    (
+        ppo(placement={"policy": {"ranks": 3}}, policy={"model": "m", "engine": {"sequence_parallel": 2}}),
+        "policy.engine.sequence_parallel (2) does not divide placement.policy.ranks (3)",
+    ),
+    (
+        ppo(reference={"engine": {"sequence_parallel": 2}}),
+        "reference.engine.sequence_parallel (2) does not divide placement.reference.ranks (1)",
+    ),
+    (
+        ppo(reward=[{"function": "a:b"}, {"model": "r", "engine": {"sequence_parallel": 4}}]),
+        "reward.1.engine.sequence_parallel (4) does not divide placement.reward.ranks (1)",
+    ),
+    (
+        ppo(
+            data={"prompts": "p", "prompts_per_step": 2},
+            placement={"critic": {"ranks": 6}},
+            critic={"engine": {"sequence_parallel": 2}},
+        ),
+        "data.prompts_per_step × data.samples_per_prompt (2) split into algorithm.optimizer_steps (1) gives fewer "
+        "samples than placement.critic.ranks (6) ÷ critic.engine.sequence_parallel (2)",
+    ),
+    (
+        sft(policy={"model": "m", "engine": {"sequence_parallel": 2}}),
+        "policy.engine.sequence_parallel (2) does not divide placement.policy.ranks (1)",
+    ),
+    (
+        reward_model(reward={"model": "m", "engine": {"sequence_parallel": 2}}),
+        "reward.engine.sequence_parallel (2) does not divide placement.reward.ranks (1)",
+    ),
+    (
+        preference(reference={"engine": {"sequence_parallel": 2}}),
+        "reference.engine.sequence_parallel (2) does not divide placement.reference.ranks (1)",
+    ),
+    (
+        preference(
+            data={"train": "t", "rows_per_step": 2},
+            policy={"model": "m", "engine": {"sequence_parallel": 2}},
+            placement={"policy": {"ranks": 6}},
+        ),
+        "data.rows_per_step (2) is less than placement.policy.ranks (6) ÷ policy.engine.sequence_parallel (2)",
     ),
     (
         ppo(placement={"policy": {"gpus": 1}}),

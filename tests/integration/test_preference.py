@@ -28,6 +28,8 @@ TWO_RANKS = (
     "reference.engine.micro_batch_tokens=150",
 )
 
+SHARED_SEQUENCES = (*TWO_RANKS, "policy.engine.sequence_parallel=2", "reference.engine.sequence_parallel=2")
+
 MakeConfig = Callable[..., PreferenceJob]
 
 
@@ -145,6 +147,7 @@ def test_what_depends_on_all_rows_of_a_step_is_the_same_on_two_ranks(
     often = ("run.checkpoint_every=2", "run.keep_last=9")
     one = train(config(tmp_path / "one", loss, *often))
     assert_about_the_same(train(config(tmp_path / "two", loss, *TWO_RANKS)), one)
+    assert_about_the_same(train(config(tmp_path / "shared", loss, *SHARED_SEQUENCES)), one)
     rows = read_metrics(one)
     if kind == "kto":
         assert rows[0]["train/kl"] == pytest.approx(0, abs=1e-5)

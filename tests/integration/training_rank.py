@@ -93,6 +93,18 @@ class TrainingRank(Worker):
         found.weights = self.weights()
         return found
 
+    def peak_memory(self, tokens: int) -> int:
+        """Bytes that forward and backward pass of one sequence take at most, beside weights and gradients."""
+        for number, length in enumerate((64, tokens)):  # what the first pass allocates stays
+            text = np.random.default_rng(0).integers(3, 512, length).astype(np.int32)
+            packed = PackedSequences.of([text], torch.device("cpu"))
+            Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+            before = _status("VmRSS")
+            logprobs, _ = self.engine(packed, torch.arange(length - 1), packed.input_ids[0, 1:], 1.0, "nothing")
+            self.engine.backward(logprobs.mean(), last=number == 1)
+        self.engine.step()
+        return _status("VmHWM") - before
+
     def weights(self, bucket_bytes: int = 20_000) -> Weights:
         """Whole tensors as `full_weights` yields them."""
         return {name: tensor.float().numpy().copy() for name, tensor in full_weights(self.model, bucket_bytes)}
@@ -110,3 +122,9 @@ class TrainingRank(Worker):
     def load(self, folder: str) -> None:
         """Read a checkpoint."""
         self.engine.load(Path(folder))
+
+
+def _status(name: str) -> int:
+    """Memory of this process in bytes: `VmRSS` now, `VmHWM` at most."""
+    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{name}:")]
+    return int(line.split()[1]) * 1024
