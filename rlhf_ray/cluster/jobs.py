@@ -171,19 +171,20 @@ class Jobs:
 
     async def _follow(self, job_id: str, write: Callable[[str], None]) -> None:
         shown = _Shown(write)
-        reached = time.monotonic()
+        lost_since: float | None = None
         while True:
             try:
                 at_end = await self._read_on(job_id, shown)
                 ended = (await asyncio.to_thread(self.details, job_id)).status.is_terminal()
-                reached = time.monotonic()
+                lost_since = None
                 if at_end and ended:
                     return
             except UnknownJob:
                 raise
             # Ray raises the first, plain class when the connection breaks.
             except (RuntimeError, aiohttp.ClientError, JobError) as error:
-                if time.monotonic() - reached > LOST_S:
+                lost_since = lost_since or time.monotonic()
+                if time.monotonic() - lost_since > LOST_S:
                     raise JobError(
                         f"the cluster at {self.address} has been out of reach for {LOST_S:g} s ({error}). The job "
                         f"{job_id} may go on: try again with `rlhf-ray logs {job_id} --follow`"

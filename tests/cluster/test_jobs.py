@@ -78,6 +78,18 @@ def test_a_connection_that_is_silent_is_made_again(follow: Any, monkeypatch: pyt
     assert follow(head) == ("one\ntwo\n", Outcome(0, "job a succeeded"))
 
 
+def test_a_break_after_a_long_connection_is_no_loss(follow: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Slow(Head):
+        async def tail_job_logs(self, job_id: str) -> AsyncIterator[str]:
+            await asyncio.sleep(0.05)
+            async for chunk in super().tail_job_logs(job_id):
+                yield chunk
+
+    monkeypatch.setattr(jobs_module, "LOST_S", 0.02)
+    head = Slow([(["one\n"], False, RuntimeError("closed")), (["one\n", "two\n"], True, None)])
+    assert follow(head)[0] == "one\ntwo\n"
+
+
 def test_a_cluster_that_stays_out_of_reach_ends_the_following(follow: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken() -> Iterator[tuple[list[str], bool, Exception | None]]:
         while True:
