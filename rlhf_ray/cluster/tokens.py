@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping
 from urllib.parse import urlsplit
 
-from ray._raylet import AuthenticationTokenLoader, Config
+import ray
 
 MODE, TOKEN, TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
 
@@ -22,10 +22,10 @@ _OWN_MACHINE = {"localhost", "127.0.0.1", "::1"}
 
 def show_token(address: str) -> None:
     """Switch token mode on for this process, where the user wants that (`wants_token`)."""
-    has_token = AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True)
+    has_token = ray._raylet.AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True)
     if MODE not in os.environ and wants_token(address, os.environ, has_token):
         os.environ[MODE] = "token"
-        Config.initialize("")  # Ray has read its settings already
+        ray._raylet.Config.initialize("")  # Ray has read its settings already
 
 
 def wants_token(address: str, environment: Mapping[str, str], has_token: bool) -> bool:

@@ -63,14 +63,14 @@ def test_what_it_writes_is_seen_and_removed_with_the_folders_it_made(tmp_path: P
     assert node.read(folder, "probe", "text", 0.0)
     assert not node.read(folder, "probe", "other", 0.0)
     assert not node.read(str(tmp_path / "none"), "probe", "text", 0.0)
-    node.remove(folder, "probe", written["made"])  # type: ignore[arg-type]
+    node.remove(folder, "probe", written["made"])
     assert not (tmp_path / "runs").exists()
 
 
 def test_a_folder_that_was_there_stays(tmp_path: Path) -> None:
     node = NodeProbe()
     written = node.write(str(tmp_path), "probe", "text")
-    node.remove(str(tmp_path), "probe", written["made"])  # type: ignore[arg-type]
+    node.remove(str(tmp_path), "probe", written["made"])
     assert list(tmp_path.iterdir()) == []
 
 

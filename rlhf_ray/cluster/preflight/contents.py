@@ -51,7 +51,7 @@ def _models(view: View, read: list[Named], paths: dict[Named, str], driver: Seen
     for named in read:
         if named.kind == "model" and named.role is not None:
             roles[named.setting, paths.get(named, named.value)].add(named.role)
-    problems = []
+    problems: list[str] = []
     for (setting, model), readers in roles.items():
         nodes = view.of(sorted(readers), with_home=True)
         there = {node.name: seen[node.name] for node in nodes if node.name in seen}

@@ -46,7 +46,7 @@ class LinkProbe:
             dist.destroy_process_group()
 
 
-def _timed(tensor) -> float:  # type: ignore[no-untyped-def]  # torch is not imported at the top
+def _timed(tensor) -> float:
     import torch
     import torch.distributed as dist
 

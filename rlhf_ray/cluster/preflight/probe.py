@@ -14,6 +14,7 @@ import socket
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 CONNECT_S = 3.0
 """Limit of a connection from node to node."""
@@ -24,7 +25,7 @@ class NodeProbe:
 
     def look(
         self, libraries: list[str], folders: list[str], hub_names: list[str], modules: list[str], variables: list[str]
-    ) -> dict[str, dict]:
+    ) -> dict[str, Any]:
         """What is there.
 
         Args:
@@ -56,7 +57,7 @@ class NodeProbe:
         """This node's clock."""
         return time.time()
 
-    def write(self, folder: str, name: str, text: str) -> dict[str, object]:
+    def write(self, folder: str, name: str, text: str) -> dict[str, Any]:
         """Write a file into a folder, which is made where it is missing.
 
         Returns:
