@@ -252,5 +252,8 @@ class Cluster(Section):
     takes `RAY_ADDRESS`, which Ray jobs have, else `local`."""
     cpus: NonNegativeInt | None = None
     """CPUs that a local cluster offers; by default this machine's."""
+    preflight: bool = True
+    """Look at every node before a model is loaded: libraries, models, disks, network. `rlhf-ray preflight` does only
+    that."""
     autoscaling: bool = False
     """Nodes come when they are asked for: ask for those that are missing, and wait `placement.placement_timeout_s`."""
