@@ -109,9 +109,8 @@ class Ranks:
         engine, rates, factors = self.engine, self.rates, self.constants.optimizer
         own = self.trained / (self.group.ranks if engine.zero_stage else 1)
         traffic = own * STEP_TRAFFIC[engine.dtype]
-        seconds = (
-            factors.traffic * traffic / (rates.memory if engine.offload_optimizer == "none" else rates.host_memory)
-        )
+        memory = rates.memory if engine.offload_optimizer == "none" else rates.host_memory
+        seconds = factors.traffic * traffic / memory
         if engine.offload_optimizer != "none" and rates.ahead:
             seconds += 2 * own * BYTES[engine.dtype] / rates.host
         if engine.zero_stage in (1, 2):
