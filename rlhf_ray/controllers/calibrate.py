@@ -1,7 +1,8 @@
 """Measures what this machine gives, with the actors that a job has: `rlhf-ray calibrate`.
 
 Random models of a few shapes go through the policy's passes, its optimizer, the engines and a weight sync. Each
-measurement has the machine for itself; only the starts overlap, as they do in a job.
+measurement has the machine for itself, and of its repetitions the fastest counts, which was disturbed least. Only the
+starts overlap, as they do in a job.
 """
 
 import logging
@@ -9,7 +10,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -202,7 +202,7 @@ def _ray_rates(policy: ActorGroup, sizes: Sizes) -> RayRates:
         began = time.perf_counter()
         one(policy, "length", [ray.put(data)])
         seconds.append(time.perf_counter() - began)
-    return RayRates(call_s=call_s, object_store_gb_s=sizes.stored / median(seconds) / GB)
+    return RayRates(call_s=call_s, object_store_gb_s=sizes.stored / min(seconds) / GB)
 
 
 def _passes(policy: ActorGroup, shape: ModelShape, sizes: Sizes) -> list[PassSeconds]:
@@ -219,7 +219,7 @@ def _decoding(engine: RolloutGroup, shape: ModelShape, sizes: Sizes) -> list[Dec
     points = []
     for batch in sizes.decoding:
         rows = [tuple(_generate_s(engine, shape, batch, n) for n in (sizes.short, sizes.long)) for _ in range(_REPEATS)]
-        short_s, long_s = (median(column) for column in zip(*rows, strict=True))
+        short_s, long_s = (min(column) for column in zip(*rows, strict=True))
         points.append(DecodeSeconds(shape, batch.sequences, batch.prompt, sizes.short, sizes.long, short_s, long_s))
     return points
 
@@ -242,14 +242,14 @@ def _pause_s(engine: RolloutGroup) -> float:
         engine.run("hold", timeout_s=TIMEOUT_S, setting=SETTING)
         engine.run("release", 0, TIMEOUT_S, timeout_s=TIMEOUT_S, setting=SETTING)
 
-    return median(_seconds(pause) for _ in range(5))
+    return min(_seconds(pause) for _ in range(5))
 
 
 def _sync_s(policy: ActorGroup, engine: RolloutGroup) -> float:
     host, port = one(policy, "address")
     one(policy, "connect", engine.actors, 1, host, port, _BUCKET_MIB * MIB, TIMEOUT_S)
     laps = [_seconds(lambda version=version: one(policy, "send_weights", version)) for version in range(1, 5)]
-    return median(laps[1:])
+    return min(laps[1:])
 
 
 def _seconds(work: Callable[[], Any]) -> float:
