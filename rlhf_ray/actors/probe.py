@@ -84,7 +84,7 @@ class ProbeWorker(PolicyWorker):
         target = torch.empty_like(source)
         return 2 * size / min(_timed(lambda: target.copy_(source), _PEAK_SECONDS))
 
-    def load(self, policy: Policy) -> float:
+    def replace_model(self, policy: Policy) -> float:
         """Load a model in place of the one before; seconds of it."""
         self.engine = None  # type: ignore[assignment]
         gc.collect()

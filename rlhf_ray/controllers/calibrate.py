@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -155,7 +156,7 @@ def _measure(
         loads: list[float] = []
         for model, shape in zip(models, shapes, strict=True):
             logger.info("measuring passes of %.0f million weights", shape.parameters / 1e6)
-            loaded = one(policy, "load", _policy(model, sizes))
+            loaded = one(policy, "replace_model", _policy(model, sizes))
             loads.append(shape.parameters * BYTES[DTYPE] / loaded / GB)
             passes += _passes(policy, shape, sizes)
             if model in engine_models and len(devices) != 1:  # on its own device a sync is of another kind
@@ -248,7 +249,7 @@ def _pause_s(engine: RolloutGroup) -> float:
 def _sync_s(policy: ActorGroup, engine: RolloutGroup) -> float:
     host, port = one(policy, "address")
     one(policy, "connect", engine.actors, 1, host, port, _BUCKET_MIB * MIB, TIMEOUT_S)
-    laps = [_seconds(lambda version=version: one(policy, "send_weights", version)) for version in range(1, 5)]
+    laps = [_seconds(partial(one, policy, "send_weights", version)) for version in range(1, 5)]
     return min(laps[1:])
 
 

@@ -112,7 +112,7 @@ def probed_pair(on_gpus: bool) -> Iterator[ActorGroup]:
 
 def one(group: ActorGroup, method: str, *args: Any) -> Any:
     """What rank 0 answers."""
-    return wait([group.callone(0, method, *args)], f"{group.role}: {method}")[0]
+    return wait([group.call_one(0, method, *args)], f"{group.role}: {method}")[0]
 
 
 def wait(refs: Sequence[ray.ObjectRef], what: str) -> list[Any]:
