@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from statistics import median
 
 import numpy as np
 import ray
@@ -58,7 +57,7 @@ class Samples:
 
 @dataclass(frozen=True)
 class PassTimes:
-    """Median seconds of the passes over one micro-batch.
+    """Least seconds of the passes over one micro-batch.
 
     Attributes:
         scoring: forward, without gradients.
@@ -83,9 +82,9 @@ class ProbeWorker(PolicyWorker):
         """Bytes a second of a copy of `size` bytes, those read and those written."""
         source = torch.zeros(size, dtype=torch.uint8, device=platform().device)
         target = torch.empty_like(source)
-        return 2 * size / median(_timed(lambda: target.copy_(source), _PEAK_SECONDS))
+        return 2 * size / min(_timed(lambda: target.copy_(source), _PEAK_SECONDS))
 
-    def load(self, policy: Policy) -> float:
+    def replace_model(self, policy: Policy) -> float:
         """Load a model in place of the one before; seconds of it."""
         self.engine = None  # type: ignore[assignment]
         gc.collect()
@@ -107,7 +106,7 @@ class ProbeWorker(PolicyWorker):
             training = clock.lap()
             self.engine.step()
             rows.append((scoring, training, clock.lap()))
-        return PassTimes(*(median(column) for column in zip(*rows[1:], strict=True)))
+        return PassTimes(*(min(column) for column in zip(*rows[1:], strict=True)))
 
     def memory(self) -> int:
         """Bytes of host memory that this process alone holds, shared pages by their part."""
@@ -153,7 +152,7 @@ class PairWorker:
         )
 
     def time_collectives(self, size: int, repeats: int) -> dict[str, float]:
-        """Median seconds of each operation on `size` bytes of bfloat16, and of a sum over one number (`call`)."""
+        """Least seconds of each operation on `size` bytes of bfloat16, and of a sum over one number (`call`)."""
         whole = torch.zeros(size // 2, dtype=torch.bfloat16, device=platform().device)
         half = torch.empty(size // 4, dtype=torch.bfloat16, device=platform().device)
         one = torch.zeros(1, device=platform().device)
@@ -172,7 +171,7 @@ class PairWorker:
                 clock = _Clock()
                 operation()
                 seconds.append(clock.lap())
-            found[name] = median(seconds[1:])
+            found[name] = min(seconds[1:])
         return found
 
 

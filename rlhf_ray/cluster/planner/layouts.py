@@ -102,7 +102,7 @@ def _groupings(job: JobConfig) -> Iterator[tuple[Groups, bool]]:
         if role in pairs or role == "rollout" or len(roles) == 1
     )
     apart = tuple((role,) for role in roles)
-    together = (tuple(role for role in roles if role != "rollout"),)
+    together: Groups = (tuple(role for role in roles if role != "rollout"),)
     if "rollout" in roles:
         together = (*together, ("rollout",))
     found: list[tuple[Groups, bool]] = [(mixed, False), (apart, False), (together, False)]

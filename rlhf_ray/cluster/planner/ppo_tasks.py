@@ -149,7 +149,7 @@ class _Step:
             return 0.0
         low, high = sorted((before, level))
         size = 0.0
-        for ranks in dict.fromkeys(self._scoring[role]):
+        for ranks in self._scoring[role][:1] if role == "policy" else self._scoring[role]:
             size += ranks.held_bytes if low < Level.WEIGHTS <= high else 0.0
             size += ranks.optimizer_bytes if low < Level.FULL <= high and role in ("policy", "critic") else 0.0
         return size / rates.host

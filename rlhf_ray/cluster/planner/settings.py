@@ -42,6 +42,8 @@ class Setting:
 
     def applied(self, role: TrainedRole | ScoredRole) -> TrainedRole | ScoredRole:
         """The role, held so."""
+        if isinstance(role, TrainedRole):
+            return replace(role, engine=role.engine.model_copy(update=self.keys_of(role)))
         return replace(role, engine=role.engine.model_copy(update=self.keys_of(role)))
 
     def takes_no_less_than(self, other: "Setting") -> bool:
