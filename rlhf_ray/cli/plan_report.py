@@ -1,7 +1,7 @@
 """A plan as tables, or as JSON."""
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 
 from rich.console import Console
@@ -42,8 +42,12 @@ def print_plan(plan: MemoryPlan, hardware: Hardware, changes: Sequence[Change]) 
         console.print(line, soft_wrap=True)
 
 
-def to_json(plan: MemoryPlan, hardware: Hardware, changes: Sequence[Change]) -> str:
-    """The same for programs; sizes in bytes."""
+def to_json(plan: MemoryPlan, hardware: Hardware, changes: Sequence[Change], time: Mapping[str, object]) -> str:
+    """The same for programs; sizes in bytes.
+
+    Args:
+        time: of a step.
+    """
     engine = plan.engine
     return json.dumps(
         {
@@ -55,6 +59,7 @@ def to_json(plan: MemoryPlan, hardware: Hardware, changes: Sequence[Change]) -> 
             "object_store": {"needed": plan.store_needed, "capacity": plan.store},
             "engine": engine and {"cached_tokens": engine.cached_tokens, "wanted_tokens": engine.wanted_tokens},
             "changes": [change.arguments for change in changes],
+            "time": time,
         },
         indent=2,
     )

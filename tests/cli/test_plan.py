@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
@@ -45,7 +46,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def changes_of(result: Result) -> list[list[str]]:
     lines = result.stdout.split("It fits with any of these, nearest first:\n")[1].splitlines()
-    return [line.split("   (")[0].split() for line in lines]
+    return [line.split("   (")[0].split() for line in takewhile(lambda line: "=" in line, lines)]
 
 
 def test_a_job_that_fits_is_told_what_is_left(cli: RunCli, config: Path) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -127,6 +127,11 @@ class Hardware:
 
     name: str
     machines: tuple[Machine, ...]
+
+    @property
+    def device(self) -> Literal["cpu", "gpu"]:
+        """What roles compute on there, unless told otherwise."""
+        return "gpu" if any(machine.devices for machine in self.machines) else "cpu"
 
     @property
     def nodes(self) -> list[Node]:

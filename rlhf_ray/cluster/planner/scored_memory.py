@@ -1,7 +1,7 @@
 """Memory of one rank of a model that only computes forward passes: reference and reward models."""
 
 from rlhf_ray.cluster.planner.activations import ITEMSIZE, PassShape
-from rlhf_ray.cluster.planner.footprint import Item, Place, always, during
+from rlhf_ray.cluster.planner.footprint import PLACES, Item, always, during
 from rlhf_ray.cluster.planner.roles import ScoredRole
 from rlhf_ray.cluster.planner.trained_memory import LIVE_PARAMETERS, PERSISTENT, PREFETCH
 from rlhf_ray.engines.level import Level
@@ -24,7 +24,7 @@ def scored_items(role: ScoredRole, *, cpu: bool) -> list[Item]:
     items = [during("logits and states", passing, "score")]
     if engine.zero_stage == 0:
         return [always("weights", weights, Level.WEIGHTS), *items]
-    place: Place = "host" if engine.offload_parameters else "device"
+    place = PLACES[engine.offload_parameters]
     gathered = 0 if role.ranks == 1 else min(shape.parameters, LIVE_PARAMETERS + PREFETCH) * item
     whole = sum(tensor.size * tensor.count for tensor in shape.tensors() if tensor.size <= PERSISTENT) * item
     return [

@@ -9,7 +9,7 @@ from functools import cache
 
 from rlhf_ray.cluster.planner.activations import FLOAT32, ITEMSIZE, PassShape
 from rlhf_ray.cluster.planner.adapters import adapted_layers, adapter_sizes, frozen_bytes
-from rlhf_ray.cluster.planner.footprint import Item, Moment, Place, always, during
+from rlhf_ray.cluster.planner.footprint import PLACES, Item, Moment, always, during
 from rlhf_ray.cluster.planner.roles import TrainedRole
 from rlhf_ray.cluster.planner.shapes import ModelShape
 from rlhf_ray.config.training import Lora
@@ -84,7 +84,7 @@ class _Rank:
         self.item = ITEMSIZE[role.engine.dtype]
         self.sizes = Sizes.of(role.shape, role.lora)
         self.owned = -(-self.sizes.trained // (self.ranks if self.stage else 1))
-        self.states: Place = "host" if role.engine.offload_optimizer else "device"
+        self.states = PLACES[role.engine.offload_optimizer]
 
     def items(self) -> list[Item]:
         return [*self._weights(), *self._optimizer(), *self._gradients(), *self._step(), *self._passes()]
@@ -95,12 +95,12 @@ class _Rank:
             size = self.item * self.sizes.all
         if self.stage < 3:
             return [always("weights", size, Level.WEIGHTS)]
-        place: Place = "host" if self.engine.offload_parameters else "device"
+        place = PLACES[self.engine.offload_parameters]
         whole = self.item * self.sizes.persistent
         gathered = 0 if self.ranks == 1 else min(self.sizes.all, LIVE_PARAMETERS + PREFETCH) * self.item
         return [
             always("weights", size / self.ranks, Level.WEIGHTS, place),
-            always("weights kept whole", whole if self.ranks > 1 or place == "host" else 0, Level.WEIGHTS),
+            always("weights kept whole", whole if self.ranks > 1 or place != "device" else 0, Level.WEIGHTS),
             during("gathered weights", gathered, "score", "backward", "reduce"),
         ]
 
@@ -110,7 +110,7 @@ class _Rank:
         items = [always("optimizer moments", MOMENTS * self.owned, place=self.states)]
         if copies:
             items.insert(0, always("master weights", FLOAT32 * self.owned, place=self.states))
-        if self.states == "host":
+        if self.states != "device":
             # Gradients in float32 and updated weights on their way back stay allocated.
             items.append(always("offload buffers", (FLOAT32 + self.item) * self.owned, place="host"))
             largest = self.item * self.sizes.largest
@@ -158,7 +158,7 @@ class _Rank:
 
     def _step(self) -> list[Item]:
         """Gradients flattened and in float32, or, before that, the float64 copy of one that its norm takes."""
-        if self.states == "host":
+        if self.states != "device":
             return []
         part = min(self.owned, SUB_GROUP) if self.stage == 3 else self.owned
         flat = part * (FLOAT32 if self.item == FLOAT32 else FLOAT32 + self.item)

@@ -81,7 +81,7 @@ def test_float32_without_sharding_has_no_master_copy(make_job: MakeJob) -> None:
 
 
 def test_offload_moves_the_optimizer_to_the_host(make_job: MakeJob) -> None:
-    held = trained(make_job("sft", "policy.engine.zero_stage=2", "policy.engine.offload_optimizer=true"))
+    held = trained(make_job("sft", "policy.engine.zero_stage=2", "policy.engine.offload_optimizer=cpu"))
     largest = 2 * 128256 * 4096
     assert held == {
         ("weights", "device"): 2 * LLAMA_8B,
@@ -214,7 +214,7 @@ def test_each_rank_reads_the_whole_model_into_host_memory_unless_sharded(make_jo
         ("policy.engine.zero_stage=3", "policy.engine.zero_stage=2"),
         ("policy.engine.zero_stage=2", "policy.engine.zero_stage=1"),
         ("policy.engine.zero_stage=1", "policy.engine.zero_stage=0"),
-        ("policy.engine.offload_optimizer=true", "policy.engine.offload_optimizer=false"),
+        ("policy.engine.offload_optimizer=cpu", "policy.engine.offload_optimizer=none"),
         ("policy.engine.activation_checkpointing=true", "policy.engine.activation_checkpointing=false"),
         ("policy.engine.micro_batch_tokens=4096", "policy.engine.micro_batch_tokens=8192"),
         ("policy.engine.vocab_chunk_tokens=64", "policy.engine.vocab_chunk_tokens=1024"),
