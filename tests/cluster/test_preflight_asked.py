@@ -8,7 +8,7 @@ import pytest
 
 from rlhf_ray.cluster.named_paths import named_in
 from rlhf_ray.cluster.planner.folders import read_shape
-from rlhf_ray.cluster.preflight.asked import Transfer, disk_need, gigabytes, modules_and_variables, transfers
+from rlhf_ray.cluster.preflight.asked import Transfer, describe_bytes, disk_need, modules_and_variables, transfers
 from rlhf_ray.config.jobs import JobConfig
 from rlhf_ray.config.loading import parse_config
 
@@ -99,7 +99,7 @@ def test_modules_and_variables_are_those_of_the_rewards(model: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "shown"), [(12_345_678_900, "12.3 GB"), (1_250_000_000, "1.2 GB"), (269_000_000, "0.27 GB"), (0, "0 GB")]
+    ("size", "shown"), [(12_345_678_900, "12.3 GB"), (1_250_000_000, "1.25 GB"), (269_000_000, "269 MB"), (0, "0 MB")]
 )
-def test_sizes_are_told_in_gigabytes(size: int, shown: str) -> None:
-    assert gigabytes(size) == shown
+def test_sizes_are_told_in_words(size: int, shown: str) -> None:
+    assert describe_bytes(size) == shown

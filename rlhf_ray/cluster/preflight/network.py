@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 
 from rlhf_ray.cluster.planner.errors import PlanError
-from rlhf_ray.cluster.preflight.asked import Transfer, gigabytes, transfers
+from rlhf_ray.cluster.preflight.asked import Transfer, describe_bytes, transfers
 from rlhf_ray.cluster.preflight.judge import Clock, judge_broadcast, judge_clocks, judge_reach
 from rlhf_ray.cluster.preflight.links import LinkProbe
 from rlhf_ray.cluster.preflight.probe import CONNECT_S
@@ -96,7 +96,7 @@ def check_links(view: View, links: Links) -> tuple[Check, list[Broadcast]]:
             broadcasts.append(measured)
             problems += judge_broadcast(measured, limits)
     words = [
-        f"{each.backend}: {gigabytes(each.size)} from {each.source}, {gigabytes(min(each.speeds.values()))}/s to the "
+        f"{each.backend}: {describe_bytes(each.size)} from {each.source}, {describe_bytes(min(each.speeds.values()))}/s to the "
         f"slowest of {len(each.seconds)}"
         for each in broadcasts
     ]

@@ -8,7 +8,7 @@ from typing import Any
 
 from rlhf_ray.cluster.named_paths import named_in
 from rlhf_ray.cluster.planner.errors import PlanError
-from rlhf_ray.cluster.preflight.asked import disk_need, gigabytes
+from rlhf_ray.cluster.preflight.asked import disk_need, describe_bytes
 from rlhf_ray.cluster.preflight.judge import judge_disk, judge_folder, judge_shared
 from rlhf_ray.cluster.preflight.report import Check
 from rlhf_ray.cluster.preflight.view import View
@@ -66,7 +66,7 @@ def _disk(view: View, free: dict[str, int]) -> Check:
         return Check("disk", f"{folder} could not be written", skipped=True)
     there = _size(folder / "checkpoints") + _size(folder / "export")
     problems = judge_disk("run.dir", str(folder), need, there, free)
-    return Check("disk", f"{gigabytes(min(free.values()))} free, {need.what} at most", tuple(problems))
+    return Check("disk", f"{describe_bytes(min(free.values()))} free, {need.what} at most", tuple(problems))
 
 
 def _writing_roles(view: View) -> list[str]:
