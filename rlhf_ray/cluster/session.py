@@ -93,7 +93,8 @@ def _connect(cluster: Cluster, name: str) -> None:
 
 
 def _address(cluster: Cluster) -> str | None:
-    return cluster.address or os.environ.get("RAY_ADDRESS")
+    address = cluster.address or os.environ.get("RAY_ADDRESS")
+    return None if address == "local" else address
 
 
 def _check_answers(address: str) -> None:

@@ -35,7 +35,7 @@ def cluster() -> Iterator[None]:
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
     os.environ.update(MARK)
     ray.init(
-        address="local",  # else Ray joins any cluster that it finds on this machine
+        address="local",  # else it joins whatever cluster runs on this machine
         num_cpus=4,
         include_dashboard=False,
         log_to_driver=False,

@@ -27,6 +27,10 @@ class Pack:
     tokens: int
     positions: int
 
+    def part(self, ranks: int) -> "Pack":
+        """Of so many ranks that share it."""
+        return Pack(-(-self.tokens // ranks), -(-self.positions // ranks))
+
 
 @dataclass(frozen=True)
 class PassShape:
@@ -39,6 +43,7 @@ class PassShape:
         checkpointing: activations are recomputed layer by layer.
         vocab_chunk_tokens: of the config.
         entropy: the loss has an entropy bonus, so the head's backward pass holds probabilities too.
+        sequence_parallel: ranks that share a pack; with more of them than heads of keys, some have the same.
         adapter_rank: of LoRA, beside which all else is frozen; 0 without.
         adapted: names, within a layer, of the linear layers that have adapters.
     """
@@ -49,6 +54,7 @@ class PassShape:
     checkpointing: bool = False
     vocab_chunk_tokens: int = 256
     entropy: bool = False
+    sequence_parallel: int = 1
     adapter_rank: int = 0
     adapted: frozenset[str] = frozenset()
 
@@ -128,7 +134,7 @@ class PassShape:
 
     def _attention(self) -> int:
         shape, item = self.shape, self.item
-        queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+        queries, keys = shape.heads * shape.head_dim, max(shape.kv_heads, self.sequence_parallel) * shape.head_dim
         kept = item * (2 * queries + 2 * keys) + FLOAT32 * shape.heads  # queries, result, keys, values, normaliser
         if self._keeps_input("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"):
             kept += item * shape.hidden

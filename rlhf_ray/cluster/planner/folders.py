@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_ray.cluster.planner.errors import PlanError
+from rlhf_ray.cluster.planner.public_models import PUBLIC_MODELS
 from rlhf_ray.cluster.planner.shapes import ModelShape
 
 
 @cache
 def read_shape(model: str) -> ModelShape:
-    """The shape of a model: a folder with a config.json, such a file itself, or a name on the hub.
+    """The shape of a model: a folder with a config.json, such a file itself, or a name on the hub; for a few public
+    models the name alone does.
 
     Raises:
         PlanError: when there is no such file, it can't be read or fetched, or the architecture is not known.
@@ -21,6 +23,8 @@ def read_shape(model: str) -> ModelShape:
         path = path / "config.json"
         if not path.is_file():
             raise PlanError(f"model {model!r}", "the folder has no config.json, so it is no Hugging Face model")
+    elif model in PUBLIC_MODELS:
+        return ModelShape.of(PUBLIC_MODELS[model], model)
     elif not path.is_file():
         path = _from_hub(model)
     return ModelShape.of(_content(path, model), model)

@@ -4,14 +4,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from rlhf_ray.config.training import Offload
 from rlhf_ray.engines.level import Level
 
 Place = Literal["device", "host", "disk"]
-Phase = Literal["generate", "score", "update", "sync"]
-Moment = Literal["generate", "score", "backward", "reduce", "step", "sync"]
+PLACES: dict[Offload, Place] = {"none": "device", "cpu": "host", "nvme": "disk"}
+Phase = Literal["load", "generate", "score", "update", "sync"]
+Moment = Literal["load", "generate", "score", "backward", "reduce", "step", "sync"]
 """When memory is held. An update has three: the backward pass begins, gradients are reduced, the optimizer steps."""
 
 PHASE_OF: dict[Moment, Phase] = {
+    "load": "load",
     "generate": "generate",
     "score": "score",
     "backward": "update",
@@ -19,7 +22,6 @@ PHASE_OF: dict[Moment, Phase] = {
     "step": "update",
     "sync": "sync",
 }
-PHASES: tuple[Phase, ...] = ("generate", "score", "update", "sync")
 
 
 @dataclass(frozen=True)

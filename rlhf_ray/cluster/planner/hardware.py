@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -89,7 +89,7 @@ class Machine:
 
     Attributes:
         node: as placement sees it.
-        kind: of its devices; the CPU where it has none.
+        kind_name, kind: of its devices; the CPU where it has none.
         devices: how many; 0 where roles compute on the CPU.
         device_memory: bytes of one device; of a node without devices its host memory.
         host_memory: bytes.
@@ -99,6 +99,7 @@ class Machine:
     """
 
     node: Node
+    kind_name: str
     kind: DeviceKind
     devices: int
     device_memory: int
@@ -126,6 +127,11 @@ class Hardware:
 
     name: str
     machines: tuple[Machine, ...]
+
+    @property
+    def device(self) -> Literal["cpu", "gpu"]:
+        """What roles compute on there, unless told otherwise."""
+        return "gpu" if any(machine.devices for machine in self.machines) else "cpu"
 
     @property
     def nodes(self) -> list[Node]:
@@ -185,6 +191,7 @@ def _of_file(file: ClusterFile, stem: str, times: int) -> Hardware:
             machines.append(
                 Machine(
                     node=Node(name, resources, dict(resources), dict(group.labels), name),
+                    kind_name=group.device,
                     kind=kind,
                     devices=group.devices,
                     device_memory=_device_memory(kind, group, host),
@@ -223,7 +230,7 @@ def of_ray(nodes: Sequence[Mapping[str, Any]], free: Mapping[str, Mapping[str, f
             continue
         resources = dict(row["Resources"])
         address, devices = row["NodeManagerAddress"], int(resources.get("GPU", 0))
-        kind = _kind_of(resources, row.get("Labels") or {}, f"node {address}") if devices else DEVICES["CPU"]
+        kind = _kind_of(resources, row.get("Labels") or {}, f"node {address}") if devices else "CPU"
         store = int(resources.get("object_store_memory", 0))
         host = int(resources.get("memory", 0)) + store
         node = Node(address, resources, dict(free.get(row["NodeID"], {})), dict(row.get("Labels") or {}), row["NodeID"])
@@ -243,7 +250,7 @@ def this_machine(cpus: int | None) -> Hardware:
 
     names = device_names()
     resources = {"CPU": float(os.cpu_count() or 1 if cpus is None else cpus)}
-    kind = DEVICES["CPU"]
+    kind = "CPU"
     if names:
         resources["GPU"] = float(len(names))
         kind = _known_kind(names[0].removeprefix("NVIDIA ").split()[0], "this machine")
@@ -260,10 +267,11 @@ def _memory_here() -> int:
     return min(physical, int(text)) if text.isdigit() else physical
 
 
-def _machine(node: Node, kind: DeviceKind, devices: int, host: int, store: int) -> Machine:
-    group = NodeGroup.model_fields
+def _machine(node: Node, kind_name: str, devices: int, host: int, store: int) -> Machine:
+    group, kind = NodeGroup.model_fields, DEVICES[kind_name]
     return Machine(
         node=node,
+        kind_name=kind_name,
         kind=kind,
         devices=devices,
         device_memory=kind.memory_bytes if devices else host,
@@ -276,7 +284,7 @@ def _machine(node: Node, kind: DeviceKind, devices: int, host: int, store: int) 
     )
 
 
-def _kind_of(resources: Mapping[str, float], labels: Mapping[str, str], where: str) -> DeviceKind:
+def _kind_of(resources: Mapping[str, float], labels: Mapping[str, str], where: str) -> str:
     named = [key.removeprefix("accelerator_type:") for key in resources if key.startswith("accelerator_type:")]
     found = labels.get("ray.io/accelerator-type") or next(iter(named), None)
     if found is None:
@@ -284,7 +292,7 @@ def _kind_of(resources: Mapping[str, float], labels: Mapping[str, str], where: s
     return _known_kind(found, where)
 
 
-def _known_kind(found: str, where: str) -> DeviceKind:
+def _known_kind(found: str, where: str) -> str:
     name = RAY_NAMES.get(found, found)
     if name not in DEVICES:
         raise PlanError(
@@ -292,4 +300,4 @@ def _known_kind(found: str, where: str) -> DeviceKind:
             f"its GPUs are of kind {found!r}, which the planner does not know (known: {', '.join(DEVICES)}): describe "
             "the cluster in a file with that kind under devices",
         )
-    return DEVICES[name]
+    return name

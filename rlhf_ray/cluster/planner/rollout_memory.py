@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from rlhf_ray.cluster.planner.activations import FLOAT32, INT64, ITEMSIZE
 from rlhf_ray.cluster.planner.footprint import Item, always, during
-from rlhf_ray.cluster.planner.workload import RolloutRole
+from rlhf_ray.cluster.planner.roles import RolloutRole
 from rlhf_ray.engines.level import Level
 
 GIB = 2**30
@@ -54,8 +54,8 @@ def engine_plan(role: RolloutRole, device_memory: int, *, cpu: bool) -> EnginePl
     shape, engine, workers = role.shape, role.engine, role.placement.tensor_parallel
     item = ITEMSIZE[role.dtype]
     weights = item * shape.parameters // workers
-    adapters = item * role.adapter_rank * sum(
-        sum(tensor.shape) * tensor.count for tensor in shape.tensors() if tensor.linear
+    adapters = (
+        item * role.adapter_rank * sum(sum(tensor.shape) * tensor.count for tensor in shape.tensors() if tensor.linear)
     )
     passing = _pass_bytes(role)
     each = token_bytes(role)

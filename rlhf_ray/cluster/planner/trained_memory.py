@@ -5,11 +5,14 @@ torch's AdamW, gradients accumulated in the engine's own format, contiguous buck
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 from rlhf_ray.cluster.planner.activations import FLOAT32, ITEMSIZE, PassShape
 from rlhf_ray.cluster.planner.adapters import adapted_layers, adapter_sizes, frozen_bytes
-from rlhf_ray.cluster.planner.footprint import Item, Moment, Place, always, during
-from rlhf_ray.cluster.planner.workload import TrainedRole
+from rlhf_ray.cluster.planner.footprint import PLACES, Item, Moment, always, during
+from rlhf_ray.cluster.planner.roles import TrainedRole
+from rlhf_ray.cluster.planner.shapes import ModelShape
+from rlhf_ray.config.training import Lora
 from rlhf_ray.engines.level import Level
 
 # DeepSpeed's defaults, in elements (runtime/zero/config.py), and what `engines/training.py` sets.
@@ -41,16 +44,16 @@ class Sizes:
     largest: int
     persistent: int
 
-    @classmethod
-    def of(cls, role: TrainedRole) -> "Sizes":
-        """Of the model of a role."""
-        shape = role.shape
+    @staticmethod
+    @cache
+    def of(shape: ModelShape, lora: Lora | None) -> "Sizes":
+        """Of a model with its adapters."""
         persistent = sum(t.size * t.count for t in shape.tensors() if t.size <= PERSISTENT)
-        if role.lora is None:
+        if lora is None:
             largest = max(tensor.size for tensor in shape.tensors())
-            return cls(shape.parameters, shape.parameters, largest, persistent)
-        adapters = adapter_sizes(shape, role.lora)
-        return cls(shape.parameters + sum(adapters), sum(adapters), max(adapters), persistent)
+            return Sizes(shape.parameters, shape.parameters, largest, persistent)
+        adapters = adapter_sizes(shape, lora)
+        return Sizes(shape.parameters + sum(adapters), sum(adapters), max(adapters), persistent)
 
 
 def trained_items(role: TrainedRole, *, cpu: bool) -> list[Item]:
@@ -68,6 +71,7 @@ def pass_shape(role: TrainedRole, *, cpu: bool) -> PassShape:
         checkpointing=engine.activation_checkpointing,
         vocab_chunk_tokens=engine.vocab_chunk_tokens,
         entropy=role.entropy,
+        sequence_parallel=engine.sequence_parallel,
         adapter_rank=role.lora.rank if role.lora else 0,
         adapted=adapted_layers(role.shape, role.lora) if role.lora else frozenset(),
     )
@@ -78,9 +82,9 @@ class _Rank:
         self.role, self.engine, self.cpu = role, role.engine, cpu
         self.stage, self.ranks = role.engine.zero_stage, role.ranks
         self.item = ITEMSIZE[role.engine.dtype]
-        self.sizes = Sizes.of(role)
+        self.sizes = Sizes.of(role.shape, role.lora)
         self.owned = -(-self.sizes.trained // (self.ranks if self.stage else 1))
-        self.states: Place = "host" if role.engine.offload_optimizer else "device"
+        self.states = PLACES[role.engine.offload_optimizer]
 
     def items(self) -> list[Item]:
         return [*self._weights(), *self._optimizer(), *self._gradients(), *self._step(), *self._passes()]
@@ -91,12 +95,12 @@ class _Rank:
             size = self.item * self.sizes.all
         if self.stage < 3:
             return [always("weights", size, Level.WEIGHTS)]
-        place: Place = "host" if self.engine.offload_parameters else "device"
+        place = PLACES[self.engine.offload_parameters]
         whole = self.item * self.sizes.persistent
         gathered = 0 if self.ranks == 1 else min(self.sizes.all, LIVE_PARAMETERS + PREFETCH) * self.item
         return [
             always("weights", size / self.ranks, Level.WEIGHTS, place),
-            always("weights kept whole", whole if self.ranks > 1 or place == "host" else 0, Level.WEIGHTS),
+            always("weights kept whole", whole if self.ranks > 1 or place != "device" else 0, Level.WEIGHTS),
             during("gathered weights", gathered, "score", "backward", "reduce"),
         ]
 
@@ -106,7 +110,7 @@ class _Rank:
         items = [always("optimizer moments", MOMENTS * self.owned, place=self.states)]
         if copies:
             items.insert(0, always("master weights", FLOAT32 * self.owned, place=self.states))
-        if self.states == "host":
+        if self.states != "device":
             # Gradients in float32 and updated weights on their way back stay allocated.
             items.append(always("offload buffers", (FLOAT32 + self.item) * self.owned, place="host"))
             largest = self.item * self.sizes.largest
@@ -115,12 +119,14 @@ class _Rank:
 
     def _gradients(self) -> list[Item]:
         role, item, trained = self.role, self.item, self.sizes.trained
-        micro_batches = role.batch.micro_batches(self.engine.micro_batch_tokens, self.ranks)
+        micro_batches = role.batch.micro_batches(self.engine, self.ranks)
         accumulates = micro_batches > 1
         # A GPU gets the whole bucket; of host memory only what is touched counts.
         bucket = min(REDUCE_BUCKET, trained) if self.cpu else REDUCE_BUCKET
         flattened = min(max(REDUCE_BUCKET, self.sizes.largest), trained)
         several = trained > REDUCE_BUCKET
+        # Of several buckets the first is full while most activations are still there.
+        early: tuple[Moment, ...] = ("backward",) if several else ()
         whole: list[Moment] = [*(("backward",) if accumulates else ()), "reduce"]
         if self.stage == 0:
             return [
@@ -131,7 +137,7 @@ class _Rank:
             return [
                 always("gradients", item * self.owned, place=self.states),
                 always("reduce buffers", item * bucket),
-                during("reduce buffers", item * flattened, "reduce"),
+                during("reduce buffers", item * flattened, *early, "reduce"),
             ]
         part = item * self.owned
         passing = item * flattened + part if several else max(item * flattened, part)
@@ -145,13 +151,14 @@ class _Rank:
         return [
             during("gradients", accumulated, "backward", place=self.states),
             during("gradients", part, "step", place=self.states),
-            during("reduce buffers", 0 if self.cpu else item * bucket, "backward"),
+            during("reduce buffers", item * bucket if several or not self.cpu else 0, "backward"),
+            during("reduce buffers", item * flattened, *early),
             during("reduce buffers", item * bucket + passing + accumulated, "reduce"),
         ]
 
     def _step(self) -> list[Item]:
         """Gradients flattened and in float32, or, before that, the float64 copy of one that its norm takes."""
-        if self.states == "host":
+        if self.states != "device":
             return []
         part = min(self.owned, SUB_GROUP) if self.stage == 3 else self.owned
         flat = part * (FLOAT32 if self.item == FLOAT32 else FLOAT32 + self.item)
@@ -162,8 +169,7 @@ class _Rank:
 
     def _passes(self) -> list[Item]:
         role, how = self.role, pass_shape(self.role, cpu=self.cpu)
-        budget = self.engine.micro_batch_tokens
-        pack = role.batch.train_pack(budget, self.ranks)
+        pack = role.batch.train_pack(self.engine, self.ranks)
         head, working = how.head_bytes(pack, backward=True), how.working_bytes(pack.tokens)
         head_gradient = self.item * role.shape.head_parameters if role.lora is None else 0
         items = [
@@ -172,7 +178,7 @@ class _Rank:
             during("gradients", head_gradient if role.shape.head == "vocabulary" else 0, "backward"),
         ]
         if role.scores:
-            scored = role.batch.score_pack(budget, self.ranks)
+            scored = role.batch.score_pack(self.engine, self.ranks)
             passing = how.forward_bytes(scored.tokens) + how.head_bytes(scored, backward=False)
             items.append(during("logits and states", passing, "score"))
         if role.sync_bytes:
@@ -187,4 +193,3 @@ class _Rank:
             buckets = 1 if self.cpu else 2
             return buckets * max(self.role.sync_bytes, self.item * largest)
         return 2 * FLOAT32 * largest if self.role.lora is not None else 0
-

@@ -1,143 +1,15 @@
-"""What a job asks of each of its roles: which model, held how, fed with how much at a time.
+"""What a job asks of its roles, from its config and the shapes of its models."""
 
-Lengths are the longest that the config allows, so what is planned from them is the most that a run can need.
-"""
-
-from dataclasses import dataclass
-
-from rlhf_ray.cluster.planner.activations import Pack
+from rlhf_ray.cluster.planner.errors import PlanError
 from rlhf_ray.cluster.planner.folders import read_shape
-from rlhf_ray.cluster.planner.shapes import ModelShape
+from rlhf_ray.cluster.planner.roles import Batch, Role, RolloutRole, ScoredRole, TrainedRole, Workload
+from rlhf_ray.cluster.planner.shapes import ModelShape, can_share_heads
 from rlhf_ray.config.jobs import JobConfig, PPOJob, PreferenceJob, RewardModelJob, SFTJob
-from rlhf_ray.config.placement import RolePlacement, RolloutPlacement
+from rlhf_ray.config.placement import RolePlacement
 from rlhf_ray.config.rewards import FunctionReward, ModelReward, part_name
-from rlhf_ray.config.rollout import RolloutEngine
-from rlhf_ray.config.training import Dtype, Lora, ScoringEngine, TrainingEngine
+from rlhf_ray.config.training import ScoringEngine
 
 MIB = 2**20
-
-
-@dataclass(frozen=True)
-class Batch:
-    """The samples or rows of one step.
-
-    Attributes:
-        samples: in a step.
-        longest: tokens of the longest; of all texts of a row together.
-        learnt: of these, at which the vocabulary head is applied at most.
-        optimizer_steps: that the samples of a step are split into.
-        epochs: passes over the samples of a step.
-        shard: samples that are scored together.
-    """
-
-    samples: int
-    longest: int
-    learnt: int
-    optimizer_steps: int = 1
-    epochs: int = 1
-    shard: int | None = None
-
-    def micro_batches(self, budget: int, ranks: int) -> int:
-        """Micro-batches of one rank in one optimizer step, when all samples are longest."""
-        rows = self._rows(ranks)
-        return -(-rows // max(1, budget // self.longest))
-
-    def train_pack(self, budget: int, ranks: int) -> Pack:
-        """The largest micro-batch of an update."""
-        return self._pack(self._rows(ranks), budget)
-
-    def score_pack(self, budget: int, ranks: int) -> Pack:
-        """The largest micro-batch of a forward pass over a shard."""
-        return self._pack(-(-min(self.shard or self.samples, self.samples) // ranks), budget)
-
-    def _rows(self, ranks: int) -> int:
-        return -(-self.samples // (self.optimizer_steps * ranks))
-
-    def _pack(self, rows: int, budget: int) -> Pack:
-        tokens = max(self.longest, min(budget, rows * self.longest))
-        return Pack(tokens, -(-tokens * self.learnt // self.longest))
-
-
-@dataclass(frozen=True)
-class TrainedRole:
-    """A role that DeepSpeed trains.
-
-    Attributes:
-        name: policy, critic or reward.
-        key: path of its section in the config.
-        shape: of its model, with the head that it has here.
-        placement: where its ranks sit.
-        ranks: processes.
-        entropy: its loss has an entropy bonus.
-        scores: it also computes log-probs or values before the update.
-        sync_bytes: bucket of the weights that it sends to the engines; 0 when it sends none.
-    """
-
-    name: str
-    key: str
-    shape: ModelShape
-    engine: TrainingEngine
-    lora: Lora | None
-    placement: RolePlacement
-    ranks: int
-    batch: Batch
-    entropy: bool = False
-    scores: bool = False
-    sync_bytes: int = 0
-
-
-@dataclass(frozen=True)
-class ScoredRole:
-    """A role that only computes forward passes: reference and reward models."""
-
-    name: str
-    key: str
-    shape: ModelShape
-    engine: ScoringEngine
-    placement: RolePlacement
-    ranks: int
-    batch: Batch
-
-
-@dataclass(frozen=True)
-class RolloutRole:
-    """The rollout engines.
-
-    Attributes:
-        dtype: of their weights.
-        batch: what all engines together generate in a step.
-        sync_bytes: bucket of the weights that they receive.
-        adapter_rank: of the adapters that they apply beside the base model, 0 for none.
-    """
-
-    name: str
-    key: str
-    shape: ModelShape
-    dtype: Dtype
-    engine: RolloutEngine
-    placement: RolloutPlacement
-    batch: Batch
-    sync_bytes: int
-    adapter_rank: int
-
-
-Role = TrainedRole | ScoredRole | RolloutRole
-
-
-@dataclass(frozen=True)
-class Workload:
-    """A whole job.
-
-    Attributes:
-        roles: in the order in which they are placed.
-        text_workers: processes of reward functions and services.
-        trajectory_bytes: of one step, in Ray's object store.
-    """
-
-    job: JobConfig
-    roles: tuple[Role, ...]
-    text_workers: int
-    trajectory_bytes: int
 
 
 def workload_of(job: JobConfig) -> Workload:
@@ -149,6 +21,15 @@ def workload_of(job: JobConfig) -> Workload:
     if isinstance(job, PPOJob):
         return _ppo(job)
     return _preference(job) if isinstance(job, PreferenceJob) else _epochs(job)
+
+
+def _check_heads(shape: ModelShape, parts: int, key: str) -> None:
+    if not can_share_heads(shape, parts):
+        raise PlanError(
+            key,
+            f"{parts} can't share the {shape.heads} attention heads and {shape.kv_heads} key/value heads of "
+            f"{shape.model!r} evenly",
+        )
 
 
 def _ppo(job: PPOJob) -> Workload:
@@ -163,11 +44,13 @@ def _ppo(job: PPOJob) -> Workload:
     )
     place = job.placement
     policy = read_shape(job.policy.model)
+    _check_heads(policy, place.rollout.tensor_parallel, "placement.rollout.tensor_parallel")
     bucket = job.rollout.sync_bucket_mib * MIB
     critic = job.reward_models[0].model if job.critic.init_from == "reward" else job.critic.init_from
     roles: list[Role] = [
         TrainedRole(
             name="policy",
+            seat="policy",
             key="policy",
             shape=policy.with_head("vocabulary"),
             engine=job.policy.engine,
@@ -181,6 +64,7 @@ def _ppo(job: PPOJob) -> Workload:
         ),
         TrainedRole(
             name="critic",
+            seat="critic",
             key="critic",
             shape=read_shape(critic).with_head("scalar"),
             engine=job.critic.engine,
@@ -195,16 +79,21 @@ def _ppo(job: PPOJob) -> Workload:
         reference = job.policy.model if job.reference.from_model == "policy" else job.reference.from_model
         shape = read_shape(reference).with_head("vocabulary")
         ranks = place.ranks_of("reference")
-        roles.append(ScoredRole("reference", "reference", shape, job.reference.engine, place.reference, ranks, batch))
+        roles.append(
+            ScoredRole(
+                "reference", "reference", "reference", shape, job.reference.engine, place.reference, ranks, batch
+            )
+        )
     for number, part in enumerate(job.reward):
         if isinstance(part, ModelReward):
             shape, ranks = read_shape(part.model).with_head("scalar"), place.ranks_of("reward")
             name = f"reward-{part_name(part)}"
-            roles.append(ScoredRole(name, f"reward.{number}", shape, part.engine, place.reward, ranks, batch))
+            roles.append(ScoredRole(name, "reward", f"reward.{number}", shape, part.engine, place.reward, ranks, batch))
     adapters = job.policy.lora.rank if job.policy.lora and job.rollout.lora_sync == "adapters" else 0
     roles.append(
         RolloutRole(
             name="rollout",
+            seat="rollout",
             key="rollout",
             shape=policy.with_head("vocabulary"),
             dtype=job.rollout.engine.dtype or job.policy.engine.dtype,
@@ -218,6 +107,11 @@ def _ppo(job: PPOJob) -> Workload:
     texts = [part for part in job.reward if not isinstance(part, ModelReward)]
     workers = sum(part.workers if isinstance(part, FunctionReward) else 1 for part in texts)
     return Workload(job, tuple(roles), workers, batch.samples * _trajectory_bytes(prompt, response))
+
+
+def _reference(model: str, engine: ScoringEngine, place: RolePlacement, ranks: int, batch: Batch) -> ScoredRole:
+    shape = read_shape(model).with_head("vocabulary")
+    return ScoredRole("reference", "reference", "reference", shape, engine, place, ranks, batch)
 
 
 def _trajectory_bytes(prompt: int, response: int) -> int:
@@ -234,6 +128,7 @@ def _preference(job: PreferenceJob) -> Workload:
     roles: list[Role] = [
         TrainedRole(
             name="policy",
+            seat="policy",
             key="policy",
             shape=read_shape(job.policy.model).with_head("vocabulary"),
             engine=job.policy.engine,
@@ -247,7 +142,9 @@ def _preference(job: PreferenceJob) -> Workload:
     if job.algorithm.needs_reference and not job.policy_is_reference and job.reference.cache is None:
         shape, ranks = read_shape(job.reference_model).with_head("vocabulary"), job.placement.reference_ranks
         place = job.placement.reference
-        roles.append(ScoredRole("reference", "reference", shape, job.reference.engine, place, ranks, batch))
+        roles.append(
+            ScoredRole("reference", "reference", "reference", shape, job.reference.engine, place, ranks, batch)
+        )
     return Workload(job, tuple(roles), 0, batch.samples * longest * 4)
 
 
@@ -258,6 +155,7 @@ def _epochs(job: RewardModelJob | SFTJob) -> Workload:
     learnt = texts if isinstance(job, RewardModelJob) else longest
     trained = TrainedRole(
         name=role.name,
+        seat=role.name,
         key=role.name,
         shape=read_shape(role.trained.model).with_head("scalar" if isinstance(job, RewardModelJob) else "vocabulary"),
         engine=role.trained.engine,

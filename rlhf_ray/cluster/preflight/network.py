@@ -109,7 +109,8 @@ def _broadcast(view: View, backend: str, nodes: Sequence[Node], group: Probes) -
     if source in meeting:
         host, port = meeting[source]
         places = {
-            name: (backend, rank, len(nodes), host, port, _GROUP_S) for rank, name in enumerate([source, *others])
+            name: (backend, rank, len(nodes), view.addresses[name], host, port, _GROUP_S)
+            for rank, name in enumerate([source, *others])
         }
         measured, raised = group.ask("broadcast", places, _GROUP_S)
         if len(measured) == len(nodes):

@@ -10,66 +10,19 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rlhf_ray.cluster.planner.errors import PlanError
+from rlhf_ray.cluster.planner.families import DEFAULTS, FAMILIES
 from rlhf_ray.cluster.planner.folders import read_shape
-from rlhf_ray.cluster.planner.shapes import DEFAULTS, FAMILIES, ModelShape
+from rlhf_ray.cluster.planner.public_models import PUBLIC_MODELS
+from rlhf_ray.cluster.planner.shapes import ModelShape
 
-# Public config values, and the parameters that the model cards name.
-LLAMA_3_8B = {
-    "model_type": "llama",
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_attention_heads": 32,
-    "num_hidden_layers": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 128256,
-}
-LLAMA_3_70B = {
-    **LLAMA_3_8B,
-    "hidden_size": 8192,
-    "intermediate_size": 28672,
-    "num_attention_heads": 64,
-    "num_hidden_layers": 80,
-}
-QWEN3_32B = {
-    "model_type": "qwen3",
-    "hidden_size": 5120,
-    "intermediate_size": 25600,
-    "num_attention_heads": 64,
-    "num_hidden_layers": 64,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "vocab_size": 151936,
-}
-QWEN3_30B_A3B = {
-    "model_type": "qwen3_moe",
-    "hidden_size": 2048,
-    "intermediate_size": 6144,
-    "moe_intermediate_size": 768,
-    "num_attention_heads": 32,
-    "num_hidden_layers": 48,
-    "num_key_value_heads": 4,
-    "head_dim": 128,
-    "num_experts": 128,
-    "num_experts_per_tok": 8,
-    "vocab_size": 151936,
-}
-MIXTRAL_8X7B = {
-    "model_type": "mixtral",
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_attention_heads": 32,
-    "num_hidden_layers": 32,
-    "num_key_value_heads": 8,
-    "num_local_experts": 8,
-    "num_experts_per_tok": 2,
-    "vocab_size": 32000,
-}
-PUBLIC = {
-    "llama-3-8b": (LLAMA_3_8B, 8_030_261_248),
-    "llama-3-70b": (LLAMA_3_70B, 70_553_706_496),
-    "qwen3-32b": (QWEN3_32B, 32_762_123_264),
-    "qwen3-30b-a3b": (QWEN3_30B_A3B, 30_532_122_624),
-    "mixtral-8x7b": (MIXTRAL_8X7B, 46_702_792_704),
+# What the model cards name, to the last parameter.
+PARAMETERS = {
+    "meta-llama/Meta-Llama-3-8B": 8_030_261_248,
+    "meta-llama/Meta-Llama-3-70B": 70_553_706_496,
+    "Qwen/Qwen3-8B": 8_190_735_360,
+    "Qwen/Qwen3-32B": 32_762_123_264,
+    "Qwen/Qwen3-30B-A3B": 30_532_122_624,
+    "mistralai/Mixtral-8x7B-v0.1": 46_702_792_704,
 }
 TINY: dict[str, Any] = {
     "hidden_size": 64,
@@ -82,7 +35,7 @@ TINY: dict[str, Any] = {
 }
 TINY_EXPERTS = {**TINY, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
 CASES = {
-    **{name: config for name, (config, _) in PUBLIC.items()},
+    **{name: dict(PUBLIC_MODELS[name]) for name in PARAMETERS},
     "llama-biased": {**TINY, "model_type": "llama", "attention_bias": True, "mlp_bias": True},
     "llama-tied": {**TINY, "model_type": "llama", "tie_word_embeddings": True},
     "mistral": {**TINY, "model_type": "mistral"},
@@ -107,7 +60,7 @@ CASES = {
 
 def built(config: dict[str, Any], *, scalar: bool) -> Any:
     auto: Any = AutoModelForSequenceClassification if scalar else AutoModelForCausalLM
-    arguments = {key: value for key, value in config.items() if key != "model_type"}
+    arguments = {key: value for key, value in config.items() if key not in ("model_type", "dtype")}
     of_transformers = CONFIG_MAPPING[config["model_type"]](**arguments, **({"num_labels": 1} if scalar else {}))
     with torch.device("meta"):
         return auto.from_config(of_transformers)
@@ -131,14 +84,13 @@ def test_tensors_are_those_of_transformers(name: str, scalar: bool) -> None:
     assert {tensor.name.removesuffix(".weight") for tensor in shape.tensors() if tensor.linear} == linear
 
 
-@pytest.mark.parametrize("name", PUBLIC)
+@pytest.mark.parametrize("name", PARAMETERS)
 def test_public_models_have_the_parameters_of_their_cards(name: str) -> None:
-    config, parameters = PUBLIC[name]
-    assert ModelShape.of(config, name).parameters == parameters
+    assert read_shape(name).parameters == PARAMETERS[name]
 
 
 def test_a_token_passes_through_some_of_the_experts() -> None:
-    shape = ModelShape.of(QWEN3_30B_A3B, "moe")
+    shape = read_shape("Qwen/Qwen3-30B-A3B")
     experts = 48 * 128 * 3 * 2048 * 768
     assert shape.active_parameters == shape.parameters - experts + experts * 8 // 128
     assert round(shape.active_parameters / 1e9, 1) == 3.4  # 3.3 on its card
@@ -160,17 +112,18 @@ def test_defaults_are_those_of_transformers(model_type: str) -> None:
 def test_a_saved_config_reads_as_the_one_it_was_made_of(tmp_path: Path) -> None:
     for name, config in CASES.items():
         arguments = {key: value for key, value in config.items() if key != "model_type"}
-        CONFIG_MAPPING[config["model_type"]](**arguments).save_pretrained(tmp_path / name)
-        assert read_shape(str(tmp_path / name)).parameters == ModelShape.of(config, name).parameters
+        folder = tmp_path / name.replace("/", "-")
+        CONFIG_MAPPING[config["model_type"]](**arguments).save_pretrained(folder)
+        assert read_shape(str(folder)).parameters == ModelShape.of(config, name).parameters
 
 
 def test_a_reward_model_has_a_scalar_head() -> None:
-    config = {**LLAMA_3_8B, "architectures": ["LlamaForSequenceClassification"]}
+    config = {**TINY, "model_type": "llama", "architectures": ["LlamaForSequenceClassification"]}
     assert ModelShape.of(config, "reward").head == "scalar"
 
 
 def test_a_folder_and_its_file_are_the_same_model(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(LLAMA_3_8B))
+    (tmp_path / "config.json").write_text(json.dumps({**TINY, "model_type": "llama"}))
     assert read_shape(str(tmp_path)).parameters == read_shape(str(tmp_path / "config.json")).parameters
 
 
@@ -202,3 +155,11 @@ def test_a_folder_without_a_config_is_no_model(tmp_path: Path) -> None:
         read_shape(str(tmp_path))
     with pytest.raises(PlanError, match="no such folder"):
         read_shape("models/nowhere")
+
+
+def test_a_name_that_the_hub_does_not_give_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(
+        PlanError, match="model 'nobody/nothing': there is no such folder, and its config.json can't be"
+    ):
+        read_shape("nobody/nothing")
