@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from rlhf_ray.cluster.named_paths import named_in
+from rlhf_ray.cluster.named_paths import Named, named_in
 from rlhf_ray.cluster.planner.folders import read_shape
 from rlhf_ray.cluster.preflight.asked import Transfer, describe_bytes, disk_need, modules_and_variables, transfers
 from rlhf_ray.config.jobs import JobConfig
@@ -57,6 +57,12 @@ def test_a_model_is_named_once_for_each_role_that_loads_it(model: str) -> None:
     named = [(each.setting, each.role) for each in named_in(own) if each.kind == "model"]
     assert ("critic.init_from", "critic") in named
     assert ("reference.from", "reference") in named
+
+
+def test_scratch_folders_are_named_with_the_role_that_writes_them(model: str) -> None:
+    engine = {"zero_stage": 3, "offload_parameters": "nvme", "nvme_path": "/nvme"}
+    named = [each for each in named_in(ppo(model, policy={"engine": engine})) if each.kind == "scratch"]
+    assert named == [Named("policy.engine.nvme_path", "/nvme", "scratch", "policy")]
 
 
 def test_checkpoints_hold_weights_master_weights_and_two_moments(model: str) -> None:

@@ -96,8 +96,8 @@ def check_links(view: View, links: Links) -> tuple[Check, list[Broadcast]]:
             broadcasts.append(measured)
             problems += judge_broadcast(measured, limits)
     words = [
-        f"{each.backend}: {describe_bytes(each.size)} from {each.source}, {describe_bytes(min(each.speeds.values()))}/s to the "
-        f"slowest of {len(each.seconds)}"
+        f"{each.backend}: {describe_bytes(each.size)} from {each.source}, "
+        f"{describe_bytes(min(each.speeds.values()))}/s to the slowest of {len(each.seconds)}"
         for each in broadcasts
     ]
     return Check("links", "; ".join(words), tuple(problems)), broadcasts
