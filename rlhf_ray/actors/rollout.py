@@ -58,7 +58,7 @@ class RolloutWorker:
 
     async def load_model(self, setup: RolloutSetup, part: EnginePart | None = None) -> None:
         """Start the engine, or that part of its workers which sits here."""
-        from rlhf_ray.engines.collectives import use_interface_of
+        from rlhf_ray.engines.interfaces import use_interface_of
         from rlhf_ray.engines.rollout import RolloutEngine, RolloutFollower
 
         host = ray.util.get_node_ip_address()

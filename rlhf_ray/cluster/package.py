@@ -137,7 +137,7 @@ def pinned_paths(config: JobConfig, content: Package) -> list[Pinned]:
     for named in named_in(config):
         here = local_path(named, content.folder)
         left_out = here is not None and Path(normpath(here)) not in sent
-        if not Path(named.value).is_absolute() and (named.kind == "folder" or left_out):
+        if not Path(named.value).is_absolute() and (named.kind in ("folder", "scratch") or left_out):
             pinned[named.setting] = Pinned(named.setting, named.value, normpath(content.folder / named.value))
     return list(pinned.values())
 
