@@ -20,6 +20,7 @@ BENCHMARKS = (
     "weight_sync",
     "lora",
     "overhead",
+    "watching",
     "logprob_gap",
     "determinism",
     "reward_labels",

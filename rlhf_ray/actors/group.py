@@ -11,6 +11,7 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rlhf_ray.actors.waiting import wait_all
+from rlhf_ray.actors.watched import actor_class
 from rlhf_ray.cluster.placement import reserve
 from rlhf_ray.config.placement import RolePlacement, RolloutPlacement
 
@@ -85,7 +86,7 @@ def create_group(
             "runtime_env": {"env_vars": env},
             "max_restarts": 0,
         }
-        actors.append(ray.remote(worker).options(**options).remote(**arguments(rank)))
+        actors.append(actor_class(worker).options(**options).remote(**arguments(rank)))
     return ActorGroup(role, actors)
 
 

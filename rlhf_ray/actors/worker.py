@@ -9,12 +9,14 @@ import numpy as np
 import ray
 import torch
 
+from rlhf_ray.actors.watched import Watched
 from rlhf_ray.data.seeds import derive_seed
 from rlhf_ray.engines.collectives import Rendezvous, join_collectives
-from rlhf_ray.telemetry.trace import Span, SpanRecorder
+from rlhf_ray.platform import device_memory
+from rlhf_ray.telemetry.trace import Span, SpanRecorder, in_span
 
 
-class Worker:
+class Worker(Watched):
     """One rank of a role."""
 
     def __init__(self, role: str, rank: int, world_size: int, seed: int, deterministic: bool) -> None:
@@ -30,6 +32,7 @@ class Worker:
             probe.bind((host, 0))
             return host, int(probe.getsockname()[1])
 
+    @in_span("join")
     def join(self, host: str, port: int, timeout_s: float) -> None:
         """Join the group's collectives."""
         join_collectives(Rendezvous(self.rank, self.world_size, host, port, timeout_s))
@@ -37,6 +40,10 @@ class Worker:
     def drain_spans(self) -> list[Span]:
         """What this rank did since the last call."""
         return self.recorder.drain()
+
+    def device_bytes(self) -> tuple[int, int] | None:
+        """Device memory in use and in all; None on CPU."""
+        return device_memory()
 
 
 def seed_everything(seed: int, deterministic: bool) -> None:

@@ -11,6 +11,7 @@ import typer
 from rlhf_ray.cli.arguments import Config, Overrides, problems_of
 from rlhf_ray.cli.data import data
 from rlhf_ray.cli.failures import Commands, forget_failure, how_stopped, record_failure, say
+from rlhf_ray.cli.status import status
 
 if TYPE_CHECKING:
     from rlhf_ray.config.jobs import JobConfig
@@ -226,6 +227,9 @@ def export(
             *adapter,
         ]
     )
+
+
+main.command(short_help="Show what a run does right now.")(status)
 
 
 def _import_from_here() -> None:

@@ -123,11 +123,12 @@ class PPOController:
         """Scoring of a shard starts when it is complete, while others still generate."""
         scored = [self._start_scoring(shard, record) for shard in generated]
         scored.sort(key=lambda shard: shard.generated.number)
-        parts = {part.name: self._collect(scored, part.name) for part in self.roles.rewards}
-        scores = combine(parts, {part.name: part.weight for part in self.roles.rewards})
-        truncated = np.concatenate([shard.generated.facts.truncated for shard in scored])
-        shaped = self.scores.shape(torch.from_numpy(scores), torch.from_numpy(truncated)).numpy()
-        columns, reports = self._advantages(scored, shaped)
+        with self.folder.recorder.span("score", record.step):
+            parts = {part.name: self._collect(scored, part.name) for part in self.roles.rewards}
+            scores = combine(parts, {part.name: part.weight for part in self.roles.rewards})
+            truncated = np.concatenate([shard.generated.facts.truncated for shard in scored])
+            shaped = self.scores.shape(torch.from_numpy(scores), torch.from_numpy(truncated)).numpy()
+            columns, reports = self._advantages(scored, shaped)
         record.scored()
         shards = [[shard.generated.trajectories, ref] for shard, ref in zip(scored, columns, strict=True)]
         return Batch(scored, shards, reports, parts, scores)
@@ -194,7 +195,10 @@ class PPOController:
             )
             running[role] = group.call_each("update", [(batch.shards, starts, mine, *more) for mine in plan])
         try:
-            self._wait([ref for refs in running.values() for ref in refs], "update of policy and critic", "update_s")
+            with self.folder.recorder.span("update", step):
+                self._wait(
+                    [ref for refs in running.values() for ref in refs], "update of policy and critic", "update_s"
+                )
         except NonFiniteLossError as error:
             shards = [self._fetch(shard.generated) for shard in batch.scored]
             raise self.report.save_failure(step, shards, batch.parts, error) from error
@@ -220,6 +224,7 @@ class PPOController:
         metrics = self.report.metrics(record, facts, batch.reports, batch.parts, batch.scores, policy, critic)
         spans = self.folder.collect_spans(self.roles.groups, self.config.run.timeouts.setup_s)
         metrics |= record.timings(spans)
+        metrics["rollout/weight_version"] = float(self.version)
         if step % self.config.run.samples_every == 0 or step in (1, self.config.run.steps):
             self.folder.samples.append(step, self._first_samples(batch))
         self.folder.log_step(step, metrics)
@@ -240,6 +245,10 @@ class PPOController:
 
     def _showcase(self) -> list[SampleRow]:
         """Responses to the same few prompts with the same seeds, to compare those before and after training."""
+        with self.folder.recorder.span("showcase"):
+            return self._sampled_showcase()
+
+    def _sampled_showcase(self) -> list[SampleRow]:
         cursor = PromptCursor(len(self.inputs.prompts), seed=0, shuffle=False)
         tickets = cursor.take(min(self.config.run.samples_kept, len(self.inputs.prompts)))
         requests = requests_for(self.inputs.prompts, tickets, 1, derive_seed(self.config.seed, "showcase"))

@@ -1,7 +1,7 @@
 """The actors of a job, from its config."""
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +19,7 @@ from rlhf_ray.actors.reward_training import RewardTrainingWorker
 from rlhf_ray.actors.rollout import RolloutGroup, RolloutWorker
 from rlhf_ray.actors.sft import SFTWorker
 from rlhf_ray.actors.waiting import RoleFailure, RoleTimeout, wait_all
+from rlhf_ray.actors.watched import actor_class
 from rlhf_ray.config.jobs import JobConfig, PPOJob, PreferenceJob, RewardModelJob, SFTJob
 from rlhf_ray.config.rewards import FunctionReward, ModelReward, part_name
 from rlhf_ray.config.run import Timeouts
@@ -77,9 +78,20 @@ class PPORoles:
         return self.reference.call("logprobs", trajectories)
 
 
+Watch = Callable[[ActorGroup], None]
+
+
+def _unwatched(group: ActorGroup) -> None:
+    """Where nobody wants to know of groups as they start."""
+
+
 @contextmanager
-def ppo_roles(config: PPOJob, inputs: PPOInputs) -> Iterator[PPORoles]:
-    """Start all actors of a PPO job with their models, connected for weight transfer; end them on the way out."""
+def ppo_roles(config: PPOJob, inputs: PPOInputs, watch: Watch = _unwatched) -> Iterator[PPORoles]:
+    """Start all actors of a PPO job with their models, connected for weight transfer; end them on the way out.
+
+    Args:
+        watch: gets each group as soon as its actors are started, before they load anything.
+    """
     placement = config.placement
     logger.info("starting the actors and loading the models")
     seating = Seating(placement.placement_timeout_s)
@@ -108,6 +120,8 @@ def ppo_roles(config: PPOJob, inputs: PPOInputs) -> Iterator[PPORoles]:
         )
         started.append(rollout)
         roles = PPORoles(policy, critic, reference, rewards, rollout)
+        for created in roles.groups:
+            watch(created)
         _load_ppo_models(config, inputs, roles)
         yield roles
     finally:
@@ -127,8 +141,8 @@ def _end_engines(rollout: RolloutGroup) -> None:
 
 
 @contextmanager
-def epoch_role(config: RewardModelJob | SFTJob, total_steps: int) -> Iterator[ActorGroup]:
-    """Start the ranks of a job over a data set; end them on the way out."""
+def epoch_role(config: RewardModelJob | SFTJob, total_steps: int, watch: Watch = _unwatched) -> Iterator[ActorGroup]:
+    """Start the ranks of a job over a data set; end them on the way out. `watch` as in `ppo_roles`."""
     logger.info("starting the actors and loading the model")
     seating = Seating(config.placement.placement_timeout_s)
     role = config.role
@@ -141,6 +155,7 @@ def epoch_role(config: RewardModelJob | SFTJob, total_steps: int) -> Iterator[Ac
     try:
         seat = seating.seat_trained(role.name, role.placement, guests=0)
         group = create_group(role.name, worker, seat, role.ranks, _identity(role.name, role.ranks, config))
+        watch(group)
         join_collectives([group], config.run.timeouts)
         loaded = group.call("load_model", *arguments)
         wait_all(loaded, config.run.timeouts.setup_s, f"{role.name}: load_model", "run.timeouts.setup_s")
@@ -160,8 +175,10 @@ class PreferenceRoles:
 
 
 @contextmanager
-def preference_roles(config: PreferenceJob, total_steps: int, *, with_reference: bool) -> Iterator[PreferenceRoles]:
-    """Start the ranks of a preference job; end them on the way out."""
+def preference_roles(
+    config: PreferenceJob, total_steps: int, watch: Watch = _unwatched, *, with_reference: bool
+) -> Iterator[PreferenceRoles]:
+    """Start the ranks of a preference job; end them on the way out. `watch` as in `ppo_roles`."""
     logger.info("starting the actors and loading the models")
     placement, timeouts = config.placement, config.run.timeouts
     seating = Seating(placement.placement_timeout_s)
@@ -169,6 +186,7 @@ def preference_roles(config: PreferenceJob, total_steps: int, *, with_reference:
 
     def group(role: str, worker: type, seat: Seat, ranks: int) -> ActorGroup:
         started.append(create_group(role, worker, seat, ranks, _identity(role, ranks, config)))
+        watch(started[-1])
         return started[-1]
 
     try:
@@ -230,10 +248,8 @@ def _reward_part(part: Any, group: Any) -> RewardPart:
     if isinstance(part, ModelReward):
         return RewardPart(name, part.weight, group("reward", RewardModelWorker, f"reward-{name}"), collective=True)
     workers = part.workers if isinstance(part, FunctionReward) else 1
-    actors = [
-        ray.remote(TextRewardWorker).options(num_cpus=0).remote(**_arguments(f"reward-{name}", rank, workers, 0, False))
-        for rank in range(workers)
-    ]
+    worker = actor_class(TextRewardWorker).options(num_cpus=0)
+    actors = [worker.remote(**_arguments(f"reward-{name}", rank, workers, 0, False)) for rank in range(workers)]
     return RewardPart(name, part.weight, ActorGroup(f"reward-{name}", actors), collective=False)
 
 

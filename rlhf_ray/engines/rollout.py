@@ -22,6 +22,7 @@ from rlhf_ray.config.rollout import RolloutEngine as EngineConfig
 from rlhf_ray.config.rollout import Sampling
 from rlhf_ray.data.requests import PromptRequest
 from rlhf_ray.data.trajectory import FinishReason, Trajectory
+from rlhf_ray.engines.engine_metrics import EngineLoad, stat_loggers
 from rlhf_ray.models.lora import Adapter
 from rlhf_ray.platform import platform
 
@@ -31,6 +32,7 @@ class RolloutEngine:
 
     Attributes:
         queued: requests that have reached the engine, refused ones too; its owner may set it back.
+        load: requests that run and wait.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class RolloutEngine:
             os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # engines and trainers share the cores
             os.environ["TORCHDYNAMO_DISABLE"] = "1"
         extras = _cpu_extras() if on_cpu else {}
+        self.load = EngineLoad()
         self._engine = AsyncLLM.from_engine_args(
             AsyncEngineArgs(
                 model=model,
@@ -67,12 +70,13 @@ class RolloutEngine:
                 logprobs_mode="processed_logprobs",
                 seed=seed,
                 trust_remote_code=trust_remote_code,
-                disable_log_stats=True,
+                disable_log_stats=True,  # of vLLM's own loggers, which nobody reads here
                 weight_transfer_config=WeightTransferConfig(backend=platform().weight_transfer),
                 generation_config="vllm",  # sampling comes from the job's config alone
                 **extras,
                 **_lora_settings(adapter_rank),
-            )
+            ),
+            stat_loggers=stat_loggers(self.load),
         )
         self._adapter: LoRARequest | None = None
         self._requests = 0
