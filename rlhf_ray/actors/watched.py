@@ -55,7 +55,11 @@ class Watched:
 
 
 def actor_class(worker: type) -> Any:
-    """Ray's class of actors of a `Watched` class. Its other methods run in the main thread, one at a time, as ever."""
+    """Ray's class of actors of a `Watched` class.
+
+    With a group there, Ray runs the other methods in a thread beside the main one: still one at a time, in order, and all
+    in the same thread. The constructor runs in the main thread.
+    """
     return ray.remote(concurrency_groups={_GROUP: 1})(worker)
 
 

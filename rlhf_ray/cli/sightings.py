@@ -1,5 +1,6 @@
 """Where the status of runs comes from: the boards of a cluster while they go on, their folders afterwards."""
 
+import logging
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -11,6 +12,8 @@ from rlhf_ray.telemetry.board import boards, read_board
 from rlhf_ray.telemetry.manifest import last_session
 from rlhf_ray.telemetry.record import RunRecord, read_record
 from rlhf_ray.telemetry.status import RunStatus
+
+logger = logging.getLogger("rlhf_ray")
 
 Picture = RunStatus | RunRecord
 
@@ -31,6 +34,7 @@ class FolderSight:
         self._folder, self._address = folder, address
         self._stack = ExitStack()
         self._lookout: Lookout | None = None
+        self._told = ""
 
     def look(self) -> list[Picture]:
         """The run.
@@ -44,10 +48,12 @@ class FolderSight:
                 if self._lookout is None:
                     self._lookout = self._stack.enter_context(Lookout(self._address or session.address, _LOOK_S))
                 found = self._lookout.ask(read_board, session.board, _ANSWER_S)
-            except ClusterError:
+            except ClusterError as error:
                 if self._address is not None:
                     raise
-                self._lookout, found = None, None
+                if str(error) != self._told:
+                    logger.warning("%s; what follows is from the run's folder", error)
+                self._lookout, found, self._told = None, None, str(error)
             if found is not None:
                 return [found]
         return [read_record(self._folder)]  # anew: it may have ended just then

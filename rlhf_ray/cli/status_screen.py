@@ -67,10 +67,17 @@ class Screen:
         if self._live is not None:
             self._live.update(_views(found), refresh=True)
         elif not self._shown:
-            self._console.print(_views(found))
+            self._print(_views(found))
             self._shown = {picture.run_dir: _change(picture) for picture in found}
         else:
             self._show_changes(found)
+
+    def _print(self, shown: RenderableType) -> None:
+        """Without the blanks that fill up a table's last column."""
+        with self._console.capture() as captured:
+            self._console.print(shown)
+        lines = captured.get().splitlines()
+        self._console.out(*(line.rstrip() for line in lines), sep="\n", highlight=False)
 
     def _show_changes(self, found: Sequence[Picture]) -> None:
         for picture in found:

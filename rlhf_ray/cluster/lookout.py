@@ -7,6 +7,7 @@ import signal
 import socket
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -15,7 +16,7 @@ from rlhf_ray.cluster.session import ClusterError
 T = TypeVar("T")
 
 _CONNECT_S = 3.0
-_JOIN_S = 60.0
+_JOIN_S = 40.0  # a GCS that refuses a token is asked again for 20 s
 
 
 class Lookout:
@@ -85,13 +86,21 @@ class Lookout:
 
 def _serve(connection: Connection, address: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # at Ctrl-C the parent ends this process
+    # Ray writes every try to stderr; what comes of them is in the exception.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
+    _show_token(address)
     import ray
 
-    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
     except Exception as error:  # Ray raises that plain class when it can't connect in time
-        connection.send(ClusterError(f"can't connect to the Ray cluster at {address} ({error})"))
+        connection.send(
+            ClusterError(
+                f"can't connect to the Ray cluster at {address} ({error}). If it asks for a token, set "
+                "RAY_AUTH_MODE=token, and the token in RAY_AUTH_TOKEN or ~/.ray/auth_token"
+            )
+        )
         return
     connection.send(None)
     while True:
@@ -106,18 +115,40 @@ def _serve(connection: Connection, address: str) -> None:
         connection.send(answer)
 
 
+def _show_token(address: str) -> None:
+    """Show this user's token to a cluster of this machine, which asks for it by default; to others only if told to."""
+    host, _ = _host_and_port(address)
+    token = Path.home() / ".ray" / "auth_token"
+    if host and _is_here(host) and token.exists():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+
+def _is_here(host: str) -> bool:
+    """Whether it is an address of this machine, the only kind that can be bound."""
+    try:
+        with socket.create_server((host, 0)):
+            return True
+    except OSError:
+        return False
+
+
+def _host_and_port(address: str) -> tuple[str, str]:
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    return host.strip("[]"), port
+
+
 def _check_that_somebody_listens(address: str) -> None:
-    """Ray takes a minute to find out."""
+    """Ray takes minutes to find out."""
     if address == "auto":
         return
-    scheme, _, place = address.rpartition("://")
-    host, _, port = place.rpartition(":")
+    scheme = address.rpartition("://")[0]
+    host, port = _host_and_port(address)
     if scheme not in ("", "ray") or not host or not port.isdecimal():
         raise ClusterError(
             f"{address!r} is no address of a Ray cluster: give host:port of its head (6379 is usual), or "
             "ray://host:port from outside of it (10001 is usual)"
         )
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_S).close()
+        socket.create_connection((host, int(port)), timeout=_CONNECT_S).close()
     except OSError as error:
         raise ClusterError(f"no Ray cluster answers at {address}: {error}") from error

@@ -16,6 +16,8 @@ from rlhf_ray.telemetry.trackers import Tracker
 
 PART = "<part>"
 
+_SIGNS = str.maketrans({"−": "-", "β": "beta", "δ": "delta", "·": "*", "Σ": "sum"})
+
 
 @dataclass(frozen=True)
 class Series:
@@ -54,6 +56,11 @@ def series_of(metric: str) -> Series:
     return Series(f"rlhf_{re.sub(r'[^a-zA-Z0-9]', '_', metric.replace(PART, 'part'))}", METRICS[metric].meaning, tags)
 
 
+def in_ascii(text: str) -> str:
+    """Text as Ray takes it, of which all else is a question mark."""
+    return text.translate(_SIGNS).encode("ascii", "replace").decode()
+
+
 def all_series() -> Iterator[Series]:
     """All that a run can export."""
     yield from map(series_of, METRICS)
@@ -68,7 +75,7 @@ class RayMetrics(Tracker):
     """
 
     def __init__(self, run: str, job: str) -> None:
-        self._own = {"run": run, "job": job}
+        self._own = {"run": in_ascii(run), "job": job}
         self._made: dict[str, Any] = {}
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -77,7 +84,7 @@ class RayMetrics(Tracker):
         for name, value in metrics.items():
             entry = find_metric(name)
             if entry is not None:
-                part = {"part": name.partition("/")[2]} if entry.name.endswith(PART) else {}
+                part = {"part": in_ascii(name.partition("/")[2])} if entry.name.endswith(PART) else {}
                 self._set(series_of(entry.name), value, **part)
 
     def phases(self, role: str, ranks: Sequence[Sequence[Span]]) -> None:
@@ -88,7 +95,8 @@ class RayMetrics(Tracker):
                 seconds[phase] = seconds.get(phase, 0.0) + covered_seconds([s for s in spans if s.name == phase])
         for phase, total in seconds.items():
             if total > 0:  # Ray refuses to add nothing
-                self._made_of(PHASE_SECONDS).inc(total / len(ranks), tags=self._own | {"role": role, "phase": phase})
+                tags = self._own | {"role": in_ascii(role), "phase": phase}
+                self._made_of(PHASE_SECONDS).inc(total / len(ranks), tags=tags)
 
     def progress(self, progress: Progress) -> None:
         """Take what changes within a step."""
@@ -107,5 +115,5 @@ class RayMetrics(Tracker):
             from ray.util.metrics import Counter, Gauge
 
             kind = Counter if series.counter else Gauge
-            self._made[series.name] = kind(series.name, series.meaning, tag_keys=("run", "job", *series.tags))
+            self._made[series.name] = kind(series.name, in_ascii(series.meaning), ("run", "job", *series.tags))
         return self._made[series.name]
