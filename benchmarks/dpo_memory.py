@@ -37,6 +37,7 @@ from benchmarks.common import (
     run_command,
     say,
 )
+from benchmarks.resident import EXACT, forget_most, in_use, most_in_use
 from rlhf_ray.engines.training import DTYPES
 from rlhf_ray.models.heads import CausalModel, load_causal, load_config
 from rlhf_ray.models.packed import PackedSequences
@@ -45,8 +46,6 @@ Side = Literal["ours", "plain", "without head"]
 
 BETA = 0.1
 SEED = 7
-# Tensors of their own pages, which go back to the kernel when they are freed: then memory in use is what is counted.
-_EXACT = {"LD_PRELOAD": "", "MALLOC_CONF": "", "MALLOC_MMAP_THRESHOLD_": str(128 * 2**10)}
 
 
 def main(
@@ -68,7 +67,7 @@ def main(
     found: dict[Side, Peak] = {}
     sides: tuple[Side, ...] = ("ours", "plain", "without head")
     for side in sides:
-        with FreshProcess({**process_env(threads), **_EXACT}) as process:
+        with FreshProcess({**process_env(threads), **EXACT}) as process:
             found[side] = process.call(_measure, side, model, dtype, texts, vocab_chunk_tokens, threads)
         say(f"{side}: {found[side].bytes / 1e6:,.0f} MB, loss {found[side].loss:.6f}")
     ours, plain, rest = (found[side].bytes for side in sides)
@@ -108,14 +107,14 @@ def _measure(side: Side, model: Path, dtype: Dtype, texts: np.ndarray, chunk: in
         # So that the loss is not that of a policy which is its reference.
         _shake(policy)
     logprobs = {"ours": _ours, "plain": _plain, "without head": _without_head}[side]
-    before = _resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    before = in_use()
+    forget_most()
     with torch.no_grad():
         given = logprobs(reference, texts)
     margins = (logprobs(policy, texts) - given).view(-1, 2)
     loss = -F.logsigmoid(BETA * (margins[:, 0] - margins[:, 1])).mean()
     loss.backward()
-    return Peak(_resident("VmHWM") - before, float(loss.detach()))
+    return Peak(most_in_use() - before, float(loss.detach()))
 
 
 def _load(side: Side, model: Path, dtype: Dtype, chunk: int) -> Any:
@@ -149,14 +148,6 @@ def _without_head(model: CausalModel, texts: np.ndarray) -> torch.Tensor:
     """Any sums that the backward pass starts from."""
     hidden = hidden_states(model.model, PackedSequences.of(list(texts), torch.device("cpu")))
     return hidden.float().mean(-1).view(texts.shape).sum(1)
-
-
-def _resident(name: str) -> int:
-    """`VmRSS`, memory in use, or `VmHWM`, the most that was, in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{name}:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {name}: this benchmark needs Linux")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ BENCHMARKS = (
     "epochs",
     "dpo_trl",
     "dpo_memory",
+    "sequence_parallel",
     "weight_sync",
     "lora",
     "overhead",

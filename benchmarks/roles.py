@@ -32,6 +32,7 @@ from rlhf_ray.data.minibatches import OptimizerStep, plan_update
 from rlhf_ray.data.prompts import load_prompts
 from rlhf_ray.data.requests import PromptRequest, requests_for
 from rlhf_ray.data.trajectory import Trajectory, TrajectoryBatch
+from rlhf_ray.engines.rollout_setup import RolloutSetup
 from rlhf_ray.models.heads import load_tokenizer
 
 TEMPERATURE = 1.0
@@ -51,12 +52,13 @@ def rollout_role(
     model: Path, rollout: Rollout, dtype: Dtype, *, engines: int, threads: int, adapter_rank: int | None = None
 ) -> Iterator[RolloutGroup]:
     """Rollout engines that are ready to generate."""
-    seating = Seating(_TIMEOUTS.setup_s)
-    seat = seating.seat_engines(RolloutPlacement(engines=engines, cpus=0, threads=threads))
-    actors = create_group("rollout", RolloutWorker, seat, engines, lambda rank: {"rank": rank})
+    placement = RolloutPlacement(engines=engines, cpus=0, threads=threads)
+    seating = Seating({"rollout": (placement, 1)}, _TIMEOUTS.setup_s, autoscaling=False)
+    actors = create_group("rollout", RolloutWorker, seating.seats["rollout"], engines, lambda rank: {"rank": rank})
     group = RolloutGroup(actors.actors, rollout, deterministic=False, timeout_s=_TIMEOUTS.rollout_s)
     try:
-        _wait(group.call("load_model", str(model), rollout, dtype, 1, SEED, False, adapter_rank), "rollout: load_model")
+        setup = RolloutSetup(str(model), rollout.engine, dtype, 1, SEED, adapter_rank=adapter_rank)
+        _wait(group.call("load_model", setup), "rollout: load_model")
         yield group
         _wait(group.call("shutdown"), "rollout: shutdown")
     finally:
@@ -67,12 +69,11 @@ def rollout_role(
 @contextmanager
 def policy_role(policy: Policy, *, threads: int, lora_sync: LoraSync = "merged") -> Iterator[ActorGroup]:
     """One rank of the policy, ready to score and train."""
-    seating = Seating(_TIMEOUTS.setup_s)
-    seat = seating.seat_trained("policy", RolePlacement(cpus=0, threads=threads), guests=0)
+    seating = Seating({"policy": (RolePlacement(cpus=0, threads=threads), 1)}, _TIMEOUTS.setup_s, autoscaling=False)
     group = create_group(
         "policy",
         PolicyWorker,
-        seat,
+        seating.seats["policy"],
         1,
         lambda rank: {"role": "policy", "rank": rank, "world_size": 1, "seed": SEED, "deterministic": False},
     )

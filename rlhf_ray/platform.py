@@ -6,6 +6,8 @@ from typing import Literal
 
 import torch
 
+TransferBackend = Literal["nccl", "ipc", "gloo"]
+
 
 @dataclass(frozen=True)
 class Platform:
@@ -14,14 +16,15 @@ class Platform:
     Attributes:
         device: of models and batches.
         collectives: torch.distributed backend between the ranks of a role.
-        weight_transfer: vLLM weight-transfer backend between policy and rollout engines.
+        weight_transfer: vLLM weight-transfer backends from the policy to rollout engines: on other devices, and on its
+            own, where NCCL refuses two processes and CUDA shares memory between them.
         attention: attention over packed sequences (see models/attention.py).
         deepspeed: accelerator name for DeepSpeed.
     """
 
     device: torch.device
     collectives: Literal["nccl", "gloo"]
-    weight_transfer: Literal["nccl", "gloo"]
+    weight_transfer: tuple[TransferBackend, TransferBackend]
     attention: Literal["varlen_flash", "bucketed_sdpa"]
     deepspeed: Literal["cuda", "cpu"]
 
@@ -30,8 +33,14 @@ class Platform:
 def platform() -> Platform:
     """The platform of this process. Ray shows an actor only the GPU that was reserved for it."""
     if torch.cuda.is_available():
-        return Platform(torch.device("cuda", 0), "nccl", "nccl", "varlen_flash", "cuda")
-    return Platform(torch.device("cpu"), "gloo", "gloo", "bucketed_sdpa", "cpu")
+        return Platform(torch.device("cuda", 0), "nccl", ("nccl", "ipc"), "varlen_flash", "cuda")
+    return Platform(torch.device("cpu"), "gloo", ("gloo", "gloo"), "bucketed_sdpa", "cpu")
+
+
+def transfer_backend(same_devices: bool) -> TransferBackend:
+    """How weights get to engines that sit on the policy's devices, or on others."""
+    apart, together = platform().weight_transfer
+    return together if same_devices else apart
 
 
 def device_memory() -> tuple[int, int] | None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from rlhf_ray.actors.worker import Share
 from rlhf_ray.algorithms.moments import Moments
 from rlhf_ray.algorithms.value_loss import ExplainedVariance
 from rlhf_ray.data.packing import plan_micro_batches
@@ -71,24 +72,22 @@ class ShardReport:
 
 
 def response_column(
-    batch: TrajectoryBatch,
-    rank: int,
-    world_size: int,
-    max_tokens: int,
-    forward: Callable[[ResponsePack], torch.Tensor],
+    batch: TrajectoryBatch, share: Share, max_tokens: int, forward: Callable[[ResponsePack], torch.Tensor]
 ) -> ColumnPart:
-    """This rank's share of a column: `forward` gives float32 `[response tokens]` for each pack."""
+    """A rank's share of a column: `forward` gives float32 `[response tokens]` for each pack."""
     samples: list[int] = []
     values: list[torch.Tensor] = []
-    for micro_batch in micro_batches(batch, rank, world_size, max_tokens):
+    for micro_batch in micro_batches(batch, share, max_tokens):
         values.append(forward(ResponsePack.of(batch, micro_batch, platform().device)).float().cpu())
         samples += micro_batch
+    if not share.reports:
+        return ColumnPart((), np.empty(0, np.float32))
     return ColumnPart(tuple(samples), torch.cat(values).numpy())
 
 
-def micro_batches(batch: TrajectoryBatch, rank: int, world_size: int, max_tokens: int) -> list[list[int]]:
-    """This rank's share of a shard, packed. All ranks get the same number of micro-batches."""
-    return plan_micro_batches(batch.prompt_lengths + batch.response_lengths, world_size, max_tokens)[rank]
+def micro_batches(batch: TrajectoryBatch, share: Share, max_tokens: int) -> list[list[int]]:
+    """A share of a shard, packed. All shares have the same number of micro-batches."""
+    return plan_micro_batches(batch.prompt_lengths + batch.response_lengths, share.count, max_tokens)[share.number]
 
 
 def assemble(parts: Sequence[ColumnPart], batch: TrajectoryBatch) -> torch.Tensor:

@@ -55,8 +55,7 @@ class CriticWorker(PPOTrainedWorker):
         with self.recorder.span("values"):
             return response_column(
                 batch,
-                self.rank,
-                self.world_size,
+                self.share,
                 self.critic.engine.micro_batch_tokens,
                 lambda pack: self.engine(pack.packed, pack.positions),
             )

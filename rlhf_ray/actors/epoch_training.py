@@ -58,7 +58,10 @@ class EpochTrainedWorker(TrainedWorker):
                 partial(_uids, found, [row for micro in micro_batches for row in micro]),
             )
         means["grad_norm"] = Mean(done.grad_norm, 1.0)
-        return UpdateReport(means, done.lr, 1, sum(len(micro) for micro in micro_batches), watch.seconds)
+        samples = sum(len(micro) for micro in micro_batches)
+        if not self.share.reports:
+            means, samples = {}, 0
+        return UpdateReport(means, done.lr, 1, samples, watch.seconds)
 
     @torch.no_grad()
     def evaluate(
@@ -72,7 +75,7 @@ class EpochTrainedWorker(TrainedWorker):
             for micro_batch in micro_batches:
                 _, stats = self.micro_batch_loss(found, micro_batch)
                 means = sum_means((means, stats))
-        return means
+        return means if self.share.reports else {}
 
 
 def _uids(data: Any, rows: Sequence[int]) -> list[str]:

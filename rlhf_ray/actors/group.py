@@ -1,45 +1,61 @@
 """N ranks of a role as one: created by one function, called together."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rlhf_ray.actors.waiting import wait_all
 from rlhf_ray.actors.watched import actor_class
-from rlhf_ray.cluster.placement import reserve
-from rlhf_ray.config.placement import RolePlacement, RolloutPlacement
+from rlhf_ray.cluster.assignment import requests_of
+from rlhf_ray.cluster.placement import Place, reserve
+from rlhf_ray.config.placement import Placed, RolloutPlacement
 
 
 @dataclass(frozen=True)
 class Seat:
-    """What one rank of a role reserves, in a bundle that it may share.
+    """What one rank of a role reserves, on a place that it may share.
 
     Attributes:
-        places: the bundles, one for each rank.
-        cpus, gpus: of one rank; a share of the bundle's when roles are colocated.
+        places: in rank order.
+        cpus, gpus: of one rank; a share of the place's when roles are colocated.
         threads: that one rank computes with.
         env: environment of its process.
+        span: places that one rank sits on, by their devices' ids; 0 for its own place, by Ray's count of GPUs.
     """
 
-    places: PlacementGroup
+    places: list[Place]
     cpus: float
     gpus: float
     threads: int
     env: dict[str, str]
+    span: int = 0
+
+    def place_of(self, rank: int) -> Place:
+        """Where Ray starts the rank's process."""
+        return self.places[rank * (self.span or 1)]
+
+    def devices_of(self, rank: int) -> dict[str, str]:
+        """Environment that shows a rank the devices of all its places."""
+        shown = [device for place in self.places[rank * self.span : (rank + 1) * self.span] for device in place.devices]
+        return {"CUDA_VISIBLE_DEVICES": ",".join(shown), "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"} if shown else {}
 
 
 class ActorGroup:
-    """The ranks of one role. Calls go to all of them; results come back in rank order."""
+    """The ranks of one role. Calls go to all of them; results come back in rank order.
 
-    def __init__(self, role: str, actors: Sequence[Any]) -> None:
+    Attributes:
+        shares: parts that samples are dealt into: one for each rank, or for as many neighbours as share sequences.
+    """
+
+    def __init__(self, role: str, actors: Sequence[Any], sequence_parallel: int = 1) -> None:
         self.role = role
         self.actors = list(actors)
+        self.shares = len(self.actors) // sequence_parallel
 
     def __len__(self) -> int:
         return len(self.actors)
@@ -48,8 +64,10 @@ class ActorGroup:
         """Call a method with the same arguments on every rank."""
         return [getattr(actor, method).remote(*args) for actor in self.actors]
 
-    def call_each(self, method: str, per_rank: Sequence[tuple[Any, ...]]) -> list[ray.ObjectRef]:
-        """Call a method with each rank's own arguments."""
+    def call_each(self, method: str, per_share: Sequence[tuple[Any, ...]]) -> list[ray.ObjectRef]:
+        """Call a method on every rank with the arguments of its share."""
+        together = len(self.actors) // self.shares
+        per_rank = [arguments for arguments in per_share for _ in range(together)]
         return [getattr(actor, method).remote(*args) for actor, args in zip(self.actors, per_rank, strict=True)]
 
     def call_one(self, rank: int, method: str, *args: Any, num_returns: int = 1) -> Any:
@@ -67,27 +85,33 @@ class ActorGroup:
 
 
 def create_group(
-    role: str, worker: type, seat: Seat, ranks: int, arguments: Callable[[int], dict[str, Any]]
+    role: str,
+    worker: type,
+    seat: Seat,
+    ranks: int,
+    arguments: Callable[[int], dict[str, Any]],
+    sequence_parallel: int = 1,
 ) -> ActorGroup:
     """Start one process for each rank on its bundle. `arguments` gives a rank's constructor arguments.
 
     It may be called again for a role whose processes died: nothing of the old ones is reused.
     """
-    memory = {} if seat.gpus else KEEP_MEMORY
+    memory = {} if seat.places[0].devices else KEEP_MEMORY
     env = {"OMP_NUM_THREADS": str(seat.threads), **SHARE_CORES, **HIDE_GPUS, **QUIET, **memory, **seat.env}
     actors = []
     for rank in range(ranks):
+        place = seat.place_of(rank)
         options = {
             "num_cpus": seat.cpus,
             "num_gpus": seat.gpus,
             "scheduling_strategy": PlacementGroupSchedulingStrategy(
-                seat.places, placement_group_bundle_index=rank, placement_group_capture_child_tasks=False
+                place.group, placement_group_bundle_index=place.bundle, placement_group_capture_child_tasks=False
             ),
-            "runtime_env": {"env_vars": env},
+            "runtime_env": {"env_vars": env | seat.devices_of(rank)},
             "max_restarts": 0,
         }
         actors.append(actor_class(worker).options(**options).remote(**arguments(rank)))
-    return ActorGroup(role, actors)
+    return ActorGroup(role, actors, sequence_parallel)
 
 
 # Roles on CPU take turns on the same cores: a thread that waits for others of its process must not spin for long on a
@@ -118,51 +142,39 @@ QUIET = {
 
 
 class Seating:
-    """Places of all roles of a job. Roles that are colocated share bundles, each taking an equal part."""
+    """Seats of all roles of a job, reserved together. Roles that are colocated share places, each taking an equal part.
 
-    def __init__(self, timeout_s: float) -> None:
-        self._timeout_s = timeout_s
-        self._seats: dict[str, Seat] = {}
+    Args:
+        roles: as `JobConfig.places`.
 
-    def seat_trained(self, role: str, placement: RolePlacement, guests: int) -> Seat:
-        """A role with bundles of its own, which `guests` other groups will share."""
-        bundle = _bundle(placement.cpus, placement.gpus)
-        places = reserve(role, [bundle] * (placement.ranks or 1), placement.strategy, self._timeout_s)
-        self._seats[role] = Seat(
-            places,
-            cpus=_share(placement.cpus, guests + 1),
-            gpus=_share(placement.gpus, guests + 1),
-            threads=placement.threads or max(1, int(placement.cpus)),
-            env=placement.env,
-        )
-        return self._seats[role]
+    Attributes:
+        seats: of each role.
+    """
 
-    def seat_guest(self, role: str, placement: RolePlacement) -> Seat:
-        """A role on the bundles of the one it is colocated with."""
-        assert placement.colocate is not None
-        host = self._seats[placement.colocate]
-        self._seats[role] = Seat(host.places, host.cpus, host.gpus, placement.threads or host.threads, placement.env)
-        return self._seats[role]
-
-    def seat_engines(self, placement: RolloutPlacement) -> Seat:
-        """Rollout engines; the workers of one engine share a bundle, and so a node."""
-        cpus, gpus = placement.cpus * placement.tensor_parallel, placement.gpus * placement.tensor_parallel
-        places = reserve("rollout", [_bundle(cpus, gpus)] * placement.engines, placement.strategy, self._timeout_s)
-        self._seats["rollout"] = Seat(
-            places, cpus, gpus, placement.threads or max(1, int(placement.cpus)), placement.env
-        )
-        return self._seats["rollout"]
+    def __init__(self, roles: Mapping[str, Placed], timeout_s: float, *, autoscaling: bool) -> None:
+        requests = requests_of({role: placed.placement for role, placed in roles.items()})
+        self._reservation = reserve(requests, timeout_s, autoscaling=autoscaling)
+        self.seats = {}
+        for role, (placement, _) in roles.items():
+            host = placement.colocate or role
+            place = roles[host].placement
+            groups = {other: count for other, (at, count) in roles.items() if host in (other, at.colocate)}
+            workers = placement.tensor_parallel if isinstance(placement, RolloutPlacement) else 1
+            span = workers if isinstance(placement, RolloutPlacement) and host != role else 0
+            # Engines that sit with others are shown their devices: Ray can't count parts of several GPUs.
+            counted = sum(groups.values()) - (host != "rollout" and "rollout" in groups)
+            self.seats[role] = Seat(
+                self._reservation.of(host),
+                cpus=_share(place.cpus * (1 if span else workers), sum(groups.values())),
+                gpus=0.0 if span else _share(place.gpus * workers, counted),
+                threads=placement.threads or place.threads or max(1, int(place.cpus)),
+                env=placement.env,
+                span=span,
+            )
 
     def release(self) -> None:
-        """Give all bundles back."""
-        for places in {id(seat.places): seat.places for seat in self._seats.values()}.values():
-            remove_placement_group(places)
-        self._seats.clear()
-
-
-def _bundle(cpus: float, gpus: float) -> dict[str, float]:
-    bundle = {key: amount for key, amount in (("CPU", cpus), ("GPU", gpus)) if amount}
-    return bundle or {"CPU": 0.001}  # Ray has no empty bundles
+        """Give all places back."""
+        self._reservation.release()
 
 
 def _share(amount: float, parts: int) -> float:

@@ -50,8 +50,7 @@ class PolicyWorker(PPOTrainedWorker):
     def _logprobs(self, batch: TrajectoryBatch) -> ColumnPart:
         return response_column(
             batch,
-            self.rank,
-            self.world_size,
+            self.share,
             self.policy.engine.micro_batch_tokens,
             lambda pack: self.engine(pack.packed, pack.positions, pack.targets, self.temperature, "nothing")[0],
         )
@@ -93,7 +92,14 @@ class PolicyWorker(PPOTrainedWorker):
         return total / max(1.0, tokens) <= self.ppo.kl_early_stop
 
     def connect(
-        self, engines: list[Any], workers_per_engine: int, host: str, port: int, bucket_bytes: int, timeout_s: float
+        self,
+        engines: list[Any],
+        workers_per_engine: int,
+        host: str,
+        port: int,
+        bucket_bytes: int,
+        timeout_s: float,
+        same_devices: bool = False,
     ) -> None:
         """Meet the rollout engines for weight transfer; on every rank, rank 0 sends."""
         self._sync: WeightSync | AdapterSync
@@ -103,7 +109,9 @@ class PolicyWorker(PPOTrainedWorker):
         from rlhf_ray.engines.weight_transfer.sender import SyncGroup, WeightSender
 
         client = EngineClient(engines, workers_per_engine, timeout_s)
-        group = SyncGroup(self.rank, host, port, len(engines) * workers_per_engine, bucket_bytes, timeout_s)
+        group = SyncGroup(
+            self.rank, host, port, len(engines) * workers_per_engine, bucket_bytes, timeout_s, same_devices
+        )
         self._sync = WeightSync(client, WeightSender(self.engine.model, group, client))
 
     def send_weights(self, version: int) -> None:

@@ -67,6 +67,8 @@ class PPOTrainedWorker(TrainedWorker):
             samples += sum(len(micro) for micro in step.micro_batches)
             if not self.after_step(stats):
                 break
+        if not self.share.reports:
+            total, samples = {}, 0
         return UpdateReport(total, lr, steps, samples, watch.seconds)
 
     def _accumulate(self, data: RankBatch, step: OptimizerStep) -> Stats:
@@ -79,7 +81,7 @@ class PPOTrainedWorker(TrainedWorker):
             self.check_finite("loss", value, partial(data.names, micro_batch))
             self.engine.backward(loss, last=number == len(step.micro_batches) - 1)
             # The loss is this micro-batch's share of the step's: shares add up, and steps average.
-            found["loss"] = Mean(value, 1.0 / (len(step.micro_batches) * self.world_size))
+            found["loss"] = Mean(value, 1.0 / (len(step.micro_batches) * self.share.count))
             stats = sum_means((stats, found))
         return stats
 

@@ -95,11 +95,12 @@ class PreferenceWorker(EpochTrainedWorker):
         """The policy's log-probs of the answers in this rank's share of some rows."""
         [found] = fetch_data(data, "the data set")
         with self.recorder.span("log-probs"):
-            return AnswerLogProbs.of(
+            logprobs = AnswerLogProbs.of(
                 found,
                 micro_batches,
                 lambda pack: self.engine(pack.packed, pack.positions, pack.targets, 1.0, "nothing")[0],
             )
+            return logprobs if self.share.reports else logprobs.select(())
 
     @torch.no_grad()
     def base_logprobs(self, data: Refs, micro_batches: Sequence[Sequence[int]]) -> AnswerLogProbs:

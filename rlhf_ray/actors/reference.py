@@ -19,6 +19,8 @@ from rlhf_ray.telemetry.trace import in_span
 class ReferenceWorker(Worker):
     """One rank of the reference model."""
 
+    engine: ForwardEngine
+
     @in_span("load model")
     def load_model(self, model: str, engine: ScoringEngine, temperature: float, trust_remote_code: bool) -> None:
         """Load the model; collective."""
@@ -36,8 +38,7 @@ class ReferenceWorker(Worker):
         with self.recorder.span("log-probs"):
             return response_column(
                 batch,
-                self.rank,
-                self.world_size,
+                self.share,
                 self.config.micro_batch_tokens,
                 lambda pack: self.engine(pack.packed, pack.positions, pack.targets, self.temperature, "nothing")[0],
             )
@@ -46,11 +47,12 @@ class ReferenceWorker(Worker):
         """Log-probs of the answers in this rank's share of some rows of a `ComparisonSet`."""
         [found] = fetch_data(data, "the data set")
         with self.recorder.span("log-probs"):
-            return AnswerLogProbs.of(
+            logprobs = AnswerLogProbs.of(
                 found,
                 micro_batches,
                 lambda pack: self.engine(pack.packed, pack.positions, pack.targets, self.temperature, "nothing")[0],
             )
+            return logprobs if self.share.reports else logprobs.select(())
 
     def mix_weights(self, shared: Sequence[Sequence[ray.ObjectRef]], share: float) -> None:
         """Move every weight by `share` of its way to the policy's; collective.

@@ -68,10 +68,12 @@ class RewardModelWorker(Worker):
                 batch = self._translate(batch)
             samples: list[int] = []
             scores: list[np.ndarray] = []
-            for micro_batch in micro_batches(batch, self.rank, self.world_size, self.part.engine.micro_batch_tokens):
+            for micro_batch in micro_batches(batch, self.share, self.part.engine.micro_batch_tokens):
                 pack = ResponsePack.of(batch, micro_batch, platform().device)
                 scores.append(self.engine(pack.packed, pack.last).float().cpu().numpy())
                 samples += micro_batch
+            if not self.share.reports:
+                return ScorePart((), np.empty(0, np.float32))
             together = np.concatenate(scores)
             found = ScorePart(tuple(samples), self._scale.normalise(together) if self._scale else together)
         bad = [batch.uids[s] for s, score in zip(samples, found.scores, strict=True) if not np.isfinite(score)]

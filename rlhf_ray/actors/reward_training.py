@@ -72,6 +72,8 @@ class RewardTrainingWorker(EpochTrainedWorker):
         with self.recorder.span("evaluate"):
             # An empty micro-batch is a forward pass too, which ZeRO-3's collectives need.
             scores = [self._scores(found, rows)[: len(found.candidates(rows))].cpu() for rows in micro_batches]
+        if not self.share.reports:
+            return CandidateScores(np.empty(0, np.int64), np.empty(0, np.float32))
         candidates = [found.candidates(rows) for rows in micro_batches]
         return CandidateScores(np.concatenate(candidates), torch.cat(scores).numpy())
 

@@ -15,6 +15,8 @@ from rlhf_ray.actors.watched import Watched
 from rlhf_ray.config.rollout import Rollout, Sampling
 from rlhf_ray.data.requests import PromptRequest
 from rlhf_ray.data.trajectory import TrajectoryBatch
+from rlhf_ray.engines.level import Level
+from rlhf_ray.engines.rollout_setup import RolloutSetup
 from rlhf_ray.telemetry.status import Shards
 from rlhf_ray.telemetry.trace import Span, SpanRecorder
 
@@ -51,29 +53,14 @@ class RolloutWorker(Watched):
         self.engine: Any = None  # vLLM is imported when the engine starts
         self._version = 0
 
-    async def load_model(
-        self,
-        model: str,
-        rollout: Rollout,
-        dtype: str,
-        tensor_parallel: int,
-        seed: int,
-        trust_remote_code: bool,
-        adapter_rank: int | None,
-    ) -> None:
-        """Start the engine; one that `load_adapter` will be called on is told the adapters' rank."""
+    async def load_model(self, setup: RolloutSetup) -> None:
+        """Start the engine."""
         with self.recorder.span("load model"):
+            from rlhf_ray.engines.collectives import use_interface_of
             from rlhf_ray.engines.rollout import RolloutEngine
 
-            self.engine = RolloutEngine(
-                model,
-                rollout.engine,
-                dtype=dtype,
-                tensor_parallel=tensor_parallel,
-                seed=seed,
-                trust_remote_code=trust_remote_code,
-                adapter_rank=adapter_rank,
-            )
+            use_interface_of(ray.util.get_node_ip_address())
+            self.engine = RolloutEngine(setup)
             await self.engine.set_version(0)
 
     async def generate(
@@ -102,6 +89,11 @@ class RolloutWorker(Watched):
                 await asyncio.sleep(0)
         self.engine.queued = 0
         await self.engine.resume()
+
+    async def move(self, level: Level) -> None:
+        """Leave the device to others, or come back to it, as far as `level` says."""
+        with self.recorder.span(f"going to {level.name.lower()}"):
+            await self.engine.move(level)
 
     async def init_transfer(self, init_info: dict[str, Any]) -> None:
         """Join the trainer's weight-transfer group."""

@@ -48,7 +48,7 @@ class NonFiniteLossError(Exception):
 
 @dataclass(frozen=True)
 class UpdateReport:
-    """What one rank's update was like.
+    """What one rank's update was like. Means and samples of a rank that gives no results are empty.
 
     Attributes:
         means: to be added up over ranks.

@@ -57,7 +57,7 @@ class Watched:
 def actor_class(worker: type) -> Any:
     """Ray's class of actors of a `Watched` class.
 
-    With a group there, Ray runs the other methods in a thread beside the main one: still one at a time, in order, and all
+    With a group there, Ray runs the other methods in a thread beside the main one: still one at a time and in order, all
     in the same thread. The constructor runs in the main thread.
     """
     return ray.remote(concurrency_groups={_GROUP: 1})(worker)

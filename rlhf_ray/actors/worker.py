@@ -3,7 +3,9 @@
 import os
 import random
 import socket
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import ray
@@ -11,13 +13,35 @@ import torch
 
 from rlhf_ray.actors.watched import Watched
 from rlhf_ray.data.seeds import derive_seed
-from rlhf_ray.engines.collectives import Rendezvous, join_collectives
+from rlhf_ray.engines.collectives import Rendezvous, join_collectives, use_interface_of
+from rlhf_ray.engines.level import Level
 from rlhf_ray.platform import device_memory
 from rlhf_ray.telemetry.trace import Span, SpanRecorder, in_span
+
+if TYPE_CHECKING:
+    from rlhf_ray.engines.training import ForwardEngine, TrainingEngine
+
+
+@dataclass(frozen=True)
+class Share:
+    """What part of the samples a rank works on.
+
+    Attributes:
+        number: of the part, from 0.
+        count: of parts.
+        reports: whether results are this rank's to give. Of the ranks that work on the same part together one gives
+            them, the others give none.
+    """
+
+    number: int
+    count: int
+    reports: bool = True
 
 
 class Worker(Watched):
     """One rank of a role."""
+
+    engine: "TrainingEngine | ForwardEngine"
 
     def __init__(self, role: str, rank: int, world_size: int, seed: int, deterministic: bool) -> None:
         self.role, self.rank, self.world_size = role, rank, world_size
@@ -35,7 +59,19 @@ class Worker(Watched):
     @in_span("join")
     def join(self, host: str, port: int, timeout_s: float) -> None:
         """Join the group's collectives."""
+        use_interface_of(ray.util.get_node_ip_address())
         join_collectives(Rendezvous(self.rank, self.world_size, host, port, timeout_s))
+
+    def move(self, level: Level) -> None:
+        """Leave the device to others, or come back to it, as far as `level` says."""
+        with self.recorder.span(f"going to {level.name.lower()}"):
+            self.engine.move(level)
+
+    @property
+    def share(self) -> Share:
+        """This rank's part of the samples: that of its neighbours too where they share sequences."""
+        together = self.engine.sequence_parallel
+        return Share(self.rank // together, self.world_size // together, reports=self.rank % together == 0)
 
     def drain_spans(self) -> list[Span]:
         """What this rank did since the last call."""

@@ -119,7 +119,9 @@ def _trained(section: Policy | Critic | RewardModel) -> str:
 
 
 def _engine(engine: TrainingEngine | ScoringEngine) -> str:
-    return f"{engine.dtype}, ZeRO stage {engine.zero_stage}" if engine.zero_stage else engine.dtype
+    zero = f", ZeRO stage {engine.zero_stage}" if engine.zero_stage else ""
+    together = engine.sequence_parallel
+    return f"{engine.dtype}{zero}" + (f", sequences over {together} ranks" if together > 1 else "")
 
 
 def _ranks(config: PPOJob, role: Role) -> str:

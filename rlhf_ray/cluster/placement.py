@@ -1,64 +1,150 @@
-"""Reserving places for actors, with an error that says what does not fit."""
+"""Reserving places for all roles of a job at once, each on a node that was chosen for it."""
 
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from uuid import uuid4
 
 import ray
+from ray.autoscaler.sdk import request_resources
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from rlhf_ray.cluster.session import describe_resources
+from rlhf_ray.cluster.assignment import Assignment, PlacementError, Request, assign
+from rlhf_ray.cluster.topology import Node, live_nodes
+
+logger = logging.getLogger("rlhf_ray")
+
+_NODE_LABEL = "ray.io/node-id"
 
 
-class PlacementError(Exception):
-    """A role has no place in the cluster.
+@dataclass(frozen=True)
+class Place:
+    """Where one rank or engine sits.
 
     Attributes:
-        role: the role, as in `placement.<role>`.
-        bundle: number of the first bundle that fits on no node, None when each fits alone.
+        group, bundle: what is reserved for it.
+        node: that has it.
+        devices: ids of its GPUs on that node; empty on CPU.
     """
 
-    def __init__(self, role: str, message: str, bundle: int | None = None) -> None:
-        self.role, self.bundle = role, bundle
-        self._message = message
-        super().__init__(message)
-
-    def __reduce__(self) -> tuple[type["PlacementError"], tuple[str, str, int | None]]:
-        return type(self), (self.role, self._message, self.bundle)
+    group: PlacementGroup
+    bundle: int
+    node: Node
+    devices: tuple[str, ...]
 
 
-def reserve(role: str, bundles: list[dict[str, float]], strategy: str, timeout_s: float) -> PlacementGroup:
-    """Reserve one bundle for each rank or engine of a role.
+class Reservation:
+    """Places of roles, in rank order: by node, and on a node by device, so that neighbours are neighbours."""
+
+    def __init__(self, places: dict[str, list[Place]]) -> None:
+        self._places = places
+
+    def of(self, role: str) -> list[Place]:
+        """The places of a role."""
+        return self._places[role]
+
+    def release(self) -> None:
+        """Give all of them back."""
+        for places in self._places.values():
+            remove_placement_group(places[0].group)
+        self._places = {}
+
+
+def reserve(requests: Sequence[Request], timeout_s: float, *, autoscaling: bool = False) -> Reservation:
+    """Reserve what all roles ask for.
+
+    What no node has, even when everything is free, is an error at once, unless nodes come when asked for
+    (`autoscaling`); what others hold is waited for.
 
     Raises:
-        PlacementError: after `timeout_s`, naming the bundle that can't be placed and what the cluster has.
+        PlacementError: naming role, bundle, and what each node lacks.
     """
-    # Names must differ within a namespace, and two runs of one config share theirs.
-    group = placement_group(bundles, strategy=strategy, name=f"{role}-{uuid4().hex[:8]}")
-    if group.wait(timeout_s):
-        return group
-    remove_placement_group(group)
-    raise _error(role, bundles, strategy, timeout_s)
+    deadline = time.monotonic() + timeout_s
+    asked_for_nodes = False
+    try:
+        while True:
+            nodes = live_nodes()
+            try:
+                chosen = assign(requests, nodes)
+            except PlacementError:
+                if not autoscaling:
+                    assign(requests, [replace(node, free=node.resources) for node in nodes])
+                elif not asked_for_nodes:
+                    _ask_for_nodes(requests)
+                    asked_for_nodes = True
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(_POLL_S)
+                continue
+            reserved = _reserve(requests, chosen, min(_ATTEMPT_S, max(1.0, deadline - time.monotonic())))
+            if reserved is not None:
+                return reserved
+            if time.monotonic() > deadline:
+                role = requests[0].role
+                message = f"placement: others took what was free, again and again within {timeout_s:g} s"
+                raise PlacementError(role, f"{message}; wait, or raise placement.placement_timeout_s", 0, {})
+    finally:
+        if asked_for_nodes:
+            request_resources(bundles=[])  # what is reserved keeps its nodes; the rest may go again
 
 
-def _error(role: str, bundles: list[dict[str, float]], strategy: str, timeout_s: float) -> PlacementError:
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    free = ray._private.state.available_resources_per_node()
-    table = "; ".join(
-        f"node {node['NodeManagerAddress']} has {describe_resources(node['Resources'])}"
-        f" ({describe_resources(free.get(node['NodeID'], {}))} free)"
-        for node in nodes
+# Ray's view of what is free lags a little behind what is reserved, and another job may be faster.
+_POLL_S = 0.5
+_ATTEMPT_S = 10.0
+
+
+def _ask_for_nodes(requests: Sequence[Request]) -> None:
+    logger.info("asking the cluster's autoscaler for nodes")
+    request_resources(
+        bundles=[request.resources for request in requests for _ in range(request.places)],
+        bundle_label_selectors=[request.labels for request in requests for _ in range(request.places)],
     )
-    for number, bundle in enumerate(bundles):
-        if not any(all(node["Resources"].get(key, 0) >= amount for key, amount in bundle.items()) for node in nodes):
-            return PlacementError(
-                role,
-                f"placement.{role}: bundle {number} of {len(bundles)} needs {describe_resources(bundle)} on one node, "
-                f"which no node has: {table}. Ask for less in placement.{role}, or add nodes",
-                number,
-            )
-    total = {key: sum(bundle.get(key, 0) for bundle in bundles) for key in ("CPU", "GPU")}
-    return PlacementError(
-        role,
-        f"placement.{role}: {len(bundles)} bundles with {describe_resources(total)} in all ({strategy}) were not "
-        f"placed within {timeout_s:g} s: {table}. Other roles or jobs hold the rest: ask for less in "
-        "placement, wait, or add nodes (on one machine, cluster.cpus sets how many CPUs Ray counts)",
+
+
+def _reserve(requests: Sequence[Request], chosen: Assignment, timeout_s: float) -> Reservation | None:
+    """None when the chosen nodes had given away the places by then."""
+    deadline = time.monotonic() + timeout_s
+    groups = {
+        request.role: placement_group(
+            [request.resources] * request.places,
+            strategy="PACK",
+            # Names must differ within a namespace, and two runs of one config share theirs.
+            name=f"{request.role}-{uuid4().hex[:8]}",
+            bundle_label_selector=[{_NODE_LABEL: node.node_id} for node in chosen[request.role]],
+        )
+        for request in requests
+    }
+    reservation = Reservation(
+        {
+            role: [Place(group, bundle, node, ()) for bundle, node in enumerate(chosen[role])]
+            for role, group in groups.items()
+        }
     )
+    for group in groups.values():
+        if not group.wait(max(0.0, deadline - time.monotonic())):
+            reservation.release()
+            return None
+    return Reservation({request.role: _by_device(request, reservation.of(request.role)) for request in requests})
+
+
+def _by_device(request: Request, places: list[Place]) -> list[Place]:
+    """Places of one node in the order of their GPUs, which Ray hands out as it likes."""
+    gpus = request.resources.get("GPU", 0.0)
+    if not gpus:
+        return places
+    probes = [
+        _device_ids.options(
+            num_gpus=gpus, scheduling_strategy=PlacementGroupSchedulingStrategy(place.group, place.bundle)
+        ).remote()
+        for place in places
+    ]
+    found = [replace(place, devices=tuple(ids)) for place, ids in zip(places, ray.get(probes, timeout=60), strict=True)]
+    order = {id(node): number for number, node in enumerate({id(p.node): p.node for p in places}.values())}
+    return sorted(found, key=lambda place: (order[id(place.node)], [int(device) for device in place.devices]))
+
+
+@ray.remote(num_cpus=0, max_retries=0)
+def _device_ids() -> list[str]:
+    return ray.get_runtime_context().get_accelerator_ids()["GPU"]

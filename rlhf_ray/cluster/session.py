@@ -10,6 +10,7 @@ from typing import Any
 
 import ray
 
+from rlhf_ray.cluster.topology import describe
 from rlhf_ray.config.placement import Cluster
 
 logger = logging.getLogger("rlhf_ray")
@@ -80,7 +81,7 @@ def _connect(cluster: Cluster, name: str) -> None:
         # threads, and the others would wait for it at every step.
         system = {"worker_niceness": 0}
         ray.init(address="local", num_cpus=cluster.cpus, include_dashboard=False, _system_config=system, **options)
-        logger.info("started a local Ray cluster with %s", describe_resources(ray.cluster_resources()))
+        logger.info("started a local Ray cluster with %s", describe(ray.cluster_resources()))
 
 
 def cluster_facts() -> dict[str, Any]:
@@ -92,9 +93,3 @@ def cluster_facts() -> dict[str, Any]:
             for node in ray.nodes()
         ],
     }
-
-
-def describe_resources(resources: dict[str, float]) -> str:
-    """`2 CPU, 1 GPU` from Ray's resource table."""
-    shown = [f"{resources[key]:g} {key}" for key in ("CPU", "GPU") if resources.get(key)]
-    return ", ".join(shown) or "no CPU or GPU"

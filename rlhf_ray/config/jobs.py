@@ -10,6 +10,7 @@ from rlhf_ray.config.base import NonNegativeInt, Section
 from rlhf_ray.config.data import ComparisonData, ComparisonKind, ConversationData, PreferenceData, PromptData
 from rlhf_ray.config.placement import (
     Cluster,
+    Placed,
     PPOPlacement,
     PreferencePlacement,
     RewardModelPlacement,
@@ -21,6 +22,8 @@ from rlhf_ray.config.reward_loss import BradleyTerry, RewardLoss
 from rlhf_ray.config.rewards import ModelReward, RewardPart, part_name
 from rlhf_ray.config.rollout import Rollout
 from rlhf_ray.config.run import EpochRun, PPORun, SFTRun
+from rlhf_ray.config.shares import Shares
+from rlhf_ray.config.sharing import check_sharing
 from rlhf_ray.config.training import (
     Critic,
     Lora,
@@ -36,7 +39,6 @@ from rlhf_ray.config.training import (
 TRAINED: tuple[Literal["policy", "critic"], ...] = ("policy", "critic")
 MAX_ENGINE_RANK = 512
 """Largest rank of an adapter that vLLM applies."""
-SCORING: tuple[Literal["policy", "critic", "reference", "reward"], ...] = ("policy", "critic", "reference", "reward")
 
 
 def shard_count(samples: int, shard_samples: int) -> int:
@@ -98,6 +100,35 @@ class PPOJob(_Job):
         """The policy with its adapters off is the reference, so there are no actors for one."""
         return self.policy.lora is not None and self.reference.from_model == "policy"
 
+    @property
+    def places(self) -> dict[str, Placed]:
+        """The roles that have actors; each reward model is a group of its own."""
+        groups = {
+            "policy": 1,
+            "critic": 1,
+            "reference": 0 if self.policy_is_reference else 1,
+            "reward": len(self.reward_models),
+            "rollout": 1,
+        }
+        return {role: Placed(getattr(self.placement, role), count) for role, count in groups.items() if count}
+
+    @property
+    def shares(self) -> list[Shares]:
+        """What each model deals samples into; policy and critic come first."""
+        ranks = self.placement.ranks_of
+        found = [
+            Shares(f"placement.{role}.ranks", ranks(role), f"{role}.engine", getattr(self, role).engine)
+            for role in TRAINED
+        ]
+        if not self.policy_is_reference:
+            found.append(
+                Shares("placement.reference.ranks", ranks("reference"), "reference.engine", self.reference.engine)
+            )
+        for index, part in enumerate(self.reward):
+            if isinstance(part, ModelReward):
+                found.append(Shares("placement.reward.ranks", ranks("reward"), f"reward.{index}.engine", part.engine))
+        return found
+
     @model_validator(mode="after")
     def _sections_agree(self) -> "PPOJob":
         if not self.reward:
@@ -125,13 +156,13 @@ class PPOJob(_Job):
                 "critic.init_from is 'reward', but reward has no part with a model: name a model folder in "
                 "critic.init_from"
             )
-        for role in TRAINED:
-            ranks = self.placement.ranks_of(role)
-            if self.samples_per_step // self.algorithm.optimizer_steps < ranks:
+        for shares in self.shares:
+            shares.check()
+        for shares in self.shares[: len(TRAINED)]:
+            if self.samples_per_step // self.algorithm.optimizer_steps < shares.count:
                 raise ValueError(
                     f"data.prompts_per_step × data.samples_per_prompt ({self.samples_per_step}) split into "
-                    f"algorithm.optimizer_steps ({self.algorithm.optimizer_steps}) gives fewer samples than "
-                    f"placement.{role}.ranks ({ranks})"
+                    f"algorithm.optimizer_steps ({self.algorithm.optimizer_steps}) gives fewer samples than {shares}"
                 )
         if self.algorithm.kl.target is not None and self.algorithm.kl.horizon <= 0.2 * self.samples_per_step:
             raise ValueError(
@@ -140,17 +171,17 @@ class PPOJob(_Job):
                 "β negative"
             )
         shards = shard_count(self.samples_per_step, self.rollout.shard_samples)
-        for scoring in SCORING:
-            ranks = self.placement.ranks_of(scoring)
-            if self.samples_per_step // shards < ranks:
+        for shares in self.shares:
+            if self.samples_per_step // shards < shares.count:
                 raise ValueError(
                     f"rollout.shard_samples ({self.rollout.shard_samples}) cuts {self.samples_per_step} samples into "
-                    f"shards of {self.samples_per_step // shards}, fewer than the {ranks} ranks of placement.{scoring}"
+                    f"shards of {self.samples_per_step // shards}, fewer than {shares}"
                 )
-        if (self.placement.rollout.gpus > 0) != (self.placement.policy.gpus > 0):
+        gpus = {role: self.placement.gpus_of(role) for role in ("policy", "rollout")}
+        if (gpus["rollout"] > 0) != (gpus["policy"] > 0):
             raise ValueError(
-                f"placement.policy.gpus ({self.placement.policy.gpus:g}) and placement.rollout.gpus "
-                f"({self.placement.rollout.gpus}) must both be 0 or both not: weights travel over one kind of device"
+                f"placement.policy.gpus ({gpus['policy']:g}) and placement.rollout.gpus ({gpus['rollout']:g}) "
+                "must both be 0 or both not: weights travel over one kind of device"
             )
         if self.algorithm.critic_warmup_steps >= self.run.steps:
             raise ValueError(
@@ -174,6 +205,13 @@ class PPOJob(_Job):
                 )
         if self.policy_is_reference:
             _check_unused_reference(self.reference, self.placement.reference)
+        engines: dict[str, tuple[TrainingEngine | ScoringEngine, ...]] = {
+            "policy": (self.policy.engine,),
+            "critic": (self.critic.engine,),
+            "reference": (self.reference.engine,),
+            "reward": tuple(part.engine for part in self.reward_models),
+        }
+        check_sharing(self.places, engines, offload_idle=self.placement.offload_idle)
         return self
 
 
@@ -213,6 +251,11 @@ class EpochRole:
         """Processes that train the model."""
         return self.placement.ranks or 1
 
+    @property
+    def shares(self) -> Shares:
+        """What its rows are dealt into."""
+        return Shares(f"placement.{self.name}.ranks", self.ranks, f"{self.name}.engine", self.trained.engine)
+
 
 class RewardModelJob(_Job):
     """Training of a reward model on pairs, choices or rankings."""
@@ -236,6 +279,11 @@ class RewardModelJob(_Job):
         return EpochRole("reward", self.reward, self.placement.reward, self.data.rows_per_step)
 
     @property
+    def places(self) -> dict[str, Placed]:
+        """The one role, which has actors."""
+        return {"reward": Placed(self.placement.reward, 1)}
+
+    @property
     def kind(self) -> ComparisonKind:
         """What its rows are for."""
         return "rewards"
@@ -244,7 +292,6 @@ class RewardModelJob(_Job):
     def _sections_agree(self) -> "RewardModelJob":
         _check_epochs(
             self.role,
-            "data.rows_per_step",
             self.run,
             self.data.eval,
             {"eval/loss", "eval/accuracy", "eval/margin"},
@@ -271,6 +318,11 @@ class SFTJob(_Job):
         """The one role."""
         return EpochRole("policy", self.policy, self.placement.policy, self.data.rows_per_step)
 
+    @property
+    def places(self) -> dict[str, Placed]:
+        """The one role, which has actors."""
+        return {"policy": Placed(self.placement.policy, 1)}
+
     @model_validator(mode="after")
     def _sections_agree(self) -> "SFTJob":
         if self.data.streaming and self.run.steps is None:
@@ -281,7 +333,6 @@ class SFTJob(_Job):
             raise ValueError(f"run.steps ({self.run.steps}) is for data.streaming: true; set run.epochs")
         _check_epochs(
             self.role,
-            "data.rows_per_step",
             self.run,
             self.data.eval,
             {"eval/loss", "eval/entropy", "eval/perplexity"},
@@ -313,6 +364,14 @@ class PreferenceJob(_Job):
         return EpochRole("policy", self.policy, self.placement.policy, self.data.rows_per_step)
 
     @property
+    def places(self) -> dict[str, Placed]:
+        """The roles that have actors."""
+        policy = {"policy": Placed(self.placement.policy, 1)}
+        if not self.algorithm.needs_reference or self.policy_is_reference:
+            return policy
+        return policy | {"reference": Placed(self.placement.reference, 1)}
+
+    @property
     def kind(self) -> ComparisonKind:
         """What its rows are for."""
         return "labels" if self.algorithm.unpaired else "pairs"
@@ -330,7 +389,7 @@ class PreferenceJob(_Job):
     @model_validator(mode="after")
     def _sections_agree(self) -> "PreferenceJob":
         measures = {f"eval/{name}" for name in self.algorithm.measures}
-        _check_epochs(self.role, "data.rows_per_step", self.run, self.data.eval, measures)
+        _check_epochs(self.role, self.run, self.data.eval, measures)
         if not self.algorithm.needs_reference and self.reference != PreferenceReference():
             raise ValueError("reference has no effect: algorithm.loss and algorithm.reference_free compare with none")
         if self.algorithm.needs_reference and self.policy_is_reference:
@@ -340,11 +399,14 @@ class PreferenceJob(_Job):
                     f"reference.update_every is {self.reference.update_every}, but with policy.lora the reference is "
                     "the policy with its adapters off, which stays as it is"
                 )
-        ranks = self.placement.reference_ranks
-        if self.algorithm.needs_reference and self.data.rows_per_step < ranks:
-            raise ValueError(
-                f"data.rows_per_step ({self.data.rows_per_step}) is less than placement.reference.ranks ({ranks})"
-            )
+        engines: dict[str, tuple[TrainingEngine | ScoringEngine, ...]] = {
+            "policy": (self.policy.engine,),
+            "reference": (self.reference.engine,),
+        }
+        check_sharing(self.places, engines, offload_idle=self.placement.offload_idle)
+        if self.algorithm.needs_reference and not self.policy_is_reference:
+            ranks, engine = self.placement.reference_ranks, self.reference.engine
+            _check_shares(Shares("placement.reference.ranks", ranks, "reference.engine", engine), self.role)
         return self
 
 
@@ -374,11 +436,10 @@ def _check_lora(role: str, section: Policy | Critic | RewardModel, gpus: float) 
         )
 
 
-def _check_epochs(role: EpochRole, rows_key: str, run: EpochRun, held_out: str | None, measures: set[str]) -> None:
+def _check_epochs(role: EpochRole, run: EpochRun, held_out: str | None, measures: set[str]) -> None:
     """`measures` are the metrics of an evaluation."""
     _check_lora(role.name, role.trained, role.placement.gpus)
-    if role.rows_per_step < role.ranks:
-        raise ValueError(f"{rows_key} ({role.rows_per_step}) is less than placement.{role.name}.ranks ({role.ranks})")
+    _check_shares(role.shares, role)
     metric = "" if run.keep_best is None else run.keep_best.metric
     if metric.startswith("eval/"):
         assert run.keep_best is not None
@@ -397,6 +458,13 @@ def _check_epochs(role: EpochRole, rows_key: str, run: EpochRun, held_out: str |
         )
     if run.patience is not None and run.eval_every == 0:
         raise ValueError("run.patience counts evaluations, but run.eval_every is 0: one, after the last step")
+
+
+def _check_shares(shares: Shares, role: EpochRole) -> None:
+    """Each share of the ranks needs a row."""
+    shares.check()
+    if role.rows_per_step < shares.count:
+        raise ValueError(f"data.rows_per_step ({role.rows_per_step}) is less than {shares}")
 
 
 EpochJob = PreferenceJob | RewardModelJob | SFTJob

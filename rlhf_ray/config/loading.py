@@ -25,6 +25,9 @@ class ConfigError(Exception):
         self.problems = list(problems)
         super().__init__(f"{source}: " + "; ".join(self.problems))
 
+    def __reduce__(self) -> tuple[type["ConfigError"], tuple[str, list[str]]]:
+        return type(self), (self.source, self.problems)
+
 
 class _UniqueKeyLoader(yaml.SafeLoader):
     """YAML without the silent overwriting of a key that stands twice, and with 1e-5 read as a number."""

@@ -1,62 +1,119 @@
 """Where actors sit and what each reserves."""
 
-from typing import Literal
+import re
+from typing import Literal, NamedTuple, Self
 
 from pydantic import Field, model_validator
 
 from rlhf_ray.config.base import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
 
+Strategy = Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"]
+Host = Literal["policy", "critic", "reference", "reward"]
 
-class RolePlacement(Section):
+# What Ray takes as a label selector: a value, several, or the opposite of either.
+_WORD = r"[a-zA-Z0-9](?:[a-zA-Z0-9_.-]{0,61}[a-zA-Z0-9])?"
+_SELECTOR = re.compile(rf"!?(?:in\({_WORD}(?:, ?{_WORD})*\)|{_WORD})")
+
+_OWN_KEYS = {"CPU": "cpus", "GPU": "gpus"}
+
+# What places a role, and so has no effect on one that sits with another.
+_PLACING = ("cpus", "gpus", "resources", "labels", "nodes", "strategy")
+
+
+class _Place(Section):
+    """What one rank, or one worker of an engine, reserves, and on which nodes."""
+
+    cpus: NonNegativeFloat = 1.0
+    """Ray CPUs that one rank, or one worker of an engine, reserves."""
+    gpus: NonNegativeFloat = 0.0
+    """GPUs that one rank reserves."""
+    resources: dict[str, PositiveFloat] = Field(default_factory=dict)
+    """Custom Ray resources that one rank, or one worker of an engine, reserves."""
+    labels: dict[str, str] = Field(default_factory=dict)
+    """Ray labels that its nodes must have, each with `value`, `!value`, `in(a, b)` or `!in(a, b)`."""
+    nodes: PositiveInt | None = None
+    """Nodes over which the ranks or engines are spread, as many on each; by default `strategy` alone decides."""
+    strategy: Strategy = "PACK"
+    """Nodes that are taken: as few as possible (`PACK`), as many as possible (`SPREAD`), one (`STRICT_PACK`), or one
+    for each rank or engine (`STRICT_SPREAD`)."""
+    threads: PositiveInt | None = None
+    """Threads that one rank or worker computes with on CPU; by default `cpus`, at least 1."""
+    env: dict[str, str] = Field(default_factory=dict)
+    """Environment variables of these processes."""
+    colocate: Host | None = None
+    """Sit on the places of this role, rank by rank (an engine on those of `tensor_parallel` ranks), instead of on own
+    ones."""
+
+    @model_validator(mode="after")
+    def _says_where(self) -> Self:
+        for name, selector in self.labels.items():
+            if not _SELECTOR.fullmatch(selector):
+                raise ValueError(
+                    f".labels.{name} is {selector!r}, which is none of: value, !value, in(a, b), !in(a, b)"
+                )
+        for name in self.resources:
+            if name in _OWN_KEYS:
+                raise ValueError(f".resources names {name}, which .{_OWN_KEYS[name]} sets")
+        if self.nodes is not None and self.strategy != "PACK":
+            raise ValueError(f".strategy is {self.strategy!r}, but .nodes ({self.nodes}) says already how they spread")
+        return self
+
+    def _check_nodes(self, places: int, key: str) -> None:
+        if self.nodes is not None and places % self.nodes:
+            raise ValueError(f".{key} ({places}) can't be spread equally over .nodes ({self.nodes})")
+
+
+class RolePlacement(_Place):
     """Ranks of one role."""
 
     ranks: PositiveInt | None = None
     """Processes of this role, each a data-parallel rank. By default 1, or as many as the role it is colocated with."""
-    cpus: NonNegativeFloat = 1.0
-    """Ray CPUs that one rank reserves."""
-    gpus: NonNegativeFloat = 0.0
-    """GPUs that one rank reserves."""
-    threads: PositiveInt | None = None
-    """Threads that one rank computes with on CPU; by default `cpus`, at least 1."""
-    colocate: Literal["policy", "critic"] | None = None
-    """Sit on the bundles of this role, rank by rank, instead of on own ones."""
-    strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
-    """Ray's placement strategy of this role's bundles."""
-    env: dict[str, str] = Field(default_factory=dict)
-    """Environment variables of these processes."""
 
     @model_validator(mode="after")
-    def _one_gpu_a_rank(self) -> "RolePlacement":
+    def _one_gpu_a_rank(self) -> Self:
         if self.gpus > 1:
             raise ValueError(f".gpus is {self.gpus:g}, but a rank drives one device: raise .ranks instead")
+        self._check_nodes(self.ranks or 1, "ranks")
         return self
 
 
-class RolloutPlacement(Section):
+class RolloutPlacement(_Place):
     """Rollout engines."""
 
     engines: PositiveInt = 1
     """vLLM engines, each with a full copy of the policy."""
     tensor_parallel: PositiveInt = 1
-    """Workers over which one engine's weights are split."""
-    cpus: NonNegativeFloat = 1.0
-    """Ray CPUs that one engine reserves for each of its workers."""
+    """Workers over which one engine's weights are split; they share a node."""
     gpus: Literal[0, 1] = 0
     """GPUs that one worker reserves."""
-    threads: PositiveInt | None = None
-    """Threads that one worker computes with on CPU; by default `cpus`, at least 1."""
-    strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
-    """Ray's placement strategy of the engines' bundles."""
-    env: dict[str, str] = Field(default_factory=dict)
-    """Environment variables of these processes."""
+
+    @model_validator(mode="after")
+    def _engines_on_nodes(self) -> Self:
+        self._check_nodes(self.engines, "engines")
+        return self
+
+    @property
+    def workers(self) -> int:
+        """Of all engines together."""
+        return self.engines * self.tensor_parallel
 
 
-class _Timeouts(Section):
+class Placed(NamedTuple):
+    """A role that has actors: where they sit, and how many groups of them there are."""
+
+    placement: RolePlacement | RolloutPlacement
+    groups: int
+
+
+class _SharedPlacement(Section):
+    offload_idle: bool = False
+    """Roles that share places leave their devices while another needs them: weights and optimizer state go to host
+    memory, engines drop their weights and KV cache."""
     placement_timeout_s: PositiveFloat = 60.0
-    """Seconds that a role may wait for its place in the cluster."""
+    """Seconds that the roles may wait for their places in the cluster."""
 
 
-class PPOPlacement(_Timeouts):
+class PPOPlacement(_SharedPlacement):
     """All roles of a PPO job."""
 
     policy: RolePlacement = RolePlacement()
@@ -72,24 +129,26 @@ class PPOPlacement(_Timeouts):
 
     @model_validator(mode="after")
     def _colocated_ranks_match(self) -> "PPOPlacement":
-        for guest in ("policy", "critic", "reference", "reward"):
+        for guest in ("policy", "critic", "reference", "reward", "rollout"):
             _check_colocated(self, guest)
         return self
 
-    def ranks_of(self, role: Literal["policy", "critic", "reference", "reward"]) -> int:
+    def ranks_of(self, role: Host) -> int:
         """Ranks of a role, colocated or not."""
-        return self._host_of(role).ranks or 1
+        place: RolePlacement = getattr(self, role)
+        return (place if place.colocate is None else getattr(self, place.colocate)).ranks or 1
 
-    def gpus_of(self, role: Literal["policy", "critic", "reference", "reward"]) -> float:
-        """GPUs of the bundle that a rank of a role sits on."""
-        return self._host_of(role).gpus
+    def gpus_of(self, role: Host | Literal["rollout"]) -> float:
+        """GPUs of the place that a rank of a role, or a worker of an engine, sits on."""
+        return self.host_of(role).gpus
 
-    def _host_of(self, role: Literal["policy", "critic", "reference", "reward"]) -> RolePlacement:
-        placement: RolePlacement = getattr(self, role)
+    def host_of(self, role: Host | Literal["rollout"]) -> RolePlacement | RolloutPlacement:
+        """The section that places a role: its own, or that of the role it sits with."""
+        placement: RolePlacement | RolloutPlacement = getattr(self, role)
         return placement if placement.colocate is None else getattr(self, placement.colocate)
 
 
-class PreferencePlacement(_Timeouts):
+class PreferencePlacement(_SharedPlacement):
     """The roles of a preference job."""
 
     policy: RolePlacement = RolePlacement()
@@ -99,9 +158,10 @@ class PreferencePlacement(_Timeouts):
 
     @model_validator(mode="after")
     def _colocated_ranks_match(self) -> "PreferencePlacement":
-        if "critic" in (self.policy.colocate, self.reference.colocate):
-            raise ValueError(".reference.colocate is 'critic', but this job has no such role")
         for guest in ("policy", "reference"):
+            host = getattr(self, guest).colocate
+            if host in ("critic", "reward"):
+                raise ValueError(f".{guest}.colocate is {host!r}, but this job has no such role")
             _check_colocated(self, guest)
         return self
 
@@ -111,7 +171,12 @@ class PreferencePlacement(_Timeouts):
         return (self.policy if self.reference.colocate else self.reference).ranks or 1
 
 
-class RewardModelPlacement(_Timeouts):
+class _AlonePlacement(Section):
+    placement_timeout_s: PositiveFloat = 60.0
+    """Seconds that the role may wait for its places in the cluster."""
+
+
+class RewardModelPlacement(_AlonePlacement):
     """The role of a reward-model job."""
 
     reward: RolePlacement = RolePlacement()
@@ -123,7 +188,7 @@ class RewardModelPlacement(_Timeouts):
         return self
 
 
-class SFTPlacement(_Timeouts):
+class SFTPlacement(_AlonePlacement):
     """The role of a fine-tuning job."""
 
     policy: RolePlacement = RolePlacement()
@@ -137,20 +202,33 @@ class SFTPlacement(_Timeouts):
 
 def _check_colocated(placement: PPOPlacement | PreferencePlacement, guest: str) -> None:
     """A role that sits with another has as many ranks, and no place of its own."""
-    role: RolePlacement = getattr(placement, guest)
+    role: RolePlacement | RolloutPlacement = getattr(placement, guest)
     if role.colocate is None:
         return
     host: RolePlacement = getattr(placement, role.colocate)
     if role.colocate == guest or host.colocate is not None:
         raise ValueError(f".{guest}.colocate: {role.colocate!r} must name a role that has its own place")
-    for key in ("cpus", "gpus", "strategy"):
-        if getattr(role, key) != RolePlacement.model_fields[key].default:
+    for key in _PLACING:
+        if getattr(role, key) != type(role).model_fields[key].get_default(call_default_factory=True):
             raise ValueError(
                 f".{guest}.{key} has no effect beside .{guest}.colocate: it sits in .{role.colocate}'s place"
             )
-    if role.ranks is not None and role.ranks != (host.ranks or 1):
+    ranks = host.ranks or 1
+    if isinstance(role, RolloutPlacement) and role.workers != ranks:
         raise ValueError(
-            f".{guest}.ranks ({role.ranks}) differs from .{role.colocate}.ranks ({host.ranks or 1}), but "
+            f".{guest}.engines ({role.engines}) x .{guest}.tensor_parallel ({role.tensor_parallel}) differs from "
+            f".{role.colocate}.ranks ({ranks}), but .{guest}.colocate puts each worker on the place of one rank"
+        )
+    if isinstance(role, RolloutPlacement) and role.tensor_parallel > 1:
+        on_one_node = {"STRICT_SPREAD": 1}.get(host.strategy, ranks // (host.nodes or 1))
+        if on_one_node % role.tensor_parallel:
+            raise ValueError(
+                f".{guest}.tensor_parallel ({role.tensor_parallel}) does not divide the ranks that "
+                f".{role.colocate} has on a node ({on_one_node}): one engine's workers share a node"
+            )
+    if isinstance(role, RolePlacement) and role.ranks not in (None, ranks):
+        raise ValueError(
+            f".{guest}.ranks ({role.ranks}) differs from .{role.colocate}.ranks ({ranks}), but "
             f".{guest}.colocate puts it on the same bundles"
         )
 
@@ -168,3 +246,5 @@ class Cluster(Section):
     starts a local cluster that ends with the run."""
     cpus: NonNegativeInt | None = None
     """CPUs that a local cluster offers; by default this machine's."""
+    autoscaling: bool = False
+    """Nodes come when they are asked for: ask for those that are missing, and wait `placement.placement_timeout_s`."""

@@ -26,6 +26,9 @@ class ScoringEngine(Section):
     """3 shards the weights over the ranks and gathers them layer by layer; 0 keeps a copy on each rank."""
     micro_batch_tokens: PositiveInt = 8192
     """Tokens (prompt and response) packed into one forward pass. A longer sample goes through alone."""
+    sequence_parallel: PositiveInt = 1
+    """Neighbouring ranks that share each micro-batch, every one with a part of its tokens and in attention of the heads
+    (Ulysses), where long responses take too much memory. 1 gives each rank micro-batches of its own."""
     vocab_chunk_tokens: PositiveInt = 256
     """Logits that exist at the same time, as positions with the whole vocabulary; more positions take it in parts."""
     offload_parameters: bool = False
@@ -46,7 +49,10 @@ class TrainingEngine(Section):
     dtype: Dtype = "bfloat16"
     """Number format of weights and activations. The optimizer keeps float32 master weights either way."""
     micro_batch_tokens: PositiveInt = 8192
-    """Tokens packed into one forward and backward pass of a rank. Does not change the gradient."""
+    """Tokens packed into one forward and backward pass. Does not change the gradient."""
+    sequence_parallel: PositiveInt = 1
+    """Neighbouring ranks that share each micro-batch, every one with a part of its tokens and in attention of the heads
+    (Ulysses), where long responses take too much memory. 1 gives each rank micro-batches of its own."""
     vocab_chunk_tokens: PositiveInt = 256
     """Logits that exist at the same time, as positions with the whole vocabulary; more positions take it in parts."""
     gradient_clip: NonNegativeFloat = 1.0

@@ -75,12 +75,12 @@ class EpochController:
         role = self.config.role
         split, rows, of_rows = self.rows.take(step)
         lengths, weight = split.rows.lengths[rows], float(split.rows.weights[rows].sum())
-        plan = plan_micro_batches(lengths, len(self.group), role.trained.engine.micro_batch_tokens)
+        plan = plan_micro_batches(lengths, self.group.shares, role.trained.engine.micro_batch_tokens)
         context = self.context(split, rows)
-        per_rank = [(split.ref, [rows[micro].tolist() for micro in mine], weight, context) for mine in plan]
+        per_share = [(split.ref, [rows[micro].tolist() for micro in mine], weight, context) for mine in plan]
         try:
             with self.folder.recorder.span("update", step):
-                reports = self._wait(self.group.call_each("step", per_rank), "step", "update_s")
+                reports = self._wait(self.group.call_each("step", per_share), "step", "update_s")
         except NonFiniteLossError as error:
             failed = [{"uid": uid, "step": step} for uid in error.samples]
             raise TrainingDiverged(step, write_failed_samples(self.folder.path, step, failed), error) from error
@@ -168,7 +168,7 @@ class EpochController:
     def on_rows(self, method: str, split: Split, *context: Any) -> list[Any]:
         """What a method that learns nothing gives for the rows of a data set, by rank."""
         max_tokens = self.config.role.trained.engine.micro_batch_tokens
-        plan = plan_micro_batches(split.rows.lengths, len(self.group), max_tokens)
+        plan = plan_micro_batches(split.rows.lengths, self.group.shares, max_tokens)
         refs = self.group.call_each(method, [(split.ref, mine, *context) for mine in plan])
         return self._wait(refs, method, "score_s")
 

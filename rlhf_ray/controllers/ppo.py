@@ -17,8 +17,8 @@ from rlhf_ray.algorithms.moments import Moments
 from rlhf_ray.algorithms.scores import ScoreShaper
 from rlhf_ray.config.jobs import PPOJob
 from rlhf_ray.controllers.ppo_report import PPOReport, StepRecord
+from rlhf_ray.controllers.ppo_roles import PPORoles
 from rlhf_ray.controllers.preflight import PPOInputs
-from rlhf_ray.controllers.roles import PPORoles
 from rlhf_ray.controllers.run_folder import Checkpointing, RunFolder
 from rlhf_ray.data.cursor import PromptCursor
 from rlhf_ray.data.minibatches import plan_update
@@ -71,7 +71,7 @@ class PPOController:
     ) -> None:
         algorithm = config.algorithm
         self.config, self.inputs, self.roles, self.folder = config, inputs, roles, folder
-        self.checkpointing = checkpointing
+        self.checkpointing, self.devices = checkpointing, roles.devices
         self.report = PPOReport(config, inputs.tokenizer, folder.path)
         self.step = 0
         self.version = 0
@@ -90,10 +90,12 @@ class PPOController:
         self._resume()
         self.folder.start_progress()
         if self.step == 0:
-            self.report.before = self._showcase()
+            with self.folder.recorder.span("showcase"):
+                self.report.before = self._showcase()
         while self.step < self.config.run.steps:
             self.train_step(self.step + 1)
-        self.report.write_showcase(after=self._showcase())
+        with self.folder.recorder.span("showcase"):
+            self.report.write_showcase(after=self._showcase())
         if self.config.run.export:
             self.checkpointing.export("policy", wait=True)
 
@@ -104,11 +106,13 @@ class PPOController:
         requests = requests_for(self.inputs.prompts, tickets, self.config.data.samples_per_prompt, self.config.seed)
 
         batch = self._score(self._generate(requests, record), record)
-        policy, critic = self._update(batch, step)
+        with self.folder.recorder.span("update", step):
+            policy, critic = self._update(batch, step)
         if policy:
             self.version += 1
+        if policy or self.devices.shares("rollout"):
             with record.timing("weight_sync"):
-                self._run("policy", "send_weights", self.version, limit="sync_s")
+                self._send_weights()
         self.kl.update(float(np.mean([kl for report in batch.reports for kl in report.kl])), len(batch.scores))
 
         self.step = step
@@ -116,11 +120,15 @@ class PPOController:
 
     def _generate(self, requests: list[PromptRequest], record: StepRecord) -> Iterator[GeneratedShard]:
         shards = cut_into_shards(requests, self.config.rollout.shard_samples)
+        self.devices.enter("generate")
         with record.timing("generate"):
             yield from self.roles.rollout.generate(shards, self.version)
 
     def _score(self, generated: Iterator[GeneratedShard], record: StepRecord) -> Batch:
-        """Scoring of a shard starts when it is complete, while others still generate."""
+        """Scoring of a shard starts when it is complete, while others still generate on devices of their own."""
+        if self.devices.shares("rollout"):
+            generated = iter(list(generated))
+        self.devices.enter("score")
         scored = [self._start_scoring(shard, record) for shard in generated]
         scored.sort(key=lambda shard: shard.generated.number)
         with self.folder.recorder.span("score", record.step):
@@ -168,7 +176,8 @@ class PPOController:
         return columns, self._wait(reports, "critic: advantages", "score_s")
 
     def _update(self, batch: Batch, step: int) -> tuple[list[UpdateReport], list[UpdateReport]]:
-        """Critic and policy train at the same time; the policy waits out the critic's warm-up."""
+        """Critic and policy train at the same time, on devices that they share one after the other; the policy waits
+        out the critic's warm-up."""
         facts = [shard.generated.facts for shard in batch.scored]
         prompt_lengths = np.concatenate([f.prompt_lengths for f in facts])
         response_lengths = np.concatenate([f.response_lengths for f in facts])
@@ -182,26 +191,28 @@ class PPOController:
         if not warming_up:
             arguments["policy"] = (moments if algorithm.whiten_advantages else None,)
         running: dict[str, list[ray.ObjectRef]] = {}
-        for role, more in arguments.items():
-            group = getattr(self.roles, role)
-            plan = plan_update(
-                prompt_lengths,
-                response_lengths,
-                epochs=algorithm.epochs,
-                optimizer_steps=algorithm.optimizer_steps,
-                ranks=len(group),
-                max_tokens=getattr(config, role).engine.micro_batch_tokens,
-                seed=derive_seed(config.seed, "minibatches", step),
-            )
-            running[role] = group.call_each("update", [(batch.shards, starts, mine, *more) for mine in plan])
-        try:
-            with self.folder.recorder.span("update", step):
-                self._wait(
-                    [ref for refs in running.values() for ref in refs], "update of policy and critic", "update_s"
+        for turn in self.devices.turns(arguments):
+            self.devices.enter("update", turn)
+            for role in turn:
+                group = getattr(self.roles, role)
+                plan = plan_update(
+                    prompt_lengths,
+                    response_lengths,
+                    epochs=algorithm.epochs,
+                    optimizer_steps=algorithm.optimizer_steps,
+                    ranks=group.shares,
+                    max_tokens=getattr(config, role).engine.micro_batch_tokens,
+                    seed=derive_seed(config.seed, "minibatches", step),
                 )
-        except NonFiniteLossError as error:
-            shards = [self._fetch(shard.generated) for shard in batch.scored]
-            raise self.report.save_failure(step, shards, batch.parts, error) from error
+                per_rank = [(batch.shards, starts, mine, *arguments[role]) for mine in plan]
+                running[role] = group.call_each("update", per_rank)
+            try:
+                self._wait(
+                    [ref for role in turn for ref in running[role]], f"update of {' and '.join(turn)}", "update_s"
+                )
+            except NonFiniteLossError as error:
+                shards = [self._fetch(shard.generated) for shard in batch.scored]
+                raise self.report.save_failure(step, shards, batch.parts, error) from error
         reports = {role: self._wait(refs, f"{role}: update", "update_s") for role, refs in running.items()}
         for role, found in reports.items():
             self._check_all_trained(role, found, algorithm.epochs * len(batch.scores))
@@ -245,14 +256,12 @@ class PPOController:
 
     def _showcase(self) -> list[SampleRow]:
         """Responses to the same few prompts with the same seeds, to compare those before and after training."""
-        with self.folder.recorder.span("showcase"):
-            return self._sampled_showcase()
-
-    def _sampled_showcase(self) -> list[SampleRow]:
         cursor = PromptCursor(len(self.inputs.prompts), seed=0, shuffle=False)
         tickets = cursor.take(min(self.config.run.samples_kept, len(self.inputs.prompts)))
         requests = requests_for(self.inputs.prompts, tickets, 1, derive_seed(self.config.seed, "showcase"))
+        self.devices.enter("generate")
         [shard] = self.roles.rollout.generate([requests], self.version)
+        self.devices.enter("score", ["reward"])
         rewarded = RewardedShard(shard, self._start_rewards(shard))
         parts = {part.name: self._collect([rewarded], part.name) for part in self.roles.rewards}
         return self.report.sample_rows(self._fetch(shard), parts, np.zeros(len(requests), np.float32))
@@ -286,8 +295,9 @@ class PPOController:
         checkpoint = self.folder.resumed
         if checkpoint is None:
             lora = self.config.policy.lora
-            if lora is not None and lora.base != "as_model":  # the engines' base is the one before it was rounded
-                self._run("policy", "send_weights", self.version, limit="sync_s")
+            # Rounding to fewer bits gave the policy other weights than the engines have; engines that left have none.
+            if (lora is not None and lora.base != "as_model") or self.devices.shares("rollout"):
+                self._send_weights()
             return
         self.checkpointing.load(checkpoint)
         self.step, self.version = checkpoint.step, checkpoint.state["version"]
@@ -295,6 +305,10 @@ class PPOController:
         self.kl.load_state_dict(checkpoint.state["kl"])
         self.scores.load_state_dict(checkpoint.state["scores"])
         self.report.before = [SampleRow(**row) for row in checkpoint.state["before"]]
+        self._send_weights()
+
+    def _send_weights(self) -> None:
+        self.devices.enter("sync")
         self._run("policy", "send_weights", self.version, limit="sync_s")
 
     def _run(self, role: str, method: str, *args: Any, limit: str) -> list[Any]:

@@ -40,6 +40,7 @@ class PreferenceController(EpochController):
         checkpointing: Checkpointing,
     ) -> None:
         super().__init__(config, inputs, roles.policy, folder, checkpointing)
+        self._devices = roles.devices
         self._shift = RewardShift()
         self._others = {name: Split(f"{name}, mismatched", rows) for name, rows in inputs.mismatched.items()}
         splits = [split for split in (self.training, self.held_out, *self._others.values()) if split is not None]
@@ -58,12 +59,16 @@ class PreferenceController(EpochController):
     def context(self, split: Split, rows: NDArray[np.int64]) -> StepContext:
         """Log-probs of reference and policy that the losses of these rows take as given."""
         algorithm = self.config.algorithm
-        return StepContext(
+        self._devices.enter("score")
+        context = StepContext(
             reference=self._of_reference(split, rows),
             policy=self._of_policy(split, rows) if algorithm.couples_rows else (),
             mismatched=self._of_mismatched(split, rows) if algorithm.kto is not None else ((), ()),
             shift=self._shift.value,
         )
+        self._devices.finish([*context.reference, *context.mismatched[1]], "log-probs of the reference")
+        self._devices.enter("update")
+        return context
 
     def after_step(self, step: int, reports: Sequence[UpdateReport]) -> Metrics:
         """Move BCO's running mean of rewards and TR-DPO's reference."""
@@ -75,6 +80,7 @@ class PreferenceController(EpochController):
             self._shift.update(bco.beta * wanted.total, wanted.weight, bco.beta * unwanted.total, unwanted.weight)
         every = self.config.reference.update_every
         if self._live is not None and every and step % every == 0:
+            self._devices.enter("score")
             shared = self._wait(self.group.call("share_weights"), "share_weights", "sync_s")
             self._live.mix(shared, self.config.reference.update_mix)
         return metrics
@@ -92,7 +98,7 @@ class PreferenceController(EpochController):
         return () if self._reference is None else self._reference.of(split, rows)
 
     def _of_policy(self, split: Split, rows: NDArray[np.int64]) -> Refs:
-        plan = plan_answers(split, rows, len(self.group), self.config.policy.engine.micro_batch_tokens)
+        plan = plan_answers(split, rows, self.group.shares, self.config.policy.engine.micro_batch_tokens)
         return self.group.call_each("answer_logprobs", plan)
 
     def _of_mismatched(self, split: Split, rows: NDArray[np.int64]) -> tuple[Refs, Refs]:

@@ -21,7 +21,7 @@ from rlhf_ray.config.jobs import (
 from rlhf_ray.config.loading import ConfigError
 from rlhf_ray.config.reward_loss import BradleyTerry
 from rlhf_ray.config.rewards import FunctionReward, HttpReward, ModelReward
-from rlhf_ray.config.training import Critic, Policy
+from rlhf_ray.config.training import Critic, Policy, ScoringEngine, TrainingEngine
 from rlhf_ray.data.comparisons import ComparisonSet, load_comparisons
 from rlhf_ray.data.conversations import ConversationSet, load_conversations, mix
 from rlhf_ray.data.errors import DataError
@@ -33,6 +33,7 @@ from rlhf_ray.models.heads import (
     ModelError,
     check_lora,
     check_scores,
+    check_sequence_parallel,
     check_tokenizer_matches,
     load_config,
     load_tokenizer,
@@ -148,11 +149,13 @@ def _check_ppo(config: PPOJob, problems: list[str]) -> PPOInputs:
                 f"positions of policy.model {policy.model!r}"
             )
         _check_lora(problems, "policy", policy.model, policy)
+        _check_heads(problems, "policy", policy.model, policy.engine, policy.trust_remote_code)
     with _collect(problems, "reference.from"):
         if tokenizer is not None and not _same_vocabulary(
             reference, tokenizer, trust_remote_code=policy.trust_remote_code
         ):
             problems.append(f"reference.from: {reference!r} has another vocabulary than policy.model {policy.model!r}")
+        _check_heads(problems, "reference", reference, config.reference.engine, policy.trust_remote_code)
     with _collect(problems, "critic.init_from"):
         if tokenizer is not None and not _same_vocabulary(
             critic, tokenizer, trust_remote_code=config.critic.trust_remote_code
@@ -162,11 +165,13 @@ def _check_ppo(config: PPOJob, problems: list[str]) -> PPOInputs:
                 "the critic reads"
             )
         _check_lora(problems, "critic", critic, config.critic)
+        _check_heads(problems, "critic", critic, config.critic.engine, config.critic.trust_remote_code)
     same_tokens = []
     for index, part in enumerate(config.reward):
         with _collect(problems, f"reward.{index}"):
             if isinstance(part, ModelReward):
                 check_scores(part.model, trust_remote_code=part.trust_remote_code)
+                _check_heads(problems, f"reward.{index}", part.model, part.engine, part.trust_remote_code)
                 if part.normalise and scale_of(part.model, trust_remote_code=part.trust_remote_code) is None:
                     problems.append(
                         f"reward.{index}.normalise: the config.json of {part.model!r} has no score_mean and score_std: "
@@ -196,6 +201,7 @@ def _check_epochs(config: EpochJob, problems: list[str]) -> EpochInputs:
         tokenizer = load_tokenizer(section.model, trust_remote_code=section.trust_remote_code)
         check_tokenizer_matches(section.model, tokenizer, trust_remote_code=section.trust_remote_code)
         _check_lora(problems, config.role.name, section.model, section)
+        _check_heads(problems, config.role.name, section.model, section.engine, section.trust_remote_code)
     train: RowSet | ConversationStream | None = None
     held_out: RowSet | None = None
     if tokenizer is not None:
@@ -241,6 +247,7 @@ def _check_reference(config: PreferenceJob, tokenizer: PreTrainedTokenizerBase, 
             problems.append(
                 f"reference.from: {model!r} has another vocabulary than policy.model {config.policy.model!r}"
             )
+        _check_heads(problems, "reference", model, config.reference.engine, trusted)
 
 
 def _streamed(config: SFTJob, tokenizer: PreTrainedTokenizerBase, problems: list[str]) -> ConversationStream:
@@ -256,6 +263,15 @@ def _check_lora(problems: list[str], role: str, model: str, section: Policy | Cr
         return
     with _collect(problems, f"{role}.lora"):
         check_lora(model, section.lora, scalar=role != "policy", trust_remote_code=section.trust_remote_code)
+
+
+def _check_heads(
+    problems: list[str], section: str, model: str, engine: TrainingEngine | ScoringEngine, trusted: bool
+) -> None:
+    if engine.sequence_parallel == 1:
+        return
+    with _collect(problems, f"{section}.engine.sequence_parallel"):
+        check_sequence_parallel(model, engine.sequence_parallel, trust_remote_code=trusted)
 
 
 def _mixed(config: SFTJob, tokenizer: PreTrainedTokenizerBase, problems: list[str]) -> ConversationSet | None:

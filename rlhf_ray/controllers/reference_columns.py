@@ -66,7 +66,7 @@ class LiveReference(ReferenceColumns):
         return None
 
     def of(self, split: Split, rows: NDArray[np.int64]) -> Refs:
-        return self.group.call_each(self._method, plan_answers(split, rows, len(self.group), self._max_tokens))
+        return self.group.call_each(self._method, plan_answers(split, rows, self.group.shares, self._max_tokens))
 
     def mix(self, shared: Sequence[Refs], share: float) -> None:
         """Move the reference's weights by `share` of their way to those that the policy's ranks shared."""
@@ -168,10 +168,10 @@ def reference_cache(config: PreferenceJob) -> ReferenceCache | None:
 
 
 def plan_answers(
-    split: Split, rows: NDArray[np.int64], ranks: int, max_tokens: int
+    split: Split, rows: NDArray[np.int64], shares: int, max_tokens: int
 ) -> list[tuple[list[ray.ObjectRef], list[list[int]]]]:
-    """Arguments of `answer_logprobs` for each rank."""
-    plan = plan_micro_batches(split.rows.lengths[rows], ranks, max_tokens)
+    """Arguments of `answer_logprobs` for each share of the rows."""
+    plan = plan_micro_batches(split.rows.lengths[rows], shares, max_tokens)
     return [(split.ref, [rows[micro].tolist() for micro in mine]) for mine in plan]
 
 

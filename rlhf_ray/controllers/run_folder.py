@@ -13,6 +13,7 @@ from uuid import uuid4
 
 import ray
 
+from rlhf_ray.actors.devices import Devices
 from rlhf_ray.actors.group import ActorGroup
 from rlhf_ray.actors.rollout import RolloutGroup
 from rlhf_ray.actors.waiting import wait_all
@@ -149,20 +150,27 @@ def _outcome(error: BaseException | None) -> tuple[Outcome, str]:
 
 
 class Checkpointing:
-    """Writes and reads the parts of a checkpoint that groups of trained roles hold."""
+    """Writes and reads the parts of a checkpoint that groups of trained roles hold.
 
-    def __init__(self, folder: RunFolder, trained: Mapping[str, ActorGroup], timeout_s: float) -> None:
+    Args:
+        devices: of roles that share them; None where none do.
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        trained: Mapping[str, ActorGroup],
+        timeout_s: float,
+        devices: Devices | None = None,
+    ) -> None:
         self._folder = folder
         self._trained = trained
         self._timeout_s = timeout_s
+        self._devices = devices
 
     def save(self, step: int) -> None:
         """Have every role write its part. It becomes a checkpoint with `commit`."""
-        place = self._folder.checkpoints.begin(step)
-        refs = [
-            ref for role, group in self._trained.items() for ref in group.call("save", str((place / role).absolute()))
-        ]
-        wait_all(refs, self._timeout_s, f"checkpoint of step {step}", "run.timeouts.checkpoint_s")
+        self._each_role("save", self._folder.checkpoints.begin(step), f"checkpoint of step {step}")
 
     def commit(self, step: int, state: dict[str, Any], metrics: Mapping[str, float]) -> None:
         """Complete the checkpoint of this step."""
@@ -170,12 +178,7 @@ class Checkpointing:
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Have every role read its part."""
-        refs = [
-            ref
-            for role, group in self._trained.items()
-            for ref in group.call("load", str((checkpoint.folder / role).absolute()))
-        ]
-        wait_all(refs, self._timeout_s, f"loading {checkpoint.folder}", "run.timeouts.checkpoint_s")
+        self._each_role("load", checkpoint.folder, f"loading {checkpoint.folder}")
 
     def export(self, role: str, *, wait: bool, scale: ScoreScale | None = None) -> None:
         """Have a role write its model in Hugging Face format to `export/`, in the background unless `wait`.
@@ -183,8 +186,19 @@ class Checkpointing:
         Args:
             scale: of the scores of a reward model, where it is known.
         """
+        if self._devices is not None:
+            self._devices.enter("export", [role])
         group = self._trained[role]
         target, setting = str((self._folder.path / "export").absolute()), "run.timeouts.checkpoint_s"
         group.run("start_export", target, scale, timeout_s=self._timeout_s, setting=setting)
         if wait:
             group.run("finish_export", timeout_s=self._timeout_s, setting=setting)
+
+    def _each_role(self, method: str, place: Path, what: str) -> None:
+        """Roles that share devices take turns."""
+        turns = [list(self._trained)] if self._devices is None else self._devices.turns(self._trained)
+        for turn in turns:
+            if self._devices is not None:
+                self._devices.enter("checkpoint", turn)
+            refs = [ref for role in turn for ref in self._trained[role].call(method, str((place / role).absolute()))]
+            wait_all(refs, self._timeout_s, what, "run.timeouts.checkpoint_s")

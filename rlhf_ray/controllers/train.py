@@ -7,11 +7,12 @@ from rlhf_ray.cluster.session import ray_session
 from rlhf_ray.config.jobs import JobConfig, PPOJob, PreferenceJob, RewardModelJob, SFTJob
 from rlhf_ray.controllers.epochs import ENDED, EpochController
 from rlhf_ray.controllers.ppo import PPOController
+from rlhf_ray.controllers.ppo_roles import ppo_roles
 from rlhf_ray.controllers.preference import PreferenceController
 from rlhf_ray.controllers.preflight import EpochInputs, PPOInputs, PreferenceInputs, check
 from rlhf_ray.controllers.reference_columns import reference_cache
 from rlhf_ray.controllers.reward_model import RewardModelController
-from rlhf_ray.controllers.roles import epoch_role, ppo_roles, preference_roles
+from rlhf_ray.controllers.roles import epoch_role, preference_roles
 from rlhf_ray.controllers.run_folder import Checkpointing, RunFolder
 from rlhf_ray.recovery.checkpoints import CheckpointStore
 from rlhf_ray.telemetry.plots import plot_curves
@@ -70,7 +71,7 @@ def _is_complete(config: JobConfig, steps: int) -> bool:
 def _train_ppo(config: PPOJob, inputs: PPOInputs) -> None:
     with RunFolder(config, inputs.steps) as folder, ppo_roles(config, inputs, folder.watch) as roles:
         trained = {"policy": roles.policy, "critic": roles.critic}
-        checkpointing = Checkpointing(folder, trained, config.run.timeouts.checkpoint_s)
+        checkpointing = Checkpointing(folder, trained, config.run.timeouts.checkpoint_s, roles.devices)
         PPOController(config, inputs, roles, folder, checkpointing).train()
 
 
@@ -85,7 +86,7 @@ def _train_preference(config: PreferenceJob, inputs: PreferenceInputs) -> None:
         trained = {"policy": roles.policy}
         if roles.reference is not None and config.reference.update_every:
             trained["reference"] = roles.reference
-        checkpointing = Checkpointing(folder, trained, config.run.timeouts.checkpoint_s)
+        checkpointing = Checkpointing(folder, trained, config.run.timeouts.checkpoint_s, roles.devices)
         PreferenceController(config, inputs, roles, cache, folder, checkpointing).train()
 
 

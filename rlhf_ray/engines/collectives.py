@@ -1,9 +1,13 @@
-"""The process group between the ranks of one role."""
+"""The process groups between the ranks of one role."""
 
 import os
 from dataclasses import dataclass
 from datetime import timedelta
 
+import psutil
+import torch.distributed as dist
+
+from rlhf_ray.models.sequence_parallel import SequenceParallel
 from rlhf_ray.platform import platform
 
 
@@ -22,6 +26,15 @@ class Rendezvous:
     host: str
     port: int
     timeout_s: float
+
+
+def use_interface_of(address: str) -> None:
+    """Have collectives of this process talk over the network interface with this address, unless the environment names
+    one. gloo would take the one that the host's name resolves to, which on many machines is loopback."""
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(found.address == address for found in addresses):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
 
 
 def join_collectives(rendezvous: Rendezvous) -> None:
@@ -45,3 +58,15 @@ def join_collectives(rendezvous: Rendezvous) -> None:
         rank=rendezvous.rank,
         world_size=rendezvous.world_size,
     )
+
+
+def share_sequences(ranks: int) -> SequenceParallel:
+    """This rank among the `ranks` neighbours that share its packs; all ranks of the role call it.
+
+    Raises:
+        ValueError: `ranks` does not divide the number of ranks of the role.
+    """
+    # Without it a new group has torch's own limit, of half an hour, and not the one of the role.
+    timeout = dist.group.WORLD._get_backend(platform().device).options._timeout  # type: ignore[union-attr]
+    group, _ = dist.new_subgroups(ranks, timeout=timeout)
+    return SequenceParallel(group, ranks, dist.get_rank(group))

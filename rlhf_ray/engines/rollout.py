@@ -18,13 +18,14 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
-from rlhf_ray.config.rollout import RolloutEngine as EngineConfig
 from rlhf_ray.config.rollout import Sampling
 from rlhf_ray.data.requests import PromptRequest
 from rlhf_ray.data.trajectory import FinishReason, Trajectory
 from rlhf_ray.engines.engine_metrics import EngineLoad, stat_loggers
+from rlhf_ray.engines.level import Level
+from rlhf_ray.engines.rollout_setup import RolloutSetup
 from rlhf_ray.models.lora import Adapter
-from rlhf_ray.platform import platform
+from rlhf_ray.platform import platform, transfer_backend
 
 
 class RolloutEngine:
@@ -35,17 +36,8 @@ class RolloutEngine:
         load: requests that run and wait.
     """
 
-    def __init__(
-        self,
-        model: str,
-        engine: EngineConfig,
-        *,
-        dtype: str,
-        tensor_parallel: int,
-        seed: int,
-        trust_remote_code: bool,
-        adapter_rank: int | None = None,
-    ) -> None:
+    def __init__(self, setup: RolloutSetup) -> None:
+        engine = setup.engine
         on_cpu = platform().device.type == "cpu"
         if on_cpu:
             os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(engine.cpu_kv_cache_gib)
@@ -55,12 +47,12 @@ class RolloutEngine:
         self.load = EngineLoad()
         self._engine = AsyncLLM.from_engine_args(
             AsyncEngineArgs(
-                model=model,
-                dtype=dtype,
-                tensor_parallel_size=tensor_parallel,
+                model=setup.model,
+                dtype=setup.dtype,
+                tensor_parallel_size=setup.tensor_parallel,
                 # The engine's own process does for one worker. Named by class because vLLM turns "uni" into a process
                 # more on CPU, to set thread counts that Ray has set already.
-                distributed_executor_backend=UniProcExecutor if tensor_parallel == 1 else "mp",
+                distributed_executor_backend=UniProcExecutor if setup.tensor_parallel == 1 else "mp",
                 max_model_len=engine.max_model_len,
                 max_num_seqs=engine.max_num_seqs,
                 max_num_batched_tokens=max(engine.max_num_batched_tokens, engine.max_model_len),
@@ -68,17 +60,20 @@ class RolloutEngine:
                 enforce_eager=engine.enforce_eager or on_cpu,
                 enable_prefix_caching=engine.prefix_caching,
                 logprobs_mode="processed_logprobs",
-                seed=seed,
-                trust_remote_code=trust_remote_code,
+                seed=setup.seed,
+                trust_remote_code=setup.trust_remote_code,
                 disable_log_stats=True,  # of vLLM's own loggers, which nobody reads here
-                weight_transfer_config=WeightTransferConfig(backend=platform().weight_transfer),
+                weight_transfer_config=WeightTransferConfig(backend=transfer_backend(setup.beside_policy)),
+                enable_sleep_mode=setup.sleep > 0 and not on_cpu,
                 generation_config="vllm",  # sampling comes from the job's config alone
                 **extras,
-                **_lora_settings(adapter_rank),
+                **_lora_settings(setup.adapter_rank),
             ),
             stat_loggers=stat_loggers(self.load),
         )
         self._adapter: LoRARequest | None = None
+        self._sleep = setup.sleep
+        self._level = Level.FULL
         self._requests = 0
         self.queued = 0
 
@@ -110,6 +105,21 @@ class RolloutEngine:
     async def resume(self) -> None:
         """Go on with held requests."""
         await self._engine.resume_generation()
+
+    async def move(self, level: Level) -> None:
+        """Leave the device, or come back to it, as far as `level` says. No request may be under way.
+
+        vLLM has no sleep mode on CPU, where an engine only holds its requests and forgets cached keys and values.
+        """
+        if platform().device.type == "cpu":
+            await (self.resume() if level == Level.FULL else self.pause())
+            return
+        if level < self._level:
+            await self._engine.sleep(self._sleep)
+            self._level = Level.OUT
+        if level > self._level:
+            await self._engine.wake_up(["weights"] if level == Level.WEIGHTS else None)
+        self._level = level
 
     async def init_transfer(self, init_info: dict[str, Any]) -> None:
         """Join the trainer's weight-transfer group."""

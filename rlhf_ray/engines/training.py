@@ -13,6 +13,9 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from rlhf_ray.config import training as config
+from rlhf_ray.engines.collectives import share_sequences
+from rlhf_ray.engines.device_states import DeviceStates
+from rlhf_ray.engines.level import Level
 from rlhf_ray.models.lora import Adapter
 from rlhf_ray.models.token_logprobs import TokenLogProbs
 from rlhf_ray.models.weights import Weight, model_weights
@@ -38,13 +41,20 @@ class TrainingEngine:
     """DeepSpeed around one model. Every method is collective: all ranks of the role call it in the same order.
 
     Micro-batches accumulate until one is marked as the last; losses passed to `backward` are this rank's share
-    of a sum over all ranks, so the gradient is that of the summed loss for any number of ranks.
+    of a sum over all ranks, so the gradient is that of the summed loss for any number of ranks. Ranks that share
+    sequences pass the same loss, which counts once.
+
+    Attributes:
+        model: that is trained.
+        sequence_parallel: ranks that share every micro-batch.
     """
 
     def __init__(
         self, model: nn.Module, engine: config.TrainingEngine, optimizer: config.Optimizer, total_steps: int
     ) -> None:
         self._world_size = torch.distributed.get_world_size()
+        self.sequence_parallel = engine.sequence_parallel
+        _share_sequences(model, engine)
         if engine.activation_checkpointing:
             _checkpoint_activations(model)
         model.train()
@@ -60,6 +70,7 @@ class TrainingEngine:
             adam.state.clear()
         if engine.zero_stage == 3:
             _announce_shared_weights(model)
+        self._states = DeviceStates(self._engine, engine)
         self.model = model
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -85,6 +96,10 @@ class TrainingEngine:
             grad_norm=float(norm if norm is not None else self._engine.get_global_grad_norm()), lr=float(lr)
         )
 
+    def move(self, level: Level) -> None:
+        """Leave the device, or come back to it, as far as `level` says."""
+        self._states.move(level)
+
     def save(self, folder: Path) -> None:
         """Write what is trained, optimizer and schedule; each rank writes its own shards into `folder`."""
         self._engine.save_checkpoint(str(folder), tag="state", save_latest=False, exclude_frozen_parameters=True)
@@ -97,11 +112,19 @@ class TrainingEngine:
 
 
 class ForwardEngine:
-    """A model that only scores: whole on every rank, or sharded by ZeRO-3 and gathered layer by layer."""
+    """A model that only scores: whole on every rank, or sharded by ZeRO-3 and gathered layer by layer.
+
+    Attributes:
+        model: that scores.
+        sequence_parallel: ranks that share every micro-batch.
+    """
 
     def __init__(self, model: nn.Module, engine: config.ScoringEngine) -> None:
+        self.sequence_parallel = engine.sequence_parallel
+        _share_sequences(model, engine)
         model.eval().requires_grad_(False).to(platform().device)
         self.model = model
+        self._sharded = engine.zero_stage == 3
         self._forward: Callable[..., Any] = model
         if engine.zero_stage == 3:
             self._forward, *_ = deepspeed.initialize(model=model, config=_deepspeed_config(engine))
@@ -111,6 +134,12 @@ class ForwardEngine:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward pass, without gradients."""
         return self._forward(*args, **kwargs)
+
+    def move(self, level: Level) -> None:
+        """Leave the device at `Level.OUT`, else come back to it. Shards that are kept in host memory stay there."""
+        if not self._sharded:
+            self.model.to("cpu" if level == Level.OUT else platform().device)
+            deepspeed.get_accelerator().empty_cache()
 
     def mix(self, weights: Mapping[str, torch.Tensor], share: float) -> None:
         """Move weights, by Hugging Face name, by `share` of their way to these; collective, the same on every rank."""
@@ -233,6 +262,11 @@ def _deepspeed_config(engine: config.TrainingEngine | config.ScoringEngine) -> d
         if engine.offload_optimizer:
             zero["offload_optimizer"] = {"device": "cpu"}
     return settings
+
+
+def _share_sequences(model: nn.Module, engine: config.TrainingEngine | config.ScoringEngine) -> None:
+    if engine.sequence_parallel > 1:
+        model.sequence_parallel = share_sequences(engine.sequence_parallel)  # type: ignore[assignment]
 
 
 def _checkpoint_activations(model: nn.Module) -> None:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
+from rlhf_ray.models.sequence_parallel import SequenceParallel
 from rlhf_ray.platform import platform
 
 PACKED_ATTENTION = "rlhf_ray_packed"
@@ -50,6 +51,7 @@ def packed_attention(
     cu_seq_lens_q: torch.Tensor,
     max_length_q: int,
     shared_prefixes: Prefixes | None = None,
+    sequence_parallel: SequenceParallel | None = None,
     **kwargs: object,
 ) -> tuple[torch.Tensor, None]:
     """Attention of each token to the tokens before it in its own sequence, and to those of the sequence's prefix.
@@ -58,6 +60,7 @@ def packed_attention(
         query: `[1, heads, tokens, head size]`; `key` and `value` may have fewer heads (grouped queries).
         cu_seq_lens_q: int32 `[sequences + 1]`.
         shared_prefixes: `PackedSequences.prefixes`.
+        sequence_parallel: the ranks that share the pack; states are then of this rank's slice of its tokens.
 
     Returns:
         `[1, tokens, heads, head size]`, and None for the weights.
@@ -71,9 +74,15 @@ def packed_attention(
     if kwargs.get("s_aux") is not None:
         raise NotImplementedError("this model has attention sinks, which packed attention here does not compute")
     query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))  # [tokens, heads, size]
+    if sequence_parallel is not None:
+        query, key, value = sequence_parallel.to_heads(query, key, value)
     if platform().attention == "varlen_flash":
-        return _varlen(query, key, value, cu_seq_lens_q, max_length_q, shared_prefixes, scaling)[None], None
-    return _bucketed(query, key, value, cu_seq_lens_q, shared_prefixes, scaling)[None], None
+        out = _varlen(query, key, value, cu_seq_lens_q, max_length_q, shared_prefixes, scaling)
+    else:
+        out = _bucketed(query, key, value, cu_seq_lens_q, shared_prefixes, scaling)
+    if sequence_parallel is not None:
+        out = sequence_parallel.to_tokens(out)
+    return out[None], None
 
 
 def _varlen(

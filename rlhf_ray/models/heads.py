@@ -1,6 +1,7 @@
 """transformers models as the roles use them: packed in, numbers at chosen positions out."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +20,7 @@ from rlhf_ray.config.training import Lora
 from rlhf_ray.models.attention import PACKED_ATTENTION
 from rlhf_ray.models.lora import add_adapters, missing_package, quantization
 from rlhf_ray.models.packed import PackedSequences
+from rlhf_ray.models.sequence_parallel import SequenceParallel, copies_of_keys
 from rlhf_ray.models.token_logprobs import Beside, TokenLogProbs
 
 
@@ -40,7 +42,13 @@ class ModelError(Exception):
 
 
 class CausalModel(nn.Module):
-    """A language model that gives log-probs of chosen tokens."""
+    """A language model that gives log-probs of chosen tokens.
+
+    Attributes:
+        sequence_parallel: the ranks that share every pack, None for a rank on its own. They all get the same result.
+    """
+
+    sequence_parallel: SequenceParallel | None = None
 
     def __init__(self, model: PreTrainedModel, vocab_chunk_tokens: int) -> None:
         super().__init__()
@@ -57,13 +65,24 @@ class CausalModel(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probs of `targets` `[positions]` as predicted at `positions` of the pack, and what `TokenLogProbs`
         measures beside them."""
-        hidden = _hidden_states(self.model, packed)
-        out = self.token_logprobs(hidden[positions], targets, temperature, beside)
-        return out
+        together = self.sequence_parallel
+        if together is None:
+            hidden = _hidden_states(self.model, packed)
+            logprobs, second = self.token_logprobs(hidden[positions], targets, temperature, beside)
+            return logprobs, second
+        hidden, own = _own_states(self.model, packed, positions, together)
+        logprobs, second = self.token_logprobs(hidden, targets[own], temperature, beside)
+        return together.join(logprobs, own), second if beside == "nothing" else together.join(second, own)
 
 
 class ScalarModel(nn.Module):
-    """A decoder with one number per token: the critic's value, or at the last token the reward model's score."""
+    """A decoder with one number per token: the critic's value, or at the last token the reward model's score.
+
+    Attributes:
+        sequence_parallel: as in `CausalModel`.
+    """
+
+    sequence_parallel: SequenceParallel | None = None
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
@@ -71,14 +90,37 @@ class ScalarModel(nn.Module):
 
     def forward(self, packed: PackedSequences, positions: torch.Tensor) -> torch.Tensor:
         """Float32 `[positions]`."""
-        hidden = _hidden_states(self.model, packed)
-        return self.model.score(hidden[positions])[:, 0].float()
+        together = self.sequence_parallel
+        if together is None:
+            return self._scores(_hidden_states(self.model, packed)[positions])
+        hidden, own = _own_states(self.model, packed, positions, together)
+        return together.join(self._scores(hidden), own)
+
+    def _scores(self, hidden: torch.Tensor) -> torch.Tensor:
+        scores: torch.Tensor = self.model.score(hidden)[:, 0].float()
+        return scores
 
 
-def _hidden_states(model: PreTrainedModel, packed: PackedSequences) -> torch.Tensor:
-    """Final hidden states `[tokens, hidden]`."""
+def _own_states(
+    model: PreTrainedModel, packed: PackedSequences, positions: torch.Tensor, together: SequenceParallel
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Final hidden states of those of the `positions` that this rank computes, `[own positions, hidden]`, and bool
+    `[positions]`, which these are."""
+    packed = together.padded(packed)
+    mine = together.own_slice(packed)
+    part = replace(packed, input_ids=packed.input_ids[:, mine], position_ids=packed.position_ids[:, mine])
+    own = (positions >= mine.start) & (positions < mine.stop)
+    return _hidden_states(model, part, together)[positions[own] - mine.start], own
+
+
+def _hidden_states(
+    model: PreTrainedModel, packed: PackedSequences, together: SequenceParallel | None = None
+) -> torch.Tensor:
+    """Final hidden states `[tokens, hidden]`; with ranks `together`, ids and positions in `packed` are of a slice."""
     # Only where there are some: not every architecture hands on what it does not know.
-    shared = {} if packed.prefixes is None else {"shared_prefixes": packed.prefixes}
+    more: dict[str, Any] = {} if packed.prefixes is None else {"shared_prefixes": packed.prefixes}
+    if together is not None:
+        more["sequence_parallel"] = together
     out = model.base_model(
         input_ids=packed.input_ids,
         position_ids=packed.position_ids,
@@ -87,7 +129,7 @@ def _hidden_states(model: PreTrainedModel, packed: PackedSequences) -> torch.Ten
         cu_seq_lens_k=packed.cu_seqlens,
         max_length_q=packed.max_length,
         max_length_k=packed.max_length,
-        **shared,
+        **more,
     )
     hidden: torch.Tensor = out.last_hidden_state[0]
     return hidden
@@ -145,6 +187,20 @@ def longest_sequence(model: str, *, trust_remote_code: bool = False) -> int | No
     """Tokens that a model has positions for, None when its config does not say."""
     config = load_config(model, trust_remote_code=trust_remote_code)
     return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def check_sequence_parallel(model: str, ranks: int, *, trust_remote_code: bool = False) -> None:
+    """The heads of a model must be dealt evenly to the ranks that share its packs.
+
+    Raises:
+        ModelError: naming how many there are, and how many ranks there can be.
+    """
+    config = load_config(model, trust_remote_code=trust_remote_code).get_text_config()
+    heads = config.num_attention_heads
+    try:
+        copies_of_keys(heads, getattr(config, "num_key_value_heads", None) or heads, ranks)
+    except ValueError as error:
+        raise ModelError(model, f"its {error}") from error
 
 
 def check_scores(model: str, *, trust_remote_code: bool = False) -> None:

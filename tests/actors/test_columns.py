@@ -15,6 +15,7 @@ from rlhf_ray.actors.columns import (
     micro_batches,
     response_column,
 )
+from rlhf_ray.actors.worker import Share
 from rlhf_ray.data.trajectory import TrajectoryBatch
 from rlhf_ray.models.responses import ResponsePack
 
@@ -28,12 +29,14 @@ def of_tokens(pack: ResponsePack) -> torch.Tensor:
 
 
 @settings(deadline=None)
-@given(samples=SAMPLES, ranks=st.integers(1, 4), max_tokens=st.integers(1, 60))
+@given(samples=SAMPLES, shares=st.integers(1, 4), together=st.integers(1, 2), max_tokens=st.integers(1, 60))
 def test_the_ranks_parts_make_the_whole_column(
-    make_batch: MakeBatch, samples: list[tuple[int, int]], ranks: int, max_tokens: int
+    make_batch: MakeBatch, samples: list[tuple[int, int]], shares: int, together: int, max_tokens: int
 ) -> None:
+    """Also where several ranks work on the same samples."""
     batch = make_batch([p for p, _ in samples], [r for _, r in samples])
-    parts = [response_column(batch, rank, ranks, max_tokens, of_tokens) for rank in range(ranks)]
+    ranks = [Share(rank // together, shares, reports=rank % together == 0) for rank in range(shares * together)]
+    parts = [response_column(batch, share, max_tokens, of_tokens) for share in ranks]
     assert sorted(sample for part in parts for sample in part.samples) == list(range(len(batch)))
     assert assemble(parts, batch).tolist() == (batch.response_tokens * 2.0).tolist()
 
@@ -44,7 +47,7 @@ def test_all_ranks_make_the_same_number_of_passes(
     make_batch: MakeBatch, samples: list[tuple[int, int]], ranks: int, max_tokens: int
 ) -> None:
     batch = make_batch([p for p, _ in samples], [r for _, r in samples])
-    plans = [micro_batches(batch, rank, ranks, max_tokens) for rank in range(ranks)]
+    plans = [micro_batches(batch, Share(rank, ranks), max_tokens) for rank in range(ranks)]
     assert len({len(plan) for plan in plans}) == 1
     assert sorted(s for plan in plans for micro in plan for s in micro) == list(range(len(batch)))
     lengths = batch.prompt_lengths + batch.response_lengths

@@ -1,3 +1,4 @@
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -270,3 +271,9 @@ def test_anchors_and_merge_keys_work_and_an_override_changes_one_place(tmp_path:
 def test_a_loaded_config_cannot_change(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="frozen"):
         load(tmp_path, EXAMPLE).run.steps = 4
+
+
+def test_the_error_crosses_processes_whole() -> None:
+    error = ConfigError("my.yaml", ["policy.model: is missing"])
+    copy = pickle.loads(pickle.dumps(error))
+    assert (str(copy), copy.source, copy.problems) == (str(error), error.source, error.problems)

@@ -182,7 +182,48 @@ CONFLICTS: list[tuple[dict[str, Any], str]] = [
     ),
     (
         ppo(rollout={"shard_samples": 1}, placement={"critic": {"ranks": 2}}),
-        "rollout.shard_samples (1) cuts 128 samples into shards of 1, fewer than the 2 ranks of placement.critic",
+        "rollout.shard_samples (1) cuts 128 samples into shards of 1, fewer than placement.critic.ranks (2)",
+    ),
+    (
+        ppo(placement={"policy": {"ranks": 3}}, policy={"model": "m", "engine": {"sequence_parallel": 2}}),
+        "policy.engine.sequence_parallel (2) does not divide placement.policy.ranks (3)",
+    ),
+    (
+        ppo(reference={"engine": {"sequence_parallel": 2}}),
+        "reference.engine.sequence_parallel (2) does not divide placement.reference.ranks (1)",
+    ),
+    (
+        ppo(reward=[{"function": "a:b"}, {"model": "r", "engine": {"sequence_parallel": 4}}]),
+        "reward.1.engine.sequence_parallel (4) does not divide placement.reward.ranks (1)",
+    ),
+    (
+        ppo(
+            data={"prompts": "p", "prompts_per_step": 2},
+            placement={"critic": {"ranks": 6}},
+            critic={"engine": {"sequence_parallel": 2}},
+        ),
+        "data.prompts_per_step × data.samples_per_prompt (2) split into algorithm.optimizer_steps (1) gives fewer "
+        "samples than placement.critic.ranks (6) ÷ critic.engine.sequence_parallel (2)",
+    ),
+    (
+        sft(policy={"model": "m", "engine": {"sequence_parallel": 2}}),
+        "policy.engine.sequence_parallel (2) does not divide placement.policy.ranks (1)",
+    ),
+    (
+        reward_model(reward={"model": "m", "engine": {"sequence_parallel": 2}}),
+        "reward.engine.sequence_parallel (2) does not divide placement.reward.ranks (1)",
+    ),
+    (
+        preference(reference={"engine": {"sequence_parallel": 2}}),
+        "reference.engine.sequence_parallel (2) does not divide placement.reference.ranks (1)",
+    ),
+    (
+        preference(
+            data={"train": "t", "rows_per_step": 2},
+            policy={"model": "m", "engine": {"sequence_parallel": 2}},
+            placement={"policy": {"ranks": 6}},
+        ),
+        "data.rows_per_step (2) is less than placement.policy.ranks (6) ÷ policy.engine.sequence_parallel (2)",
     ),
     (
         ppo(placement={"policy": {"gpus": 1}}),
@@ -213,6 +254,73 @@ CONFLICTS: list[tuple[dict[str, Any], str]] = [
     (
         ppo(placement={"policy": {"colocate": "policy"}}),
         "placement.policy.colocate: 'policy' must name a role that has its own place",
+    ),
+    (
+        ppo(placement={"policy": {"colocate": "critic"}, "critic": {"colocate": "policy"}}),
+        "placement.policy.colocate: 'critic' must name a role that has its own place",
+    ),
+    (
+        ppo(placement={"policy": {"labels": {"zone": "in(a"}}}),
+        "placement.policy.labels.zone is 'in(a', which is none of: value, !value, in(a, b), !in(a, b)",
+    ),
+    (
+        ppo(placement={"policy": {"resources": {"GPU": 1}}}),
+        "placement.policy.resources names GPU, which placement.policy.gpus sets",
+    ),
+    (
+        ppo(placement={"policy": {"ranks": 4, "nodes": 2, "strategy": "SPREAD"}}),
+        "placement.policy.strategy is 'SPREAD', but placement.policy.nodes (2) says already how they spread",
+    ),
+    (
+        ppo(placement={"policy": {"ranks": 4, "nodes": 3}}),
+        "placement.policy.ranks (4) can't be spread equally over placement.policy.nodes (3)",
+    ),
+    (
+        ppo(placement={"rollout": {"engines": 3, "nodes": 2}}),
+        "placement.rollout.engines (3) can't be spread equally over placement.rollout.nodes (2)",
+    ),
+    (
+        ppo(placement={"rollout": {"engines": 2, "colocate": "policy"}}),
+        "placement.rollout.engines (2) x placement.rollout.tensor_parallel (1) differs from placement.policy.ranks "
+        "(1), but placement.rollout.colocate puts each worker on the place of one rank",
+    ),
+    (
+        ppo(
+            placement={
+                "policy": {"ranks": 4, "strategy": "STRICT_SPREAD"},
+                "rollout": {"engines": 2, "tensor_parallel": 2, "colocate": "policy"},
+            }
+        ),
+        "placement.rollout.tensor_parallel (2) does not divide the ranks that placement.policy has on a node (1): one "
+        "engine's workers share a node",
+    ),
+    (
+        ppo(placement={"rollout": {"labels": {"a": "b"}, "colocate": "policy"}}),
+        "placement.rollout.labels has no effect beside placement.rollout.colocate: it sits in placement.policy's place",
+    ),
+    (
+        ppo(
+            placement={"offload_idle": True, "reference": {"colocate": None}, "reward": {"colocate": None}},
+        ),
+        "placement.offload_idle has no effect: no placement.ROLE.colocate puts two roles together",
+    ),
+    (
+        ppo(placement={"offload_idle": True}, policy={"model": "m", "engine": {"zero_stage": 0}}),
+        "placement.offload_idle: policy.engine.zero_stage is 0, whose optimizer state DeepSpeed can't move: set it to "
+        "1, 2 or 3",
+    ),
+    (
+        ppo(
+            placement={"offload_idle": True},
+            policy={"model": "m", "engine": {"zero_stage": 3, "offload_parameters": True}},
+        ),
+        "placement.offload_idle: DeepSpeed moves no optimizer state beside policy.engine.offload_parameters: set "
+        "policy.engine.offload_optimizer too",
+    ),
+    (
+        ppo(placement={"offload_idle": True}, reference={"engine": {"zero_stage": 3}}),
+        "placement.offload_idle: reference.engine.zero_stage is 3, whose shards stay where they are: set "
+        "reference.engine.offload_parameters, or reference.engine.zero_stage to 0",
     ),
     (
         ppo(placement={"policy": {"gpus": 2}}),

@@ -122,6 +122,35 @@ def test_every_problem_is_listed_with_its_path(ppo: MakeConfig, tmp_path: Path) 
     assert all(missing in problem for problem in (*found[:3], found[-1]))
 
 
+def test_heads_that_cannot_be_dealt_to_the_ranks_are_named(
+    ppo: MakeConfig, pairs: MakeConfig, tiny: Path, as_reward_model: Callable[[Path], Path], tmp_path: Path
+) -> None:
+    three = str(build_tiny_model(tmp_path / "three", hidden=96))
+    four = {"engine": {"sequence_parallel": 4}}
+    said = (
+        "engine.sequence_parallel: model {!r}: its {} attention heads and 1 key/value heads can't be dealt evenly to 4 "
+        "ranks, but to {}"
+    )
+    model, scorer = str(tiny / "models/tiny"), str(as_reward_model(tiny / "models/tiny"))
+    found = problems_of(
+        ppo(
+            policy={"model": model, **four},
+            reference={"from": three, **four},
+            critic={"init_from": model, **four},
+            reward=[{"model": scorer, **four}],
+            placement={"policy": {"ranks": 4}, "critic": {"ranks": 4}},
+        )
+    )
+    assert found == [
+        f"policy.{said.format(model, 2, 2)}",
+        f"reference.{said.format(three, 3, 3)}",
+        f"critic.{said.format(model, 2, 2)}",
+        f"reward.0.{said.format(scorer, 2, 2)}",
+    ]
+    found = problems_of(pairs(reward={"model": model, **four}, placement={"reward": {"ranks": 4}}))
+    assert found == [f"reward.{said.format(model, 2, 2)}"]
+
+
 def test_a_missing_policy_is_named(ppo: MakeConfig, tmp_path: Path) -> None:
     [problem, *_] = problems_of(ppo(policy={"model": str(tmp_path / "nowhere")}))
     assert problem.startswith("policy.model: model ")

@@ -1,5 +1,6 @@
 """What integration tests say about runs."""
 
+import json
 import os
 import time
 from collections.abc import Callable
@@ -37,6 +38,12 @@ def assert_same_run(found: Path, wanted: Path) -> None:
     assert rows == wanted_rows
     mine, theirs = exported_weights(found / "export"), exported_weights(wanted / "export")
     assert all(mine[name].equal(tensor) for name, tensor in theirs.items())
+
+
+def span_names(folder: Path) -> set[str]:
+    """What the actors of a run did, as its timeline calls it."""
+    events = json.loads((folder / "timeline.json").read_text())
+    return {event["name"] for event in (events["traceEvents"] if isinstance(events, dict) else events)}
 
 
 def transformers_loss(model: Path, rows: ConversationSet) -> float:

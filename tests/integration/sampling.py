@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from rlhf_ray.actors.waiting import wait_all
 from rlhf_ray.config.rollout import Sampling
-from rlhf_ray.controllers.roles import PPORoles
+from rlhf_ray.controllers.ppo_roles import PPORoles
 from rlhf_ray.data.requests import PromptRequest
 from rlhf_ray.data.trajectory import TrajectoryBatch
 

@@ -15,7 +15,7 @@ from rlhf_ray.recovery.checkpoints import CheckpointStore
 from rlhf_ray.telemetry.metrics import Metrics, read_metrics
 from rlhf_ray.telemetry.names import METRICS, find_metric
 from rlhf_ray.telemetry.samples import read_samples
-from runs import MakeConfig, exported_weights
+from runs import MakeConfig, assert_same_run, exported_weights, span_names, without_clock
 
 STEPS = 4
 
@@ -64,6 +64,28 @@ def test_engine_and_trainer_agree_after_every_weight_sync(rows: list[Metrics]) -
     for row in rows:
         assert row["mismatch/logprob_abs_mean"] <= 1e-4, f"step {row['step']}"
         assert row["staleness/mean"] == 0
+
+
+def test_ranks_that_share_sequences_and_an_engine_over_two_workers_give_the_same_run(
+    rows: list[Metrics], ppo_config: MakeConfig, tmp_path: Path
+) -> None:
+    both = [f"{role}.engine.sequence_parallel=2" for role in ("policy", "critic", "reference", "reward.0")]
+    folder = train(
+        ppo_config(
+            tmp_path / "run",
+            *both,
+            "policy.engine.zero_stage=3",
+            "policy.engine.micro_batch_tokens=100",
+            "reference.engine.zero_stage=3",
+            "placement.policy.ranks=2",
+            "placement.critic.ranks=2",
+            "placement.rollout.tensor_parallel=2",
+            "run.steps=2",
+        )
+    )
+    for mine, theirs in zip(read_metrics(folder), rows, strict=False):
+        assert without_clock(mine) == pytest.approx(without_clock(theirs), rel=2e-3, abs=2e-4), mine["step"]
+        assert mine["mismatch/logprob_abs_mean"] <= 1e-4
 
 
 def test_the_export_loads_with_transformers_and_equals_the_checkpoint(run: Path) -> None:
@@ -143,3 +165,13 @@ def test_the_newest_checkpoints_are_kept(run: Path) -> None:
     assert latest is not None
     assert latest.step == STEPS
     assert latest.state["version"] == STEPS
+
+
+def test_all_roles_on_one_place_that_leave_it_to_each_other_train_as_apart(
+    tmp_path: Path, run: Path, ppo_config: MakeConfig
+) -> None:
+    guests = [f"placement.{role}.colocate=policy" for role in ("critic", "reference", "reward", "rollout")]
+    guests += ["placement.critic.cpus=1"]  # what a role reserves that has no place of its own: the default
+    together = train(ppo_config(tmp_path / "run", *guests, "placement.offload_idle=true"))
+    assert_same_run(together, run)
+    assert {"going to out", "going to weights", "going to full"} <= span_names(together)

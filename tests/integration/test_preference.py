@@ -16,7 +16,7 @@ from rlhf_ray.controllers.train import train
 from rlhf_ray.recovery.convert import export_checkpoint
 from rlhf_ray.telemetry.metrics import Metrics, read_metrics
 from rlhf_ray.telemetry.names import find_metric
-from runs import assert_same_run, exported_weights, without_clock
+from runs import assert_same_run, exported_weights, span_names, without_clock
 
 CONFIG = Path(__file__).parents[2] / "configs" / "tiny_preference.yaml"
 STEPS = 6
@@ -27,6 +27,8 @@ TWO_RANKS = (
     "reference.engine.zero_stage=3",
     "reference.engine.micro_batch_tokens=150",
 )
+
+SHARED_SEQUENCES = (*TWO_RANKS, "policy.engine.sequence_parallel=2", "reference.engine.sequence_parallel=2")
 
 MakeConfig = Callable[..., PreferenceJob]
 
@@ -145,6 +147,7 @@ def test_what_depends_on_all_rows_of_a_step_is_the_same_on_two_ranks(
     often = ("run.checkpoint_every=2", "run.keep_last=9")
     one = train(config(tmp_path / "one", loss, *often))
     assert_about_the_same(train(config(tmp_path / "two", loss, *TWO_RANKS)), one)
+    assert_about_the_same(train(config(tmp_path / "shared", loss, *SHARED_SEQUENCES)), one)
     rows = read_metrics(one)
     if kind == "kto":
         assert rows[0]["train/kl"] == pytest.approx(0, abs=1e-5)
@@ -198,3 +201,12 @@ def test_with_lora_the_policy_without_its_adapters_is_the_reference(config: Make
     cached = train(config(tmp_path / "cached", *lora, "reference={cache: " + str(tmp_path / "cache") + "}"))
     for mine, theirs in zip(rows_of(cached), rows_of(whole), strict=True):
         assert mine == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+
+
+def test_a_reference_that_leaves_its_device_to_the_policy_changes_nothing(
+    run: Path, config: MakeConfig, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    sharing = config(folder, "run.checkpoint_every=2", "run.keep_last=9", "placement.offload_idle=true")
+    assert_same_run(resumed(run, folder, sharing), run)
+    assert {"going to out", "going to weights", "going to full"} <= span_names(folder)

@@ -115,8 +115,16 @@ def test_a_resumed_run_gives_the_same_rows(reward_run: Path, reward_config: Make
     assert scale_of(str(folder / "export")) == scale_of(str(reward_run / "export"))
 
 
-def test_two_sharded_ranks_learn_what_one_learns(reward_run: Path, reward_config: MakeConfig, tmp_path: Path) -> None:
-    overrides = ("placement.reward.ranks=2", "reward.engine.zero_stage=3", "reward.engine.micro_batch_tokens=100")
+@pytest.mark.parametrize("sharing", [1, 2], ids=["own sequences", "shared sequences"])
+def test_two_sharded_ranks_learn_what_one_learns(
+    reward_run: Path, reward_config: MakeConfig, tmp_path: Path, sharing: int
+) -> None:
+    overrides = (
+        "placement.reward.ranks=2",
+        "reward.engine.zero_stage=3",
+        "reward.engine.micro_batch_tokens=100",
+        f"reward.engine.sequence_parallel={sharing}",
+    )
     folder = train(reward_config(tmp_path / "run", *overrides))
     for mine, theirs in zip(read_metrics(folder), read_metrics(reward_run), strict=True):
         for name in ("train/loss", "train/margin", "train/grad_norm", "train/lr"):

@@ -84,8 +84,16 @@ def test_a_run_that_gets_no_better_ends_and_exports_its_best(sft_config: MakeCon
     assert read_metrics(folder) == rows
 
 
-def test_two_sharded_ranks_learn_what_one_learns(sft_run: Path, sft_config: MakeConfig, tmp_path: Path) -> None:
-    overrides = ("placement.policy.ranks=2", "policy.engine.zero_stage=3", "policy.engine.micro_batch_tokens=100")
+@pytest.mark.parametrize("sharing", [1, 2], ids=["own sequences", "shared sequences"])
+def test_two_sharded_ranks_learn_what_one_learns(
+    sft_run: Path, sft_config: MakeConfig, tmp_path: Path, sharing: int
+) -> None:
+    overrides = (
+        "placement.policy.ranks=2",
+        "policy.engine.zero_stage=3",
+        "policy.engine.micro_batch_tokens=100",
+        f"policy.engine.sequence_parallel={sharing}",
+    )
     folder = train(sft_config(tmp_path / "run", *overrides))
     for mine, theirs in zip(read_metrics(folder), read_metrics(sft_run), strict=True):
         for name in ("train/loss", "train/entropy", "train/grad_norm", "train/lr"):

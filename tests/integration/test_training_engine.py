@@ -1,6 +1,7 @@
 """One rank or two, any ZeRO stage, any micro-batches: the training of a plain torch loop."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from rlhf_ray.actors.group import ActorGroup
 from rlhf_ray.actors.waiting import RoleFailure
 from rlhf_ray.config.training import Lora, TrainingEngine
+from rlhf_ray.engines.level import Level
 from rlhf_ray.engines.training import lr_factor
 from rlhf_ray.models.heads import load_causal
 from rlhf_ray.models.weights import model_weights
@@ -28,16 +30,25 @@ from training_rank import (
 ALL = list(range(len(SEQUENCES)))
 CLIP = 0.5
 LORA = Lora(rank=8, alpha=64.0)
+# What is freed goes back to the system at once, so memory in use is what tensors take.
+ENV = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(128 * 2**10)}
 BUILD_S = 400  # DeepSpeed compiles its CPU Adam at first use: a minute on two free cores
 
 
 @pytest.fixture(scope="module")
 def groups() -> Iterator[dict[int, ActorGroup]]:
     """A group of one rank and one of two."""
+    with started(1, 2) as made:
+        yield made
+
+
+@contextmanager
+def started(*sizes: int) -> Iterator[dict[int, ActorGroup]]:
+    """Groups of ranks by their sizes."""
     made = {}
-    for ranks in (1, 2):
+    for ranks in sizes:
         actors = [
-            ray.remote(TrainingRank).options(num_cpus=0, runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}})
+            ray.remote(TrainingRank).options(num_cpus=0, runtime_env={"env_vars": ENV})
             .remote("trainer", rank, ranks, seed=0, deterministic=False)
             for rank in range(ranks)
         ]  # fmt: skip
@@ -57,11 +68,16 @@ def run(group: ActorGroup, method: str, *args: object) -> list:  # type: ignore[
 
 
 def trained(
-    group: ActorGroup, model: Path, micro_batches: list[list[list[int]]], lora: Lora | None = None, **engine: object
+    group: ActorGroup,
+    model: Path,
+    micro_batches: list[list[list[int]]],
+    lora: Lora | None = None,
+    moves: Sequence[Level] = (),
+    **engine: object,
 ) -> Trained:
     """Two steps; `micro_batches` are per rank. All ranks must hold the same weights in the end."""
     run(group, "build", str(model), TrainingEngine(gradient_clip=CLIP, **engine), 0, lora)  # type: ignore[arg-type]
-    done: list[Trained] = ray.get(group.call_each("train", [(2, mine) for mine in micro_batches]), timeout=120)
+    done: list[Trained] = ray.get(group.call_each("train", [(2, mine, moves) for mine in micro_batches]), timeout=120)
     for other in done[1:]:
         assert_close(other.weights, done[0].weights, 0)
         assert other.norms == done[0].norms
@@ -148,6 +164,41 @@ def test_two_ranks_train_as_one_does(
     groups: dict[int, ActorGroup], wide_model: Path, plain: Trained, stage: int, cut: list[list[list[int]]]
 ) -> None:
     assert_same_training(trained(groups[2], wide_model, cut, zero_stage=stage, dtype="float32"), plain)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_two_ranks_that_share_sequences_train_as_one_does(
+    groups: dict[int, ActorGroup], wide_model: Path, plain: Trained, stage: int
+) -> None:
+    both = [[7], [2, 0, 1], [4, 5, 6, 3], []]
+    found = trained(groups[2], wide_model, [both] * 2, zero_stage=stage, dtype="float32", sequence_parallel=2)
+    assert_same_training(found, plain)
+
+
+def test_ranks_that_share_a_long_sequence_need_about_half_the_memory(
+    groups: dict[int, ActorGroup], wide_model: Path
+) -> None:
+    peaks = {}
+    for ranks, group in groups.items():
+        run(group, "build", str(wide_model), TrainingEngine(dtype="float32", sequence_parallel=ranks))
+        peaks[ranks] = run(group, "peak_memory", 4096)
+    assert max(peaks[2]) < 0.6 * peaks[1][0]
+
+
+def test_adapters_and_recomputed_activations_go_with_shared_sequences(
+    groups: dict[int, ActorGroup], wide_model: Path, plain_lora: Trained
+) -> None:
+    engine = {"zero_stage": 3, "dtype": "float32", "sequence_parallel": 2, "activation_checkpointing": True}
+    assert_same_training(trained(groups[2], wide_model, [[ALL]] * 2, LORA, **engine), plain_lora)
+
+
+def test_four_ranks_share_sequences_in_pairs(wide_model: Path, plain: Trained) -> None:
+    first, second = [[7], [2, 0], [4, 5]], [[6, 1], [3], []]
+    with started(4) as four:
+        found = trained(
+            four[4], wide_model, [first, first, second, second], zero_stage=2, dtype="float32", sequence_parallel=2
+        )
+    assert_same_training(found, plain)
 
 
 @pytest.mark.parametrize(("ranks", "stage"), [(1, 0), (1, 1), (2, 2), (2, 3)])
@@ -273,3 +324,25 @@ def test_a_folder_without_checkpoint_is_an_error(
     run(groups[1], "build", str(wide_model), TrainingEngine(zero_stage=2, dtype="float32"))
     with pytest.raises(RoleFailure, match="FileNotFoundError: .* holds no DeepSpeed checkpoint"):
         run(groups[1], "load", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("stage", "dtype", "offload"),
+    [
+        (1, "bfloat16", False),
+        (2, "float32", False),
+        (2, "bfloat16", True),
+        (3, "bfloat16", False),
+        (3, "float32", True),
+    ],
+)
+def test_an_engine_that_left_its_device_goes_on_as_if_it_had_stayed(
+    groups: dict[int, ActorGroup], wide_model: Path, stage: int, dtype: str, offload: bool
+) -> None:
+    halves = [[ALL[:4]], [ALL[4:]]]
+    engine = {"zero_stage": stage, "dtype": dtype, "offload_optimizer": offload}
+    stayed = trained(groups[2], wide_model, halves, **engine)
+    phases = [Level.OUT, Level.WEIGHTS, Level.OUT, Level.WEIGHTS, Level.FULL]
+    moved = trained(groups[2], wide_model, halves, moves=phases, **engine)
+    assert moved.norms == stayed.norms
+    assert_close(moved.weights, stayed.weights, 0)

@@ -1,5 +1,6 @@
 """A rank that trains a tiny model on given sequences, with the training engine of the package."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from deepspeed.utils import safe_get_full_grad
 
 from rlhf_ray.actors.worker import Worker
 from rlhf_ray.config.training import Lora, Optimizer, TrainingEngine
+from rlhf_ray.engines.level import Level
 from rlhf_ray.engines.training import DTYPES, full_weights
 from rlhf_ray.engines.training import TrainingEngine as Engine
 from rlhf_ray.models.heads import CausalModel, load_causal
@@ -69,10 +71,15 @@ class TrainingRank(Worker):
         self.model: CausalModel = loaded
         self.engine = Engine(loaded, config, OPTIMIZER, TOTAL_STEPS)
 
-    def train(self, steps: int, micro_batches: list[list[int]]) -> Trained:
-        """Optimizer steps, each on these micro-batches of this rank."""
+    def train(self, steps: int, micro_batches: list[list[int]], moves: Sequence[Level] = ()) -> Trained:
+        """Optimizer steps, each on these micro-batches of this rank, leaving the device and coming back in between."""
         found = Trained()
         for _ in range(steps):
+            for level in moves:
+                self.engine.move(level)
+                if level == Level.WEIGHTS:
+                    with torch.no_grad():
+                        token_mean_loss(self.engine, micro_batches[0])
             for number, micro_batch in enumerate(micro_batches):
                 loss = token_mean_loss(self.engine, micro_batch)
                 self.engine.backward(loss, last=number == len(micro_batches) - 1)
@@ -85,6 +92,18 @@ class TrainingRank(Worker):
             found.rates.append(stats.lr)
         found.weights = self.weights()
         return found
+
+    def peak_memory(self, tokens: int) -> int:
+        """Bytes that forward and backward pass of one sequence take at most, beside weights and gradients."""
+        for number, length in enumerate((64, tokens)):  # what the first pass allocates stays
+            text = np.random.default_rng(0).integers(3, 512, length).astype(np.int32)
+            packed = PackedSequences.of([text], torch.device("cpu"))
+            Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+            before = _status("VmRSS")
+            logprobs, _ = self.engine(packed, torch.arange(length - 1), packed.input_ids[0, 1:], 1.0, "nothing")
+            self.engine.backward(logprobs.mean(), last=number == 1)
+        self.engine.step()
+        return _status("VmHWM") - before
 
     def weights(self, bucket_bytes: int = 20_000) -> Weights:
         """Whole tensors as `full_weights` yields them."""
@@ -103,3 +122,9 @@ class TrainingRank(Worker):
     def load(self, folder: str) -> None:
         """Read a checkpoint."""
         self.engine.load(Path(folder))
+
+
+def _status(name: str) -> int:
+    """Memory of this process in bytes: `VmRSS` now, `VmHWM` at most."""
+    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{name}:")]
+    return int(line.split()[1]) * 1024

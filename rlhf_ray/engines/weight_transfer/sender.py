@@ -7,7 +7,7 @@ from vllm.distributed.weight_transfer.base import TrainerInitInfo, VLLMWeightSyn
 from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
 
 from rlhf_ray.engines.weight_transfer.source import ModelWeights
-from rlhf_ray.platform import platform
+from rlhf_ray.platform import transfer_backend
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,7 @@ class SyncGroup:
         workers: of all engines together.
         bucket_bytes: most weights in flight at a time.
         timeout_s: how long a send may take.
+        same_devices: each worker sits on the device of a trainer rank.
     """
 
     rank: int
@@ -28,6 +29,7 @@ class SyncGroup:
     workers: int
     bucket_bytes: int
     timeout_s: float
+    same_devices: bool
 
 
 class WeightSender:
@@ -45,7 +47,12 @@ class WeightSender:
 
 def _init_info(group: SyncGroup) -> TrainerInitInfo:
     world_size = 1 + group.workers
-    if platform().weight_transfer == "nccl":
+    backend = transfer_backend(group.same_devices)
+    if backend == "ipc":
+        from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
+
+        return IPCTrainerInitInfo(packed=True, packed_buffer_size_bytes=group.bucket_bytes, rank=group.rank)
+    if backend == "nccl":
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
         return NCCLTrainerInitInfo(

@@ -1,0 +1,74 @@
+"""Roles that share devices and leave them to each other: which of them is where in which phase.
+
+A pure state machine. It says who must go and who may come; `actors/devices.py` has the actors do it.
+"""
+
+from collections.abc import Collection, Sequence
+from typing import Literal
+
+from rlhf_ray.engines.level import Level
+
+Phase = Literal["generate", "score", "update", "sync", "checkpoint", "export"]
+
+# What each phase needs at least. Roles that are not named are not needed.
+NEEDS: dict[Phase, dict[str, Level]] = {
+    "generate": {"rollout": Level.FULL},
+    "score": {
+        "policy": Level.WEIGHTS,
+        "critic": Level.WEIGHTS,
+        "reference": Level.WEIGHTS,
+        "reward": Level.WEIGHTS,
+    },
+    "update": {"policy": Level.FULL, "critic": Level.FULL},
+    "sync": {"policy": Level.WEIGHTS, "rollout": Level.WEIGHTS},
+    "checkpoint": {"policy": Level.FULL, "critic": Level.FULL, "reference": Level.WEIGHTS},
+    "export": {"policy": Level.WEIGHTS},
+}
+
+Moves = dict[str, Level]
+
+
+class DeviceSharing:
+    """Levels of the roles that share devices. All begin outside.
+
+    Args:
+        together: lists of roles that sit on the same devices; a role is in one of them at most.
+    """
+
+    def __init__(self, together: Sequence[Sequence[str]]) -> None:
+        self._together = [tuple(roles) for roles in together]
+        self.levels = {role: Level.OUT for roles in together for role in roles}
+
+    def enter(self, phase: Phase, only: Collection[str] | None = None) -> list[Moves]:
+        """Moves that bring about what a phase needs, to be made one after the other: those that go, those that come.
+
+        Where somebody comes, all others on the same devices go as far as the phase lets them. Where nobody comes,
+        nobody goes: moving costs time, and idle states cost nothing.
+
+        Args:
+            only: roles that take part; by default all that the phase needs.
+        """
+        needs = {role: level for role, level in NEEDS[phase].items() if only is None or role in only}
+        going: Moves = {}
+        coming: Moves = {}
+        for roles in self._together:
+            short = {role: needs[role] for role in roles if self.levels[role] < needs.get(role, Level.OUT)}
+            if short:
+                coming |= short
+                going |= {r: needs.get(r, Level.OUT) for r in roles if self.levels[r] > needs.get(r, Level.OUT)}
+        self.levels |= going | coming
+        return [moves for moves in (going, coming) if moves]
+
+    def turns(self, roles: Collection[str]) -> list[list[str]]:
+        """Roles that would work at the same time, so divided that no two of a turn share devices."""
+        turns: list[list[str]] = []
+        for role in roles:
+            free = next((turn for turn in turns if not any(self._are_together(role, other) for other in turn)), None)
+            if free is None:
+                turns.append([role])
+            else:
+                free.append(role)
+        return turns
+
+    def _are_together(self, role: str, other: str) -> bool:
+        return any(role in roles and other in roles for roles in self._together)

@@ -1,0 +1,57 @@
+"""Roles that share places, and whether they can leave them to each other."""
+
+from collections.abc import Mapping
+
+from rlhf_ray.config.placement import Placed
+from rlhf_ray.config.training import ScoringEngine, TrainingEngine
+
+
+def shared_places(places: Mapping[str, Placed]) -> list[tuple[str, ...]]:
+    """Roles that sit together, each list beginning with the one whose places they are."""
+    together = [
+        (host, *(guest for guest, (at, _) in places.items() if at.colocate == host))
+        for host, (placement, _) in places.items()
+        if placement.colocate is None
+    ]
+    return [roles for roles in together if len(roles) > 1]
+
+
+def check_sharing(
+    places: Mapping[str, Placed],
+    engines: Mapping[str, tuple[TrainingEngine | ScoringEngine, ...]],
+    *,
+    offload_idle: bool,
+) -> None:
+    """Refuse `placement.offload_idle` where it has no effect or DeepSpeed can't do it.
+
+    Args:
+        places: as `JobConfig.places`.
+        engines: of each role's models.
+    """
+    if not offload_idle:
+        return
+    sharing = shared_places(places)
+    if not sharing:
+        raise ValueError("placement.offload_idle has no effect: no placement.ROLE.colocate puts two roles together")
+    for role in (role for roles in sharing for role in roles):
+        for engine in engines.get(role, ()):
+            _check_can_leave(role, engine)
+
+
+def _check_can_leave(role: str, engine: TrainingEngine | ScoringEngine) -> None:
+    if isinstance(engine, ScoringEngine):
+        if engine.zero_stage == 3 and not engine.offload_parameters:
+            raise ValueError(
+                f"placement.offload_idle: {role}.engine.zero_stage is 3, whose shards stay where they are: set "
+                f"{role}.engine.offload_parameters, or {role}.engine.zero_stage to 0"
+            )
+    elif engine.zero_stage == 0:
+        raise ValueError(
+            f"placement.offload_idle: {role}.engine.zero_stage is 0, whose optimizer state DeepSpeed can't move: set "
+            "it to 1, 2 or 3"
+        )
+    elif engine.offload_parameters and not engine.offload_optimizer:
+        raise ValueError(
+            f"placement.offload_idle: DeepSpeed moves no optimizer state beside {role}.engine.offload_parameters: "
+            f"set {role}.engine.offload_optimizer too"
+        )

@@ -1,0 +1,66 @@
+"""Who leaves and who comes, phase by phase."""
+
+from itertools import product
+
+from rlhf_ray.cluster.sharing import NEEDS, DeviceSharing, Phase
+from rlhf_ray.engines.level import Level
+
+OUT, WEIGHTS, FULL = Level.OUT, Level.WEIGHTS, Level.FULL
+ALL = ("policy", "critic", "reference", "reward", "rollout")
+STEP: list[Phase] = ["generate", "score", "update", "sync"]
+
+
+def test_everyone_on_one_place_goes_through_a_step() -> None:
+    sharing = DeviceSharing([("policy", "reference", "rollout")])
+    assert [sharing.enter(phase) for phase in STEP * 2] == [
+        [{"rollout": FULL}],
+        [{"rollout": OUT}, {"policy": WEIGHTS, "reference": WEIGHTS}],
+        [{"reference": OUT}, {"policy": FULL}],
+        [{"policy": WEIGHTS}, {"rollout": WEIGHTS}],
+        [{"policy": OUT}, {"rollout": FULL}],
+        [{"rollout": OUT}, {"policy": WEIGHTS, "reference": WEIGHTS}],
+        [{"reference": OUT}, {"policy": FULL}],
+        [{"policy": WEIGHTS}, {"rollout": WEIGHTS}],
+    ]
+
+
+def test_nobody_leaves_for_a_phase_that_needs_nobody_else_of_the_place() -> None:
+    sharing = DeviceSharing([("policy", "reference"), ("critic", "reward")])
+    for phase in STEP:
+        sharing.enter(phase)
+    assert sharing.levels == {"policy": FULL, "reference": OUT, "critic": FULL, "reward": OUT}
+    assert sharing.enter("generate") == [], "the engines have devices of their own"
+    assert sharing.enter("score") == [
+        {"policy": WEIGHTS, "critic": WEIGHTS},
+        {"reference": WEIGHTS, "reward": WEIGHTS},
+    ]
+
+
+def test_roles_of_one_place_take_turns_where_each_wants_all_of_it() -> None:
+    together = DeviceSharing([ALL])
+    assert together.turns(["critic", "policy"]) == [["critic"], ["policy"]]
+    assert together.enter("update", ["critic"]) == [{"critic": FULL}]
+    assert together.enter("update", ["policy"]) == [{"critic": OUT}, {"policy": FULL}]
+    apart = DeviceSharing([("policy", "reference"), ("critic", "reward")])
+    assert apart.turns(["critic", "policy"]) == [["critic", "policy"]]
+    assert DeviceSharing([]).turns(["critic", "policy"]) == [["critic", "policy"]]
+
+
+def test_after_any_phases_all_that_are_needed_are_there_and_two_never_fill_a_place() -> None:
+    for together in ([ALL], [("policy", "rollout"), ("critic", "reward", "reference")], [("policy", "critic")]):
+        for phases in product(NEEDS, repeat=3):
+            sharing = DeviceSharing(together)
+            for phase in phases:
+                for turn in sharing.turns(NEEDS[phase]):
+                    sharing.enter(phase, turn)
+                    for role in turn:
+                        assert sharing.levels.get(role, FULL) >= NEEDS[phase][role]
+                    for roles in together:
+                        full = [role for role in roles if sharing.levels[role] == FULL]
+                        assert len(full) <= 1, (together, phases, full)
+
+
+def test_roles_that_share_nothing_never_move() -> None:
+    sharing = DeviceSharing([])
+    assert [sharing.enter(phase) for phase in STEP] == [[], [], [], []]
+    assert sharing.levels == {}
