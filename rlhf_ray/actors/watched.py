@@ -57,8 +57,8 @@ class Watched:
 def actor_class(worker: type) -> Any:
     """Ray's class of actors of a `Watched` class.
 
-    With a group there, Ray runs the other methods in a thread beside the main one: still one at a time and in order, all
-    in the same thread. The constructor runs in the main thread.
+    With a group there, Ray runs the other methods in one thread beside the main one: still one at a time, and in order.
+    The constructor runs in the main thread.
     """
     return ray.remote(concurrency_groups={_GROUP: 1})(worker)
 

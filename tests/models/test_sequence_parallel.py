@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from rlhf_ray.models.heads import load_causal, load_scalar
+from rlhf_ray.models.heads import CausalModel, ScalarModel, load_causal, load_scalar
 from rlhf_ray.models.packed import PackedSequences
 from rlhf_ray.models.sequence_parallel import SequenceParallel, copies_of_keys
 from rlhf_ray.models.tiny import build_tiny_model
