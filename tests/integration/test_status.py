@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 import ray
-from dashboard import QUERIES, metrics_of
 
+from dashboard import QUERIES, metrics_of
 from reward_functions import GATE
 from rlhf_ray.actors.waiting import RoleFailure
 from rlhf_ray.cluster.session import cluster_facts

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from dashboard import DASHBOARD, QUERIES, metrics_of
 
+from dashboard import DASHBOARD, QUERIES, metrics_of
 from rlhf_ray.telemetry.ray_metrics import all_series
 
 OURS = {series.scraped: {"run", "job", *series.tags} for series in all_series()}
