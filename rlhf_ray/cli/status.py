@@ -18,7 +18,7 @@ def status(
     run: Annotated[
         str | None,
         typer.Argument(
-            metavar="[RUN]",
+            metavar="RUN",
             help="Folder of a run, or its name. By default all runs of the cluster at --address or RAY_ADDRESS, and "
             "without those the run in runs/ that was started last.",
             show_default=False,

@@ -7,11 +7,13 @@ import signal
 import socket
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
+import ray
+
 from rlhf_ray.cluster.session import ClusterError
+from rlhf_ray.cluster.tokens import HOW_TO_GIVE_A_TOKEN, show_token
 
 T = TypeVar("T")
 
@@ -89,16 +91,14 @@ def _serve(connection: Connection, address: str) -> None:
     # Ray writes every try to stderr; what comes of them is in the exception.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
-    _show_token(address)
-    import ray
-
+    # A local cluster goes by an address that others can reach.
+    show_token("auto" if _is_here(address) else address)
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
     except Exception as error:  # Ray raises that plain class when it can't connect in time
         connection.send(
             ClusterError(
-                f"can't connect to the Ray cluster at {address} ({error}). If it asks for a token, set "
-                "RAY_AUTH_MODE=token, and the token in RAY_AUTH_TOKEN or ~/.ray/auth_token"
+                f"can't connect to the Ray cluster at {address} ({error}); if it asks for a token, {HOW_TO_GIVE_A_TOKEN}"
             )
         )
         return
@@ -115,19 +115,12 @@ def _serve(connection: Connection, address: str) -> None:
         connection.send(answer)
 
 
-def _show_token(address: str) -> None:
-    """Show this user's token to a cluster of this machine, which asks for it by default; to others only if told to."""
-    host, _ = _host_and_port(address)
-    token = Path.home() / ".ray" / "auth_token"
-    if host and _is_here(host) and token.exists():
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
-
-
-def _is_here(host: str) -> bool:
+def _is_here(address: str) -> bool:
     """Whether it is an address of this machine, the only kind that can be bound."""
+    host, _ = _host_and_port(address)
     try:
         with socket.create_server((host, 0)):
-            return True
+            return host != ""
     except OSError:
         return False
 
