@@ -96,11 +96,8 @@ def _serve(connection: Connection, address: str) -> None:
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
     except Exception as error:  # Ray raises that plain class when it can't connect in time
-        connection.send(
-            ClusterError(
-                f"can't connect to the Ray cluster at {address} ({error}); if it asks for a token, {HOW_TO_GIVE_A_TOKEN}"
-            )
-        )
+        cure = f"if it asks for a token, {HOW_TO_GIVE_A_TOKEN}"
+        connection.send(ClusterError(f"can't connect to the Ray cluster at {address} ({error}); {cure}"))
         return
     connection.send(None)
     while True:
