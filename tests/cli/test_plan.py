@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
@@ -45,7 +46,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def changes_of(result: Result) -> list[list[str]]:
     lines = result.stdout.split("It fits with any of these, nearest first:\n")[1].splitlines()
-    return [line.split("   (")[0].split() for line in lines]
+    return [line.split("   (")[0].split() for line in takewhile(lambda line: "=" in line, lines)]
 
 
 def test_a_job_that_fits_is_told_what_is_left(cli: RunCli, config: Path) -> None:
@@ -64,7 +65,7 @@ def test_a_job_that_does_not_fit_gets_changes_with_which_it_does(cli: RunCli, co
     assert "does not fit" in result.stdout
     assert "node-0, H100 0-1: " in result.stdout
     changes = changes_of(result)
-    assert len(changes) > 1
+    assert changes
     for change in changes:
         again = cli("plan", config, "--cluster", "8xh100", *change)
         assert again.exit_code == 0, (change, again.stdout)
@@ -89,7 +90,7 @@ def test_json_has_the_same_in_bytes(cli: RunCli, config: Path) -> None:
     assert (policy["role"], policy["rank"]) == ("policy", 0)
     assert policy["parts"]["weights"] == 2 * 8_030_261_248
     assert sum(policy["parts"].values()) == policy["held"]
-    assert len(plan["changes"]) > 1
+    assert plan["changes"]
 
 
 def test_without_a_cluster_this_machine_is_meant(cli: RunCli, config: Path) -> None:

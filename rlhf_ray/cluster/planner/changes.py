@@ -14,8 +14,14 @@ from rlhf_ray.cluster.planner.processes import ProcessMemory
 from rlhf_ray.config.jobs import JobConfig
 from rlhf_ray.config.loading import ConfigError, apply_override, parse_config
 
-MOST_PLANS = 400
+MOST_PLANS = 300
 """Plans that a search makes at most; each takes milliseconds."""
+PLANS_FOR_OTHERS = 100
+"""Of these, that a search makes for a second proposal once it has one."""
+LEAST_GAIN = 0.02
+"""Of what is lacking, that a change must bring to be gone on from."""
+LACKING = 8.0
+"""What lacking as much as at the beginning counts, in the unit of `Move.cost`."""
 
 
 @dataclass(frozen=True)
@@ -97,19 +103,22 @@ class _Search:
     def nearest(self, roles: frozenset[str] | None, overrides: Mapping[str, Value], most: int) -> list[Change]:
         """Changes after which everything is large enough that any of these roles takes of; None for all roles.
 
-        Best first: of all that was tried, what is nearest is changed further, as long as that makes it better.
+        Of all that was tried, what is nearest is changed further; what is still lacking counts as distance too, or
+        every combination of small changes would be tried before a large one.
         """
         order = count()
         plan = self.plan(overrides)
-        queue = [(0.0, next(order), dict(overrides), plan, _excess(plan, roles))]
+        whole = max(1.0, _excess(plan, roles))
+        queue = [(0.0, next(order), 0.0, dict(overrides), plan, whole)]
         seen: set[frozenset[tuple[str, Value]]] = set()
         found: list[Change] = []
-        plans = 0
-        while queue and len(found) < most and plans < MOST_PLANS:
-            cost, _, overrides, plan, excess = heapq.heappop(queue)
+        plans, limit = 0, MOST_PLANS
+        while queue and len(found) < most and plans < limit:
+            _, _, cost, overrides, plan, excess = heapq.heappop(queue)
             if plan is not None and not excess:
                 if not _has_same_keys(found, overrides):
                     found.append(Change(overrides, cost, plan))
+                    limit = min(limit, plans + PLANS_FOR_OTHERS)
                 continue
             for move in self._moves(overrides, plan, roles):
                 following = self._changed({**overrides, **move.values})
@@ -120,9 +129,11 @@ class _Search:
                 plans += 1
                 planned = self.plan(following)
                 left = _excess(planned, roles)
-                if planned is None or left < 0.995 * excess:
-                    heapq.heappush(queue, (cost + move.cost, next(order), following, planned, left))
-        return found
+                if planned is None or left <= (1 - LEAST_GAIN) * excess:
+                    far = cost + move.cost
+                    lacking = 1.0 if planned is None else left / whole
+                    heapq.heappush(queue, (far + LACKING * lacking, next(order), far, following, planned, left))
+        return sorted(found, key=lambda change: change.cost)
 
     def _changed(self, overrides: Mapping[str, Value]) -> dict[str, Value]:
         """Those that are not so already."""

@@ -4,9 +4,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from rlhf_ray.config.training import Offload
 from rlhf_ray.engines.level import Level
 
 Place = Literal["device", "host", "disk"]
+PLACES: dict[Offload, Place] = {"none": "device", "cpu": "host", "nvme": "disk"}
 Phase = Literal["load", "generate", "score", "update", "sync"]
 Moment = Literal["load", "generate", "score", "backward", "reduce", "step", "sync"]
 """When memory is held. An update has three: the backward pass begins, gradients are reduced, the optimizer steps."""

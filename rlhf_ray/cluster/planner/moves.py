@@ -67,10 +67,10 @@ def _trained(role: TrainedRole) -> Iterator[Move]:
     if role.ranks > 1:
         for stage in range(engine.zero_stage + 1, 4):
             yield Move(stage / 2, {f"{key}.zero_stage": stage})
-    if not engine.offload_optimizer:
-        yield Move(4, {f"{key}.zero_stage": max(1, engine.zero_stage), f"{key}.offload_optimizer": True})
-    if not engine.offload_parameters:
-        off = {f"{key}.offload_optimizer": True, f"{key}.offload_parameters": True}
+    if engine.offload_optimizer == "none":
+        yield Move(4, {f"{key}.zero_stage": max(1, engine.zero_stage), f"{key}.offload_optimizer": "cpu"})
+    if engine.offload_parameters == "none":
+        off = {f"{key}.offload_optimizer": "cpu", f"{key}.offload_parameters": "cpu"}
         yield Move(7, {f"{key}.zero_stage": 3, **off})
     together = 2 * engine.sequence_parallel
     if role.ranks % together == 0 and can_share_heads(role.shape, together):
@@ -86,8 +86,8 @@ def _scored(role: ScoredRole) -> Iterator[Move]:
     yield from _smaller_micro_batches(engine.micro_batch_tokens, role.batch.longest, key)
     if role.ranks > 1 and engine.zero_stage == 0:
         yield Move(2, {f"{key}.zero_stage": 3})
-    if not engine.offload_parameters:
-        yield Move(4, {f"{key}.zero_stage": 3, f"{key}.offload_parameters": True})
+    if engine.offload_parameters == "none":
+        yield Move(4, {f"{key}.zero_stage": 3, f"{key}.offload_parameters": "cpu"})
     if engine.dtype == "float32":
         yield Move(5, {f"{key}.dtype": "bfloat16"})
 

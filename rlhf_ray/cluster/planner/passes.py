@@ -72,14 +72,14 @@ class Ranks:
     @property
     def held_bytes(self) -> float:
         """Of weights on one device."""
-        if self.engine.offload_parameters:
+        if self.engine.offload_parameters != "none":
             return 0.0
         return self.weight_bytes / (self.group.ranks if self.engine.zero_stage == 3 else 1)
 
     @property
     def optimizer_bytes(self) -> float:
         """Of optimizer state on one device."""
-        if not isinstance(self.engine, TrainingEngine) or self.engine.offload_optimizer:
+        if not isinstance(self.engine, TrainingEngine) or self.engine.offload_optimizer != "none":
             return 0.0
         return _STATE_BYTES * self.trained / (self.group.ranks if self.engine.zero_stage else 1)
 
@@ -109,8 +109,9 @@ class Ranks:
         engine, rates, factors = self.engine, self.rates, self.constants.optimizer
         own = self.trained / (self.group.ranks if engine.zero_stage else 1)
         traffic = own * STEP_TRAFFIC[engine.dtype]
-        seconds = factors.traffic * traffic / (rates.host_memory if engine.offload_optimizer else rates.memory)
-        if engine.offload_optimizer and rates.ahead:
+        memory = rates.memory if engine.offload_optimizer == "none" else rates.host_memory
+        seconds = factors.traffic * traffic / memory
+        if engine.offload_optimizer != "none" and rates.ahead:
             seconds += 2 * own * BYTES[engine.dtype] / rates.host
         if engine.zero_stage in (1, 2):
             size = self.trained * BYTES[engine.dtype]
@@ -154,7 +155,7 @@ class Ranks:
             return compute
         calls = passes * gathers * self.shape.layers
         gathering = self.group.all_gather_s(passes * gathers * self.weight_bytes, self.constants.collectives, calls)
-        if self.engine.offload_parameters and self.rates.ahead:
+        if self.engine.offload_parameters != "none" and self.rates.ahead:
             gathering += passes * gathers * self.weight_bytes / self.group.ranks / self.rates.host
         return max(compute, gathering) if self.rates.ahead else compute + gathering
 

@@ -1,9 +1,9 @@
 """Memory of one rank of a model that only computes forward passes: reference and reward models."""
 
 from rlhf_ray.cluster.planner.activations import ITEMSIZE, PassShape
-from rlhf_ray.cluster.planner.footprint import Item, Place, always, during
+from rlhf_ray.cluster.planner.footprint import PLACES, Item, always, during
 from rlhf_ray.cluster.planner.roles import ScoredRole
-from rlhf_ray.cluster.planner.trained_memory import LIVE_PARAMETERS, PERSISTENT, PREFETCH
+from rlhf_ray.cluster.planner.trained_memory import LIVE_PARAMETERS, PERSISTENT, PREFETCH, swapped_weights
 from rlhf_ray.engines.level import Level
 
 
@@ -24,12 +24,13 @@ def scored_items(role: ScoredRole, *, cpu: bool) -> list[Item]:
     items = [during("logits and states", passing, "score")]
     if engine.zero_stage == 0:
         return [always("weights", weights, Level.WEIGHTS), *items]
-    place: Place = "host" if engine.offload_parameters else "device"
+    place = PLACES[engine.offload_parameters]
     gathered = 0 if role.ranks == 1 else min(shape.parameters, LIVE_PARAMETERS + PREFETCH) * item
     whole = sum(tensor.size * tensor.count for tensor in shape.tensors() if tensor.size <= PERSISTENT) * item
     return [
         always("weights", weights / role.ranks, Level.WEIGHTS, place),
-        always("weights kept whole", whole if role.ranks > 1 or place == "host" else 0, Level.WEIGHTS),
+        always("weights kept whole", whole if role.ranks > 1 or place != "device" else 0, Level.WEIGHTS),
+        *swapped_weights(item * max(tensor.size for tensor in shape.tensors()), role.ranks, place),
         during("gathered weights", gathered, "score"),
         *items,
     ]

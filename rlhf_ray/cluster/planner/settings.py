@@ -30,12 +30,12 @@ class Setting:
             return {}
         tokens = max(role.batch.longest, int(role.engine.micro_batch_tokens * self.micro_batch))
         if isinstance(role, ScoredRole):
-            parameters = role.engine.offload_parameters and self.scoring_stage == 3
+            parameters = role.engine.offload_parameters if self.scoring_stage == 3 else "none"
             return {"zero_stage": self.scoring_stage, "offload_parameters": parameters, "micro_batch_tokens": tokens}
         return {
             "zero_stage": self.zero_stage,
-            "offload_optimizer": self.offload_optimizer,
-            "offload_parameters": role.engine.offload_parameters and self.zero_stage == 3,
+            "offload_optimizer": "cpu" if self.offload_optimizer else "none",
+            "offload_parameters": role.engine.offload_parameters if self.zero_stage == 3 else "none",
             "activation_checkpointing": self.activation_checkpointing,
             "micro_batch_tokens": tokens,
         }

@@ -81,7 +81,7 @@ def test_float32_without_sharding_has_no_master_copy(make_job: MakeJob) -> None:
 
 
 def test_offload_moves_the_optimizer_to_the_host(make_job: MakeJob) -> None:
-    held = trained(make_job("sft", "policy.engine.zero_stage=2", "policy.engine.offload_optimizer=true"))
+    held = trained(make_job("sft", "policy.engine.zero_stage=2", "policy.engine.offload_optimizer=cpu"))
     largest = 2 * 128256 * 4096
     assert held == {
         ("weights", "device"): 2 * LLAMA_8B,
@@ -90,6 +90,26 @@ def test_offload_moves_the_optimizer_to_the_host(make_job: MakeJob) -> None:
         ("optimizer moments", "host"): 8 * LLAMA_8B // 8,
         ("offload buffers", "host"): largest + (4 + 2) * LLAMA_8B // 8,
     }
+
+
+def test_offload_of_shards_needs_no_way_back_for_weights(make_job: MakeJob) -> None:
+    held = trained(make_job("sft", "policy.engine.zero_stage=3", "policy.engine.offload_optimizer=cpu"))
+    assert held["offload buffers", "host"] == 4 * LLAMA_8B // 8
+    assert held["gradients", "host"] == 2 * LLAMA_8B // 8
+    assert ("offload buffers", "device") not in held
+
+
+def test_offload_to_a_disk_takes_buffers_of_host_memory(make_job: MakeJob) -> None:
+    engine = "policy.engine={zero_stage: 3, offload_optimizer: nvme, offload_parameters: nvme, nvme_path: /nvme}"
+    held = trained(make_job("sft", engine))
+    largest = 128256 * 4096
+    assert held["weights", "disk"] == 2 * LLAMA_8B // 8
+    assert held["optimizer moments", "disk"] == 8 * LLAMA_8B // 8
+    assert held["offload buffers", "host"] == 16 * 50_000_000 + 5 * 2 * largest // 8
+    plan = plan_of(make_job("sft", engine))
+    [disk] = [shelf for shelf in plan.shelves if shelf.kind == "disk"]
+    assert disk.capacity == 27000 * GIB
+    assert disk.held == 8 * sum(size for (_, place), size in held.items() if place == "disk")
 
 
 def test_adapters_alone_have_gradients_and_optimizer_state(make_job: MakeJob) -> None:
@@ -214,7 +234,7 @@ def test_each_rank_reads_the_whole_model_into_host_memory_unless_sharded(make_jo
         ("policy.engine.zero_stage=3", "policy.engine.zero_stage=2"),
         ("policy.engine.zero_stage=2", "policy.engine.zero_stage=1"),
         ("policy.engine.zero_stage=1", "policy.engine.zero_stage=0"),
-        ("policy.engine.offload_optimizer=true", "policy.engine.offload_optimizer=false"),
+        ("policy.engine.offload_optimizer=cpu", "policy.engine.offload_optimizer=none"),
         ("policy.engine.activation_checkpointing=true", "policy.engine.activation_checkpointing=false"),
         ("policy.engine.micro_batch_tokens=4096", "policy.engine.micro_batch_tokens=8192"),
         ("policy.engine.vocab_chunk_tokens=64", "policy.engine.vocab_chunk_tokens=1024"),

@@ -154,7 +154,7 @@ def test_optimizer_state_is_shared_by_ranks_but_for_stage_0() -> None:
 
 
 def test_an_offloaded_optimizer_steps_in_host_memory_and_its_weights_travel() -> None:
-    offloaded = ranks(4, engine={"offload_optimizer": True}, optimizer=OptimizerRates(traffic=1, step_s=0))
+    offloaded = ranks(4, engine={"offload_optimizer": "cpu"}, optimizer=OptimizerRates(traffic=1, step_s=0))
     own = SHAPE.parameters / 4
     assert offloaded.step_s() == pytest.approx(50 * own / 1e11 + 2 * 2 * own / 1e10)
 
