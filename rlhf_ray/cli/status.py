@@ -2,7 +2,6 @@
 
 import os
 import time
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -50,9 +49,7 @@ def status(
     """
     from rlhf_ray.cli.status_screen import Screen
 
-    with ExitStack() as stack:
-        sight = stack.enter_context(_sight_of(run, address))
-        screen = stack.enter_context(Screen(live=watch, as_json=as_json))
+    with _sight_of(run, address) as sight, Screen(live=watch, as_json=as_json) as screen:
         while True:
             found = sight.look()
             screen.show(found)
