@@ -30,7 +30,7 @@ from rlhf_ray.telemetry.trace import SpanRecorder
 from runs import MakeConfig
 
 WITHIN_S = 90.0
-ACTORS = ["policy/0", "critic/0", "reference/0", "rollout/0", "reward-gate/0"]
+ACTORS = ["critic/0", "policy/0", "reference/0", "reward-gate/0", "rollout/0"]
 
 
 @pytest.fixture
