@@ -76,7 +76,7 @@ class Lookout:
             if not self._connection.poll(timeout_s):
                 raise self._gone(f" within {timeout_s:g} s")
             answer = self._connection.recv()
-        except EOFError:
+        except (EOFError, OSError):  # a process that is killed resets the connection
             raise self._gone() from None
         if isinstance(answer, Exception):
             raise answer
@@ -103,7 +103,7 @@ def _serve(connection: Connection, address: str) -> None:
     while True:
         try:
             question, args = connection.recv()
-        except EOFError:
+        except (EOFError, OSError):
             return
         try:
             answer = question(*args)

@@ -58,6 +58,10 @@ def going_on(gate: Path, tmp_path: Path, tiny: Path, ppo_config: MakeConfig) -> 
         end = thread.submit(train, config)
         yield tmp_path / "run", end
         gate.touch()
+        if not end.done():  # a test that failed before it ended the run
+            picture = read_board(last_session(tmp_path / "run").board, 30)
+            assert picture is not None
+            os.kill(by_name(picture)["policy/0"].activity.pid, signal.SIGKILL)
 
 
 def seen(folder: Path, end: "Future[Path]", wanted: Callable[[RunStatus], object]) -> RunStatus:
