@@ -23,6 +23,7 @@ BENCHMARKS = (
     "lora",
     "plan_accuracy",
     "overhead",
+    "watching",
     "logprob_gap",
     "determinism",
     "reward_labels",

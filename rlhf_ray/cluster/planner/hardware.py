@@ -178,7 +178,7 @@ def _ready() -> Any:
 
 
 def _of_file(file: ClusterFile, stem: str, times: int) -> Hardware:
-    machines = []
+    machines: list[Machine] = []
     for group in file.nodes:
         kind = {**DEVICES, **file.devices}[group.device]
         for _ in range(group.count * times):
