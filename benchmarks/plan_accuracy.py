@@ -18,7 +18,6 @@ from rlhf_ray.cluster.planner.calibration import constants
 from rlhf_ray.cluster.planner.hardware import this_machine
 from rlhf_ray.cluster.planner.lengths import Lengths, lengths_of
 from rlhf_ray.cluster.planner.memory import MemoryPlan, plan_memory
-from rlhf_ray.cluster.planner.processes import ProcessMemory
 from rlhf_ray.cluster.planner.steptime import StepTime, predict
 from rlhf_ray.config.jobs import JobConfig, PPOJob
 from rlhf_ray.platform import machine_name
@@ -45,8 +44,9 @@ def main(
         machine = Machine.here()
         with folder() as made:
             job = case.job(Path(made), steps)
-            plan = plan_memory(job, this_machine(None), ProcessMemory())
-            step = predict(job, this_machine(None), known, _lengths(job), plan.engine and plan.engine.cached_tokens)
+            hardware = this_machine(None)
+            plan = plan_memory(job, hardware, known[hardware.device].memory)
+            step = predict(job, hardware, known, _lengths(job), plan.engine and plan.engine.cached_tokens)
             measured = measured_job(job)
         measures = [*_memory(plan, measured.peaks), *_time(step, measured.rows)]
         for measure in measures:

@@ -189,7 +189,7 @@ def _by_role(shelves: Sequence[Shelf]) -> list[tuple[str, str, Tenant]]:
     """Roles of the first of some shelves that are alike, their ranks on all of them, and what one rank takes."""
     rows = []
     for role in dict.fromkeys(tenant.role for tenant in shelves[0].tenants):
-        same = [tenant for tenant in shelves[0].tenants if tenant.role == role]
+        same = sorted((t for t in shelves[0].tenants if t.role == role), key=lambda tenant: tenant.held, reverse=True)
         ranks = sorted({tenant.rank for shelf in shelves for tenant in shelf.tenants if tenant.role == role})
         for _, alike in groupby(same, key=lambda tenant: tenant.held):
             one, *others = list(alike)

@@ -160,7 +160,8 @@ class _Rank:
                 during("reduce buffers", item * flattened, *early, "reduce"),
             ]
         part = item * self.owned
-        passing = item * flattened + part if several else max(item * flattened, part)
+        # Host memory that a large block leaves is cut up by small tensors: each of them has a place of its own there.
+        passing = item * flattened + part if several or self.cpu else max(item * flattened, part)
         if self.stage == 1:
             return [
                 during("gradients", item * trained, *whole),
@@ -171,8 +172,7 @@ class _Rank:
         return [
             during("gradients", accumulated, "backward", place=self.states),
             during("gradients", part, "step", place=self.states),
-            # On a GPU the bucket is there at once; in host memory as far as it is filled.
-            during("reduce buffers", item * bucket if several or not self.cpu else 0, "backward"),
+            during("reduce buffers", item * bucket, "backward"),
             during("reduce buffers", item * flattened, *early),
             during("reduce buffers", item * bucket + passing + accumulated, "reduce"),
         ]
@@ -186,7 +186,11 @@ class _Rank:
         if self.stage == 0:
             flat = 0 if self.item == FLOAT32 else FLOAT32 * self.owned
         norm = FLOAT64 * min(self.sizes.largest, self.owned) if self.stage else 0
-        return [during("gradients for the step", max(flat, norm), "step")]
+        apart = flat if self.cpu and self.stage else 0
+        return [
+            during("gradients for the step", max(flat, norm), "step"),
+            during("gradients for the step", apart, "reduce"),
+        ]
 
     def _passes(self) -> list[Item]:
         role, how = self.role, pass_shape(self.role, cpu=self.cpu)
@@ -194,7 +198,7 @@ class _Rank:
         head, working = how.head_bytes(pack, backward=True), how.working_bytes(pack.tokens)
         head_gradient = self.item * role.shape.head_parameters if role.lora is None else 0
         items = [
-            during("activations", how.saved_bytes(pack.tokens), "backward"),
+            during("activations", how.held_bytes(pack.tokens), "backward"),
             during("logits and states", max(head, working), "backward"),
             during("gradients", head_gradient if role.shape.head == "vocabulary" else 0, "backward"),
         ]
