@@ -38,18 +38,22 @@ class PackageTooLarge(PackageError):
     """The files are more than Ray takes.
 
     Attributes:
+        folder: that was to be sent.
         size, limit: bytes.
         largest: path within the folder and bytes of the largest files.
     """
 
     def __init__(self, folder: Path, size: int, limit: int, largest: Sequence[tuple[Path, int]]) -> None:
-        self.size, self.limit, self.largest = size, limit, list(largest)
+        self.folder, self.size, self.limit, self.largest = folder, size, limit, list(largest)
         listing = "".join(f"\n  {_mib(each)}  {path}" for path, each in self.largest)
         super().__init__(
             f"{folder}: its files are {_mib(size)}, more than the {_mib(limit)} that Ray takes. Leave some out with "
             "--exclude PATTERN, a .gitignore or a .rayignore, or put them on storage that every node sees. "
             f"The largest:{listing}"
         )
+
+    def __reduce__(self) -> tuple[type["PackageTooLarge"], tuple[Path, int, int, list[tuple[Path, int]]]]:
+        return type(self), (self.folder, self.size, self.limit, self.largest)
 
 
 @dataclass(frozen=True)
