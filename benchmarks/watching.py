@@ -44,6 +44,7 @@ from benchmarks.roles import SEED, TEMPERATURE, cluster, prompt_batches
 from rlhf_ray.config.rollout import RolloutEngine as EngineConfig
 from rlhf_ray.config.rollout import Sampling
 from rlhf_ray.data.requests import PromptRequest
+from rlhf_ray.engines.rollout_setup import RolloutSetup
 
 _ACTORS = 16
 _SPANS = 24
@@ -149,14 +150,8 @@ def _rates(setting: Setting, logged: bool) -> list[float]:
         rollout.stat_loggers = lambda load: []
 
     async def measure() -> list[float]:
-        engine = rollout.RolloutEngine(
-            str(setting.model),
-            setting.engine,
-            dtype=setting.dtype,
-            tensor_parallel=1,
-            seed=SEED,
-            trust_remote_code=False,
-        )
+        setup = RolloutSetup(str(setting.model), setting.engine, setting.dtype, 1, SEED, trust_remote_code=False)
+        engine = rollout.RolloutEngine(setup)
         rates = []
         for requests in setting.batches:
             began = time.perf_counter()

@@ -60,6 +60,11 @@ class ActorGroup:
     def __len__(self) -> int:
         return len(self.actors)
 
+    @property
+    def processes(self) -> list[Any]:
+        """All actors, those that calls do not go to too."""
+        return self.actors
+
     def call(self, method: str, *args: Any) -> list[ray.ObjectRef]:
         """Call a method with the same arguments on every rank."""
         return [getattr(actor, method).remote(*args) for actor in self.actors]

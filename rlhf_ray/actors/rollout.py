@@ -23,6 +23,7 @@ from rlhf_ray.telemetry.status import Shards
 from rlhf_ray.telemetry.trace import Span, SpanRecorder
 
 if TYPE_CHECKING:  # torch is imported with vLLM, when the engine starts
+    from rlhf_ray.engines.engine_metrics import EngineLoad
     from rlhf_ray.models.lora import Adapter
 
 
@@ -53,6 +54,7 @@ class RolloutWorker(Watched):
         self.rank = rank
         self.recorder = SpanRecorder()
         self.engine: Any = None  # vLLM is imported when the engine starts
+        self._load: EngineLoad | None = None
         self._version = 0
 
     async def address(self) -> tuple[str, int]:
@@ -72,6 +74,7 @@ class RolloutWorker(Watched):
                 self.engine = await asyncio.to_thread(RolloutFollower, setup, part)
                 return
             self.engine = RolloutEngine(setup, part)
+            self._load = self.engine.load
             await self.engine.set_version(0)
 
     async def generate(
@@ -144,10 +147,11 @@ class RolloutWorker(Watched):
         return self.recorder.drain()
 
     def queue(self) -> tuple[int | None, int | None, int | None]:
-        """Running and waiting requests, and the version of the weights; None until the engine is up."""
-        if self.engine is None:
+        """Running and waiting requests, and the version of the weights; None until the engine is up, and where only a
+        part of its workers sits."""
+        if self._load is None:
             return None, None, None
-        return self.engine.load.running, self.engine.load.waiting, self._version
+        return self._load.running, self._load.waiting, self._version
 
     def device_bytes(self) -> tuple[int, int] | None:
         """Device memory in use and in all; None on CPU, and until torch is imported, with the engine."""
@@ -210,12 +214,12 @@ class LoadBalancer:
 class RolloutGroup(ActorGroup):
     """All rollout engines: calls go to the actors that lead them.
 
-    Attributes:
-        shards: counts of those that `generate` was last given.
-
     Args:
         actors: those of each engine, one after the other; of an engine in several parts the first one leads.
         parts: of each engine.
+
+    Attributes:
+        shards: counts of those that `generate` was last given.
     """
 
     def __init__(
@@ -240,6 +244,11 @@ class RolloutGroup(ActorGroup):
     def end_engines(self, timeout_s: float) -> None:
         """Have the engines end their own processes, which outlive an actor that is killed."""
         self._all.run("shutdown", timeout_s=timeout_s, setting="run.timeouts.setup_s")
+
+    @property
+    def processes(self) -> list[Any]:
+        """All actors, those that lead no engine too."""
+        return self._all.actors
 
     def kill(self) -> None:
         """End the processes of all parts."""

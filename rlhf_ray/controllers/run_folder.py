@@ -95,7 +95,7 @@ class RunFolder:
 
     def watch(self, group: ActorGroup) -> None:
         """Show in the status what these ranks do."""
-        self._status.watch(group.role, group.actors)
+        self._status.watch(group.role, group.processes)
         if isinstance(group, RolloutGroup):
             self._rollout = group
 

@@ -37,7 +37,7 @@ class Board:
 
     async def status(self) -> RunStatus:
         """The run, right now."""
-        everyone = [watched for group in self._watched.values() for watched in group]
+        everyone = [watched for _, group in sorted(self._watched.items()) for watched in group]
         await asyncio.gather(*(watched.ask() for watched in everyone))
         actors = tuple(watched.sight.status for watched in everyone)
         return RunStatus(time.time(), self._about, self._progress, self._heard_s, actors, _metrics_urls())

@@ -129,7 +129,7 @@ class RunStatus:
         metrics_urls: where Prometheus finds the metrics of the cluster's nodes, the driver's first.
         progress: None before the driver has told anything.
         heard_s: when the driver last told something.
-        actors: role by role, in rank order.
+        actors: roles by name, each in rank order.
     """
 
     now_s: float

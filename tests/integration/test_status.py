@@ -18,7 +18,8 @@ import ray
 from dashboard import QUERIES, metrics_of
 from reward_functions import GATE
 from rlhf_ray.actors.waiting import RoleFailure
-from rlhf_ray.cluster.session import cluster_facts
+from rlhf_ray.cluster.lookout import Lookout
+from rlhf_ray.cluster.session import ClusterError, cluster_facts
 from rlhf_ray.controllers.train import train
 from rlhf_ray.telemetry.board import NAMESPACE, boards, read_board
 from rlhf_ray.telemetry.manifest import last_session
@@ -30,7 +31,7 @@ from rlhf_ray.telemetry.trace import SpanRecorder
 from runs import MakeConfig
 
 WITHIN_S = 90.0
-ACTORS = ["policy/0", "critic/0", "reference/0", "rollout/0", "reward-gate/0"]
+ACTORS = ["critic/0", "policy/0", "reference/0", "reward-gate/0", "rollout/0"]
 
 
 @pytest.fixture
@@ -173,6 +174,14 @@ def assert_metrics_are_scraped(url: str) -> None:
     assert 'job="ppo"' in step
     seconds = [line for line in lines if line.startswith("ray_rlhf_phase_seconds_total{") and 'role="policy"' in line]
     assert any('phase="update"' in line for line in seconds)
+
+
+def test_a_lookout_outlives_the_process_that_is_connected() -> None:
+    with Lookout(cluster_facts()["gcs_address"], WITHIN_S) as lookout:
+        assert lookout.ask(boards) == []
+        os.kill(lookout.ask(os.getpid), signal.SIGKILL)
+        with pytest.raises(ClusterError, match="does not answer"):
+            lookout.ask(boards)
 
 
 def test_a_board_that_dies_leaves_the_run_alone(caplog: pytest.LogCaptureFixture) -> None:

@@ -15,7 +15,10 @@ _STUBS = {
     "bin/scontrol": """
         if [[ $1 == show ]]; then tr , '\\n' <<<"$3"; else echo "$@" >>"$STATE/scontrol"; fi
     """,
-    "bin/getent": 'echo "${HEAD_ADDRESS-10.1.2.3} STREAM $2"',
+    "bin/getent": """
+        [[ -n ${HEAD_ADDRESS-10.1.2.3} ]] || exit 2
+        echo "${HEAD_ADDRESS-10.1.2.3} STREAM $2"
+    """,
     "bin/hostname": "echo 10.9.9.9 172.17.0.1",
     "bin/srun": """
         echo "$@" >"$STATE/srun"

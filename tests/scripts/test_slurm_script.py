@@ -39,8 +39,9 @@ def test_a_token_of_the_user_is_kept(job: SlurmJob) -> None:
     assert job.wrote("ray-1")[1] == job.wrote("ray-0")[1] == "token mine"
 
 
-def test_a_name_that_stands_for_loopback_is_no_address(job: SlurmJob) -> None:
-    job.run("my.yaml", CODE="0", HEAD_ADDRESS="127.0.1.1")
+@pytest.mark.parametrize("address", ["127.0.1.1", ""], ids=["loopback", "unknown"])
+def test_a_name_without_an_address_that_others_reach_is_not_used(job: SlurmJob, address: str) -> None:
+    assert job.run("my.yaml", CODE="0", HEAD_ADDRESS=address) == (0, "")
     assert "--node-ip-address=10.9.9.9" in job.wrote("ray-0")[0]
     assert "--address=10.9.9.9:6379" in job.wrote("ray-1")[0]
 

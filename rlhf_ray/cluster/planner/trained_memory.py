@@ -142,8 +142,7 @@ class _Rank:
         role, item, trained = self.role, self.item, self.sizes.trained
         micro_batches = role.batch.micro_batches(self.engine, self.ranks)
         accumulates = micro_batches > 1
-        # A GPU gets the whole bucket; of host memory only what is touched counts.
-        bucket = min(REDUCE_BUCKET, trained) if self.cpu else REDUCE_BUCKET
+        bucket = min(REDUCE_BUCKET, trained)
         flattened = min(max(REDUCE_BUCKET, self.sizes.largest), trained)
         several = trained > REDUCE_BUCKET
         # Of several buckets the first is full while most activations are still there.
@@ -166,12 +165,13 @@ class _Rank:
             return [
                 during("gradients", item * trained, *whole),
                 during("gradients", part if self.states == "device" else 0, "step"),
-                during("reduce buffers", item * min(bucket, trained) + passing, "reduce"),
+                during("reduce buffers", item * bucket + passing, "reduce"),
             ]
         accumulated = part if accumulates else 0
         return [
             during("gradients", accumulated, "backward", place=self.states),
             during("gradients", part, "step", place=self.states),
+            # On a GPU the bucket is there at once; in host memory as far as it is filled.
             during("reduce buffers", item * bucket if several or not self.cpu else 0, "backward"),
             during("reduce buffers", item * flattened, *early),
             during("reduce buffers", item * bucket + passing + accumulated, "reduce"),
