@@ -21,6 +21,7 @@ BENCHMARKS = (
     "sequence_parallel",
     "weight_sync",
     "lora",
+    "plan_accuracy",
     "overhead",
     "watching",
     "logprob_gap",

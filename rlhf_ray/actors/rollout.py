@@ -64,7 +64,7 @@ class RolloutWorker(Watched):
     async def load_model(self, setup: RolloutSetup, part: EnginePart | None = None) -> None:
         """Start the engine, or that part of its workers which sits here."""
         with self.recorder.span("load model"):
-            from rlhf_ray.engines.collectives import use_interface_of
+            from rlhf_ray.engines.interfaces import use_interface_of
             from rlhf_ray.engines.rollout import RolloutEngine, RolloutFollower
 
             host = ray.util.get_node_ip_address()

@@ -13,7 +13,8 @@ import torch
 from rlhf_ray.actors.address import own_address
 from rlhf_ray.actors.watched import Watched
 from rlhf_ray.data.seeds import derive_seed
-from rlhf_ray.engines.collectives import Rendezvous, join_collectives, use_interface_of
+from rlhf_ray.engines.collectives import Rendezvous, join_collectives
+from rlhf_ray.engines.interfaces import use_interface_of
 from rlhf_ray.engines.level import Level
 from rlhf_ray.platform import device_memory
 from rlhf_ray.telemetry.trace import Span, SpanRecorder, in_span

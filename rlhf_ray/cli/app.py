@@ -233,9 +233,6 @@ def export(
     )
 
 
-main.command(short_help="Show what a run does right now.")(status)
-
-
 def _import_from_here() -> None:
     """Find reward functions in the current folder, as Ray's workers do; an installed script has its own instead."""
     here = str(Path.cwd())
@@ -260,6 +257,7 @@ main.command(short_help="Check a cluster, without starting.")(preflight)
 main.command(short_help="Run a job on a cluster.")(submit)
 main.command(short_help="End a submitted job.")(stop)
 main.command(short_help="Show what a submitted job writes.")(logs)
+main.command(short_help="Show what a run does right now.")(status)
 
 if __name__ == "__main__":
     main()

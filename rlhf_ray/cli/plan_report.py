@@ -163,8 +163,9 @@ def _alike(shelves: Sequence[Shelf]) -> Iterator[list[Shelf]]:
         )
 
     devices = [shelf for shelf in shelves if shelf.device is not None]
-    hosts = [shelf for shelf in shelves if shelf.device is None]
-    for kind in (devices, hosts):
+    hosts = [shelf for shelf in shelves if shelf.kind == "host"]
+    disks = [shelf for shelf in shelves if shelf.kind == "disk"]
+    for kind in (devices, hosts, disks):
         for _, same in groupby(kind, key=content):
             yield list(same)
 
@@ -173,7 +174,7 @@ def _where(shelves: Sequence[Shelf]) -> str:
     first, last = shelves[0], shelves[-1]
     nodes = first.node if first.node == last.node else f"{first.node} to {last.node}"
     if first.device is None:
-        return f"{nodes}, host memory"
+        return f"{nodes}, {'disk' if first.kind == 'disk' else 'host memory'}"
     numbers = sorted({shelf.device for shelf in shelves if shelf.device is not None})
     several = f"{numbers[0]}" if len(numbers) == 1 else f"{numbers[0]}-{numbers[-1]}"
     return f"{nodes}, {first.kind} {several}"

@@ -133,6 +133,7 @@ class RolloutFollower:
     """Workers of an engine that another process leads. They do what that one says."""
 
     def __init__(self, setup: RolloutSetup, part: EnginePart) -> None:
+        self.load = EngineLoad()  # requests are with the leading part
         config = _engine_args(setup, part).create_engine_config(UsageContext.ENGINE_CONTEXT, headless=True)
         self._executor = MultiprocExecutor(config, monitor_workers=False)
 

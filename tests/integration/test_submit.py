@@ -43,16 +43,20 @@ def head() -> Iterator[dict[str, str]]:
     binaries = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     shared = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     shared |= {"PYTHONPATH": str(REPOSITORY), "PATH": binaries, "RAY_AUTH_TOKEN": token, "OMP_NUM_THREADS": "1"}
-    dashboard = free_port()
+    dashboard, gcs = free_port(), free_port()
     command = [
         *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=2"),
-        *(f"--port={free_port()}", f"--dashboard-port={dashboard}", f"--temp-dir={temp}", "--disable-usage-stats"),
+        *(f"--port={gcs}", f"--dashboard-port={dashboard}", f"--temp-dir={temp}", "--disable-usage-stats"),
         *("--dashboard-agent-listen-port=0", "--object-store-memory=200000000"),
     ]
     log = (temp / "start.log").open("w")
     started = subprocess.Popen(command, env=shared | {"RAY_AUTH_MODE": "token"}, stdout=log, stderr=log)
     try:
-        yield shared | {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}", "START_LOG": log.name}
+        yield shared | {
+            "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
+            "GCS": f"127.0.0.1:{gcs}",
+            "START_LOG": log.name,
+        }
     finally:
         family = [*psutil.Process(started.pid).children(recursive=True), psutil.Process(started.pid)]
         started.terminate()  # with --block it ends what it started
@@ -121,3 +125,14 @@ def test_a_missing_token_is_an_error_with_the_cure(cli: Command) -> None:
     assert wrong.returncode == 1
     assert "refuses (Authentication failed" in wrong.stderr
     assert "another" not in wrong.stderr
+
+
+def test_train_joins_a_cluster_with_a_token_and_is_refused_without(cli: Command, head: dict[str, str]) -> None:
+    address = f"cluster.address={head['GCS']}"
+    assert cli("preflight", "my.yaml", address).returncode == 0
+    for environment in ({"RAY_AUTH_TOKEN": "another"}, {"RAY_AUTH_TOKEN": "", "HOME": "/nowhere"}):
+        refused = cli("preflight", "my.yaml", address, **environment)
+        assert refused.returncode == 1
+        assert f"cluster.address: can't connect to {head['GCS']} (" in refused.stderr
+        assert "): set RAY_AUTH_MODE=token, and the cluster's token in RAY_AUTH_TOKEN" in refused.stderr
+        assert len(refused.stderr.splitlines()) == 1, "Ray's own lines for each try are not shown"

@@ -107,14 +107,18 @@ class SlurmJob:
         path = self.state / name
         return path.read_text().splitlines() if path.exists() else []
 
+    def wait_until(self, name: str, process: subprocess.Popen[str]) -> None:
+        """Wait for a file of the state folder, while the script runs."""
+        deadline = time.monotonic() + 30
+        while not (self.state / name).exists():
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline, f"{name} has not started within 30 s"
+            time.sleep(0.02)
+
     def signalled(self, number: signal.Signals, **environment: str) -> tuple[int, str]:
         """Send the script a signal while the run is on."""
         process = self.start("my.yaml", **environment)
-        deadline = time.monotonic() + 30
-        while not (self.state / "driver").exists():
-            assert process.poll() is None, process.communicate()
-            assert time.monotonic() < deadline, "the run has not started within 30 s"
-            time.sleep(0.02)
+        self.wait_until("driver", process)
         process.send_signal(number)
         return ended(process)
 

@@ -9,7 +9,7 @@ from functools import cache
 
 from rlhf_ray.cluster.planner.activations import FLOAT32, ITEMSIZE, PassShape
 from rlhf_ray.cluster.planner.adapters import adapted_layers, adapter_sizes, frozen_bytes
-from rlhf_ray.cluster.planner.footprint import PLACES, Item, Moment, always, during
+from rlhf_ray.cluster.planner.footprint import PLACES, Item, Moment, Place, always, during
 from rlhf_ray.cluster.planner.roles import TrainedRole
 from rlhf_ray.cluster.planner.shapes import ModelShape
 from rlhf_ray.config.training import Lora
@@ -20,11 +20,15 @@ REDUCE_BUCKET = 500_000_000
 LIVE_PARAMETERS = 1_000_000_000
 PREFETCH = 50_000_000
 SUB_GROUP = 1_000_000_000
+SWAP_GROUP = 50_000_000
+SWAP_BUFFERS = 5
 PERSISTENT = 10_000
 
 FLOAT64 = 8
 MOMENTS = 2 * FLOAT32
 """Adam's, of one weight."""
+SWAPPED = 4 * FLOAT32
+"""Of one weight whose state is on a disk, while it is in host memory: gradient, master weight and moments."""
 UPDATE: tuple[Moment, ...] = ("backward", "reduce", "step")
 
 
@@ -59,6 +63,12 @@ class Sizes:
 def trained_items(role: TrainedRole, *, cpu: bool) -> list[Item]:
     """What one rank holds, without the process itself."""
     return _Rank(role, cpu).items()
+
+
+def swapped_weights(largest: int, ranks: int, place: Place) -> list[Item]:
+    """Buffers in host memory of weights that are on a disk; each holds any rank's part of any of them."""
+    size = SWAP_BUFFERS * -(-largest // ranks)
+    return [always("offload buffers", size, place="host")] if place == "disk" else []
 
 
 def pass_shape(role: TrainedRole, *, cpu: bool) -> PassShape:
@@ -101,6 +111,7 @@ class _Rank:
         return [
             always("weights", size / self.ranks, Level.WEIGHTS, place),
             always("weights kept whole", whole if self.ranks > 1 or place != "device" else 0, Level.WEIGHTS),
+            *swapped_weights(self.item * self.sizes.largest, self.ranks, place),
             during("gathered weights", gathered, "score", "backward", "reduce"),
         ]
 
@@ -110,12 +121,22 @@ class _Rank:
         items = [always("optimizer moments", MOMENTS * self.owned, place=self.states)]
         if copies:
             items.insert(0, always("master weights", FLOAT32 * self.owned, place=self.states))
-        if self.states != "device":
-            # Gradients in float32 and updated weights on their way back stay allocated.
-            items.append(always("offload buffers", (FLOAT32 + self.item) * self.owned, place="host"))
-            largest = self.item * self.sizes.largest
-            items += [always("offload buffers", largest, place="host"), always("offload buffers", largest)]
-        return items
+        return [*items, *self._offload_buffers()]
+
+    def _offload_buffers(self) -> list[Item]:
+        """What stays allocated beside a state that is not on the device."""
+        gradients = FLOAT32 * self.owned
+        if self.states == "disk":
+            part = SWAPPED * min(SWAP_GROUP, self.owned)
+            return [always("offload buffers", part, place="host"), always("gradients", gradients, place="disk")]
+        if self.states == "device":
+            return []
+        if self.stage == 3:
+            return [always("offload buffers", gradients, place="host")]
+        # Updated weights on their way back, and one gradient on its way, on both sides.
+        largest = self.item * self.sizes.largest
+        host = gradients + self.item * self.owned + largest
+        return [always("offload buffers", host, place="host"), always("offload buffers", largest)]
 
     def _gradients(self) -> list[Item]:
         role, item, trained = self.role, self.item, self.sizes.trained
@@ -135,7 +156,7 @@ class _Rank:
             ]
         if self.stage == 3:
             return [
-                always("gradients", item * self.owned, place=self.states),
+                always("gradients", item * self.owned, place="device" if self.states == "device" else "host"),
                 always("reduce buffers", item * bucket),
                 during("reduce buffers", item * flattened, *early, "reduce"),
             ]
