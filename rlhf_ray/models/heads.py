@@ -96,8 +96,8 @@ def longest_sequence(model: str, *, trust_remote_code: bool = False) -> int | No
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
-def check_sequence_parallel(model: str, ranks: int, *, trust_remote_code: bool = False) -> None:
-    """The heads of a model must be dealt evenly to the ranks that share its packs.
+def check_heads(model: str, ranks: int, *, trust_remote_code: bool = False) -> None:
+    """The attention heads of a model must be dealt evenly to the ranks or workers that share them.
 
     Raises:
         ModelError: naming how many there are, and how many ranks there can be.

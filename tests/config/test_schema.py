@@ -295,7 +295,21 @@ CONFLICTS: list[tuple[dict[str, Any], str]] = [
     ),
     (
         ppo(placement={"rollout": {"engines": 3, "nodes": 2}}),
-        "placement.rollout.engines (3) can't be spread equally over placement.rollout.nodes (2)",
+        "placement.rollout.engines (3) x placement.rollout.parts (1) can't be spread equally over "
+        "placement.rollout.nodes (2)",
+    ),
+    (
+        ppo(placement={"rollout": {"tensor_parallel": 3, "parts": 2}}),
+        "placement.rollout.tensor_parallel (3) can't be divided into placement.rollout.parts (2)",
+    ),
+    (
+        ppo(
+            policy=LORA,
+            rollout={"lora_sync": "adapters"},
+            placement={"rollout": {"tensor_parallel": 2, "parts": 2}},
+        ),
+        "rollout.lora_sync is 'adapters', which workers read from a folder of their node, but placement.rollout.parts "
+        "is 2: set rollout.lora_sync to 'merged'",
     ),
     (
         ppo(placement={"rollout": {"engines": 2, "colocate": "policy"}}),
