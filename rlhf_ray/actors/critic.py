@@ -29,11 +29,13 @@ from rlhf_ray.data.trajectory import Floats, TrajectoryBatch
 from rlhf_ray.engines.training import DTYPES, TrainingEngine
 from rlhf_ray.models.heads import load_scalar
 from rlhf_ray.models.responses import ResponsePack
+from rlhf_ray.telemetry.trace import in_span
 
 
 class CriticWorker(PPOTrainedWorker):
     """One rank of the critic."""
 
+    @in_span("load model")
     def load_model(self, critic: config.Critic, model: str, ppo: PPO, total_steps: int, seed: int) -> None:
         """Load the model and build its training engine; collective."""
         self.critic, self.ppo = critic, ppo
@@ -44,6 +46,7 @@ class CriticWorker(PPOTrainedWorker):
             seed=seed,
             trust_remote_code=critic.trust_remote_code,
             lora=critic.lora,
+            sharded=critic.engine.zero_stage == 3,
         )
         self.engine = TrainingEngine(loaded, critic.engine, critic.optimizer, total_steps)
 

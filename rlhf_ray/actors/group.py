@@ -10,6 +10,7 @@ import ray
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rlhf_ray.actors.waiting import wait_all
+from rlhf_ray.actors.watched import actor_class
 from rlhf_ray.cluster.assignment import requests_of
 from rlhf_ray.cluster.placement import Place, reserve
 from rlhf_ray.config.placement import Placed, RolloutPlacement
@@ -58,6 +59,11 @@ class ActorGroup:
 
     def __len__(self) -> int:
         return len(self.actors)
+
+    @property
+    def processes(self) -> list[Any]:
+        """All actors, those that calls do not go to too."""
+        return self.actors
 
     def call(self, method: str, *args: Any) -> list[ray.ObjectRef]:
         """Call a method with the same arguments on every rank."""
@@ -109,7 +115,7 @@ def create_group(
             "runtime_env": {"env_vars": env | seat.devices_of(rank)},
             "max_restarts": 0,
         }
-        actors.append(ray.remote(worker).options(**options).remote(**arguments(rank)))
+        actors.append(actor_class(worker).options(**options).remote(**arguments(rank)))
     return ActorGroup(role, actors, sequence_parallel)
 
 
@@ -158,7 +164,7 @@ class Seating:
             host = placement.colocate or role
             place = roles[host].placement
             groups = {other: count for other, (at, count) in roles.items() if host in (other, at.colocate)}
-            workers = placement.tensor_parallel if isinstance(placement, RolloutPlacement) else 1
+            workers = placement.tensor_parallel // placement.parts if isinstance(placement, RolloutPlacement) else 1
             span = workers if isinstance(placement, RolloutPlacement) and host != role else 0
             # Engines that sit with others are shown their devices: Ray can't count parts of several GPUs.
             counted = sum(groups.values()) - (host != "rollout" and "rollout" in groups)

@@ -13,6 +13,7 @@ from rlhf_ray.config.training import ScoringEngine
 from rlhf_ray.data.trajectory import TrajectoryBatch
 from rlhf_ray.engines.training import DTYPES, ForwardEngine
 from rlhf_ray.models.heads import load_causal
+from rlhf_ray.telemetry.trace import in_span
 
 
 class ReferenceWorker(Worker):
@@ -20,6 +21,7 @@ class ReferenceWorker(Worker):
 
     engine: ForwardEngine
 
+    @in_span("load model")
     def load_model(self, model: str, engine: ScoringEngine, temperature: float, trust_remote_code: bool) -> None:
         """Load the model; collective."""
         self.config, self.temperature = engine, temperature
@@ -28,6 +30,7 @@ class ReferenceWorker(Worker):
             dtype=DTYPES[engine.dtype],
             vocab_chunk_tokens=engine.vocab_chunk_tokens,
             trust_remote_code=trust_remote_code,
+            sharded=engine.zero_stage == 3,
         )
         self.engine = ForwardEngine(loaded, engine)
 

@@ -1,6 +1,7 @@
 """The rollout engines, and which of them gets the next shard of prompts."""
 
 import asyncio
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -9,16 +10,20 @@ import numpy as np
 import ray
 from numpy.typing import NDArray
 
+from rlhf_ray.actors.address import own_address
 from rlhf_ray.actors.group import ActorGroup
 from rlhf_ray.actors.waiting import RoleTimeout, fetch, wait_all
+from rlhf_ray.actors.watched import Watched
 from rlhf_ray.config.rollout import Rollout, Sampling
 from rlhf_ray.data.requests import PromptRequest
 from rlhf_ray.data.trajectory import TrajectoryBatch
 from rlhf_ray.engines.level import Level
-from rlhf_ray.engines.rollout_setup import RolloutSetup
+from rlhf_ray.engines.rollout_setup import EnginePart, RolloutSetup
+from rlhf_ray.telemetry.status import Shards
 from rlhf_ray.telemetry.trace import Span, SpanRecorder
 
 if TYPE_CHECKING:  # torch is imported with vLLM, when the engine starts
+    from rlhf_ray.engines.engine_metrics import EngineLoad
     from rlhf_ray.models.lora import Adapter
 
 
@@ -42,22 +47,35 @@ class ShardFacts:
     version_lag: int
 
 
-class RolloutWorker:
+class RolloutWorker(Watched):
     """One vLLM engine in an actor. Its methods run side by side in one event loop."""
 
     def __init__(self, rank: int) -> None:
         self.rank = rank
         self.recorder = SpanRecorder()
         self.engine: Any = None  # vLLM is imported when the engine starts
+        self._load: EngineLoad | None = None
+        self._version = 0
 
-    async def load_model(self, setup: RolloutSetup) -> None:
-        """Start the engine."""
-        from rlhf_ray.engines.collectives import use_interface_of
-        from rlhf_ray.engines.rollout import RolloutEngine
+    async def address(self) -> tuple[str, int]:
+        """Address of this node and a free port on it."""
+        return own_address()
 
-        use_interface_of(ray.util.get_node_ip_address())
-        self.engine = RolloutEngine(setup)
-        await self.engine.set_version(0)
+    async def load_model(self, setup: RolloutSetup, part: EnginePart | None = None) -> None:
+        """Start the engine, or that part of its workers which sits here."""
+        with self.recorder.span("load model"):
+            from rlhf_ray.engines.interfaces import use_interface_of
+            from rlhf_ray.engines.rollout import RolloutEngine, RolloutFollower
+
+            host = ray.util.get_node_ip_address()
+            use_interface_of(host)
+            os.environ["VLLM_HOST_IP"] = host
+            if part is not None and part.number > 0:
+                self.engine = await asyncio.to_thread(RolloutFollower, setup, part)
+                return
+            self.engine = RolloutEngine(setup, part)
+            self._load = self.engine.load
+            await self.engine.set_version(0)
 
     async def generate(
         self, prompts: Sequence[PromptRequest], sampling: Sampling, version: int
@@ -108,6 +126,7 @@ class RolloutWorker:
     async def finish_update(self, version: int) -> None:
         """Go on with the new weights."""
         await self.engine.finish_update(version)
+        self._version = version
         await self.engine.resume()
 
     async def load_adapter(self, adapter: "Adapter", version: int) -> None:
@@ -116,6 +135,7 @@ class RolloutWorker:
         with self.recorder.span("receive adapter"):
             await self.engine.load_adapter(adapter)
         await self.engine.set_version(version)
+        self._version = version
         await self.engine.resume()
 
     async def version(self) -> int:
@@ -125,6 +145,21 @@ class RolloutWorker:
     async def drain_spans(self) -> list[Span]:
         """What this engine did since the last call."""
         return self.recorder.drain()
+
+    def queue(self) -> tuple[int | None, int | None, int | None]:
+        """Running and waiting requests, and the version of the weights; None until the engine is up, and where only a
+        part of its workers sits."""
+        if self._load is None:
+            return None, None, None
+        return self._load.running, self._load.waiting, self._version
+
+    def device_bytes(self) -> tuple[int, int] | None:
+        """Device memory in use and in all; None on CPU, and until torch is imported, with the engine."""
+        if self.engine is None:
+            return None
+        from rlhf_ray.platform import device_memory
+
+        return device_memory()
 
     async def shutdown(self) -> None:
         """End the engine's processes."""
@@ -177,13 +212,47 @@ class LoadBalancer:
 
 
 class RolloutGroup(ActorGroup):
-    """All rollout engines."""
+    """All rollout engines: calls go to the actors that lead them.
 
-    def __init__(self, actors: Sequence[Any], rollout: Rollout, *, deterministic: bool, timeout_s: float) -> None:
-        super().__init__("rollout", actors)
+    Args:
+        actors: those of each engine, one after the other; of an engine in several parts the first one leads.
+        parts: of each engine.
+
+    Attributes:
+        shards: counts of those that `generate` was last given.
+    """
+
+    def __init__(
+        self, actors: Sequence[Any], rollout: Rollout, *, deterministic: bool, timeout_s: float, parts: int = 1
+    ) -> None:
+        super().__init__("rollout", actors[::parts])
+        self._all = ActorGroup("rollout", actors)
+        self._parts = parts
         self._rollout = rollout
         self._deterministic = deterministic
         self._timeout_s = timeout_s
+        self.shards = Shards()
+
+    def start_engines(self, setup: RolloutSetup, timeout_s: float) -> list[ray.ObjectRef]:
+        """Have every actor start its engine, or its part of one."""
+        if self._parts == 1:
+            return self.call("load_model", setup)
+        addresses = self.run("address", timeout_s=timeout_s, setting="run.timeouts.setup_s")
+        parts = [EnginePart(n, self._parts, host, port) for host, port in addresses for n in range(self._parts)]
+        return self._all.call_each("load_model", [(setup, part) for part in parts])
+
+    def end_engines(self, timeout_s: float) -> None:
+        """Have the engines end their own processes, which outlive an actor that is killed."""
+        self._all.run("shutdown", timeout_s=timeout_s, setting="run.timeouts.setup_s")
+
+    @property
+    def processes(self) -> list[Any]:
+        """All actors, those that lead no engine too."""
+        return self._all.actors
+
+    def kill(self) -> None:
+        """End the processes of all parts."""
+        self._all.kill()
 
     def generate(
         self, shards: Sequence[Sequence[PromptRequest]], version: int, sampling: Sampling | None = None
@@ -217,7 +286,9 @@ class RolloutGroup(ActorGroup):
                     engine, "generate", shards[number], sampling, version, num_returns=2
                 )
                 running[facts] = (number, engine, trajectories)
+            self._count(len(shards), len(waiting), len(running))
             facts, (number, engine, trajectories) = self._next(running)
+            self._count(len(shards), len(waiting), len(running))
             balancer.done(engine, loads[number], len(shards[number]))
             yield GeneratedShard(number, trajectories, facts)
 
@@ -234,9 +305,14 @@ class RolloutGroup(ActorGroup):
             running[facts] = (number, engine, trajectories)
         released = self.call_each("release", [(count, self._timeout_s) for count in queued])
         wait_all(released, self._timeout_s, "rollout: release", "run.timeouts.rollout_s")
+        self._count(len(shards), 0, len(running))
         while running:
             facts, (number, _, trajectories) = self._next(running)
+            self._count(len(shards), 0, len(running))
             yield GeneratedShard(number, trajectories, facts)
+
+    def _count(self, shards: int, waiting: int, generating: int) -> None:
+        self.shards = Shards(waiting, generating, shards - waiting - generating)
 
     def _next(
         self, running: dict[ray.ObjectRef, tuple[int, int, ray.ObjectRef]]

@@ -1,8 +1,13 @@
 """From a config to a finished run, for every job type."""
 
+import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from rlhf_ray.cluster.preflight.report import PreflightError
+from rlhf_ray.cluster.preflight.run import naming_lost_nodes, preflight
 from rlhf_ray.cluster.session import ray_session
 from rlhf_ray.config.jobs import JobConfig, PPOJob, PreferenceJob, RewardModelJob, SFTJob
 from rlhf_ray.controllers.epochs import ENDED, EpochController
@@ -17,6 +22,7 @@ from rlhf_ray.controllers.run_folder import Checkpointing, RunFolder
 from rlhf_ray.recovery.checkpoints import CheckpointStore
 from rlhf_ray.telemetry.plots import plot_curves
 from rlhf_ray.telemetry.reliability_plot import plot_reliability
+from rlhf_ray.telemetry.rows import replace_file
 
 logger = logging.getLogger("rlhf_ray")
 
@@ -26,7 +32,7 @@ def train(config: JobConfig) -> Path:
 
     Raises:
         ConfigError: before Ray starts.
-        ClusterError, PlacementError: before a model is loaded.
+        ClusterError, PreflightError, PlacementError: before a model is loaded.
         RoleFailure, RoleTimeout, RewardError, TrainingDiverged, NonFiniteLossError: while it runs.
     """
     folder = Path(config.run.dir)
@@ -34,7 +40,7 @@ def train(config: JobConfig) -> Path:
     if _is_complete(config, inputs.steps):
         logger.info("%s holds this run, complete: choose another run.dir to train again", folder)
         return folder
-    with ray_session(config.cluster, config.name):
+    with ray_session(config.cluster, config.name), _preflight(config):
         if isinstance(config, PPOJob) and isinstance(inputs, PPOInputs):
             _train_ppo(config, inputs)
         elif isinstance(config, PreferenceJob) and isinstance(inputs, PreferenceInputs):
@@ -45,6 +51,23 @@ def train(config: JobConfig) -> Path:
         plot_reliability(folder)
     plot_curves(folder)
     return folder
+
+
+@contextmanager
+def _preflight(config: JobConfig) -> Iterator[None]:
+    """Have all nodes looked at, write down what was found, and name nodes that are lost later."""
+    if not config.cluster.preflight:
+        yield
+        return
+    report = preflight(config)
+    if report.problems:
+        raise PreflightError(report.problems)
+    folder = Path(config.run.dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    replace_file(folder / "preflight.json", (json.dumps(report.content(), indent=2) + "\n").encode())
+    logger.info("preflight: %s", report)
+    with naming_lost_nodes(report):
+        yield
 
 
 class ResumeError(Exception):
@@ -69,7 +92,7 @@ def _is_complete(config: JobConfig, steps: int) -> bool:
 
 
 def _train_ppo(config: PPOJob, inputs: PPOInputs) -> None:
-    with RunFolder(config, inputs.steps) as folder, ppo_roles(config, inputs) as roles:
+    with RunFolder(config, inputs.steps) as folder, ppo_roles(config, inputs, folder.watch) as roles:
         trained = {"policy": roles.policy, "critic": roles.critic}
         checkpointing = Checkpointing(folder, trained, config.run.timeouts.checkpoint_s, roles.devices)
         PPOController(config, inputs, roles, folder, checkpointing).train()
@@ -81,7 +104,7 @@ def _train_preference(config: PreferenceJob, inputs: PreferenceInputs) -> None:
     with_reference = config.algorithm.needs_reference and not config.policy_is_reference and not complete
     with (
         RunFolder(config, inputs.steps) as folder,
-        preference_roles(config, inputs.steps, with_reference=with_reference) as roles,
+        preference_roles(config, inputs.steps, folder.watch, with_reference=with_reference) as roles,
     ):
         trained = {"policy": roles.policy}
         if roles.reference is not None and config.reference.update_every:
@@ -91,7 +114,7 @@ def _train_preference(config: PreferenceJob, inputs: PreferenceInputs) -> None:
 
 
 def _train_epochs(config: RewardModelJob | SFTJob, inputs: EpochInputs) -> None:
-    with RunFolder(config, inputs.steps) as folder, epoch_role(config, inputs.steps) as group:
+    with RunFolder(config, inputs.steps) as folder, epoch_role(config, inputs.steps, folder.watch) as group:
         checkpointing = Checkpointing(folder, {config.role.name: group}, config.run.timeouts.checkpoint_s)
         controller = RewardModelController if isinstance(config, RewardModelJob) else EpochController
         controller(config, inputs, group, folder, checkpointing).train()
