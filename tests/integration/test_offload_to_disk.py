@@ -15,7 +15,7 @@ from rlhf_ray.actors.group import ActorGroup
 from rlhf_ray.config.training import Lora, ScoringEngine, TrainingEngine
 from rlhf_ray.engines.level import Level
 from rlhf_ray.engines.saved_weights import saved_weights
-from training_rank import Trained, run, started
+from training_rank import BUILD_S, Trained, run, started
 
 MICRO_BATCHES = [[[0, 1], [2]], [[3], [4, 5]]]
 
@@ -50,7 +50,7 @@ def engine(optimizer: str, parameters: str, dtype: str, disk: Path) -> TrainingE
 
 def train(ranks: ActorGroup, steps: int, moves: tuple[Level, ...] = ()) -> Trained:
     done: list[Trained] = ray.get(
-        ranks.call_each("train", [(steps, mine, moves) for mine in MICRO_BATCHES]), timeout=120
+        ranks.call_each("train", [(steps, mine, moves) for mine in MICRO_BATCHES]), timeout=BUILD_S
     )
     return done[0]
 
