@@ -64,9 +64,12 @@ _LOCK = "lock"
 
 def _remove_abandoned(root: Path) -> None:
     for folder in root.glob(f"{_PREFIX}*"):
-        with (folder / _LOCK).open("a") as lock:
-            try:
+        try:
+            with (folder / _LOCK).open("a") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                continue  # its process lives
-            shutil.rmtree(folder)
+                # Its process may be removing it at this moment, which it does without waiting for its turn.
+                shutil.rmtree(folder, ignore_errors=True)
+        except BlockingIOError:
+            continue  # its process lives
+        except FileNotFoundError:
+            continue  # its process has just removed it

@@ -1,7 +1,10 @@
 """Each process has a folder of its own for what it keeps on a disk, and none is left behind for good."""
 
+import fcntl
 import gc
+import shutil
 from pathlib import Path
+from typing import TextIO
 
 import pytest
 
@@ -47,6 +50,24 @@ def test_what_a_killed_process_left_goes_when_the_next_one_comes(tmp_path: Path)
     others.mkdir()
     new = SwapFolder(str(tmp_path))
     assert folders(tmp_path) == {alive.path, new.path, others}
+
+
+def test_folders_that_their_processes_remove_meanwhile_are_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "rlhf-ray-gone").symlink_to(tmp_path / "nowhere")  # seen by glob, and not there when its lock is opened
+    going = SwapFolder(str(tmp_path))
+    lock = fcntl.flock
+    going._lock.close()
+
+    def remove_after_opening(file: TextIO, how: int) -> None:
+        if Path(file.name).parent == going.path:
+            shutil.rmtree(going.path)
+        lock(file, how)
+
+    monkeypatch.setattr(swap_folder.fcntl, "flock", remove_after_opening)
+    new = SwapFolder(str(tmp_path))
+    assert folders(tmp_path) == {new.path}
 
 
 def test_a_machine_without_libaio_is_named_with_the_cure(
