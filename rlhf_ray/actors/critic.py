@@ -7,15 +7,7 @@ import numpy as np
 import ray
 import torch
 
-from rlhf_ray.actors.columns import (
-    ColumnPart,
-    ShardReport,
-    TrainingColumns,
-    assemble,
-    column_offsets,
-    on_device,
-    response_column,
-)
+from rlhf_ray.actors.columns import ShardReport, assemble, column_offsets, on_device, response_column
 from rlhf_ray.actors.ppo_update import PPOTrainedWorker, token_mean
 from rlhf_ray.actors.trained import Stats, UpdateReport
 from rlhf_ray.actors.waiting import fetch_data
@@ -25,6 +17,7 @@ from rlhf_ray.algorithms.moments import Moments
 from rlhf_ray.algorithms.value_loss import ExplainedVariance, clipped_value_loss
 from rlhf_ray.config import training as config
 from rlhf_ray.config.algorithm import PPO
+from rlhf_ray.data.columns import ColumnPart, TrainingColumns
 from rlhf_ray.data.trajectory import Floats, TrajectoryBatch
 from rlhf_ray.engines.training import DTYPES, TrainingEngine
 from rlhf_ray.models.heads import load_scalar

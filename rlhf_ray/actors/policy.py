@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from rlhf_ray.actors.columns import ColumnPart, TrainingColumns, on_device, response_column
+from rlhf_ray.actors.columns import on_device, response_column
 from rlhf_ray.actors.ppo_update import PPOTrainedWorker, token_mean
 from rlhf_ray.actors.trained import Stats, UpdateReport, sum_over_ranks
 from rlhf_ray.actors.weight_sync import AdapterSync, EngineClient, WeightSync
@@ -13,6 +13,7 @@ from rlhf_ray.algorithms.policy_loss import PolicyLossInputs, clipped_policy_los
 from rlhf_ray.config import training as config
 from rlhf_ray.config.algorithm import PPO
 from rlhf_ray.config.rollout import LoraSync
+from rlhf_ray.data.columns import ColumnPart, TrainingColumns
 from rlhf_ray.data.trajectory import TrajectoryBatch
 from rlhf_ray.models.lora import adapters_off
 from rlhf_ray.models.responses import ResponsePack

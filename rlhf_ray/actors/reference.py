@@ -6,10 +6,11 @@ from pathlib import Path
 import ray
 
 from rlhf_ray.actors.answers import AnswerLogProbs
-from rlhf_ray.actors.columns import ColumnPart, response_column
+from rlhf_ray.actors.columns import response_column
 from rlhf_ray.actors.waiting import fetch_data
 from rlhf_ray.actors.worker import Worker
 from rlhf_ray.config.training import ScoringEngine
+from rlhf_ray.data.columns import ColumnPart
 from rlhf_ray.data.trajectory import TrajectoryBatch
 from rlhf_ray.engines.training import DTYPES, ForwardEngine
 from rlhf_ray.models.heads import load_causal
