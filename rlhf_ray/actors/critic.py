@@ -41,12 +41,12 @@ class CriticWorker(PPOTrainedWorker):
         self.engine = TrainingEngine(loaded, critic.engine, critic.optimizer, total_steps)
 
     @torch.no_grad()
-    def values(self, batch: TrajectoryBatch) -> ColumnPart:
-        """This rank's share of the values: the return expected before each response token."""
+    def values(self, batch: TrajectoryBatch, part: int = 0, parts: int = 1) -> ColumnPart:
+        """Values of a part of the responses: the return expected before each token."""
         with self.recorder.span("values"):
             return response_column(
                 batch,
-                self.share,
+                self.share_of_part(part, parts),
                 self.critic.engine.micro_batch_tokens,
                 lambda pack: self.engine(pack.packed, pack.positions),
             )
@@ -60,7 +60,7 @@ class CriticWorker(PPOTrainedWorker):
         reference_logprobs: Sequence[ray.ObjectRef],
         values: Sequence[ray.ObjectRef],
     ) -> tuple[TrainingColumns, ShardReport]:
-        """From shaped scores `[samples]` and the ranks' column parts to what is trained on, for one shard."""
+        """From shaped scores `[samples]` and the parts of the columns to what is trained on, for one shard."""
         parts = [fetch_data(refs, "columns of a shard") for refs in (old_logprobs, reference_logprobs, values)]
         with self.recorder.span("advantages"):
             old, reference, value = (assemble(part, batch) for part in parts)

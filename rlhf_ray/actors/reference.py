@@ -32,12 +32,12 @@ class ReferenceWorker(Worker):
         )
         self.engine = ForwardEngine(loaded, engine)
 
-    def logprobs(self, batch: TrajectoryBatch) -> ColumnPart:
-        """This rank's share of the responses' log-probs."""
+    def logprobs(self, batch: TrajectoryBatch, part: int = 0, parts: int = 1) -> ColumnPart:
+        """Log-probs of a part of the responses."""
         with self.recorder.span("log-probs"):
             return response_column(
                 batch,
-                self.share,
+                self.share_of_part(part, parts),
                 self.config.micro_batch_tokens,
                 lambda pack: self.engine(pack.packed, pack.positions, pack.targets, self.temperature, "nothing")[0],
             )

@@ -41,6 +41,18 @@ class ShardFacts:
     truncated: NDArray[np.bool_]
     version_lag: int
 
+    @classmethod
+    def of(cls, batch: TrajectoryBatch, version: int) -> "ShardFacts":
+        """Of a shard; `version` is the newest of the policy."""
+        return cls(
+            batch.uids,
+            batch.sample_index,
+            batch.prompt_lengths,
+            batch.response_lengths,
+            batch.truncated,
+            int((version - batch.weight_versions).sum()),
+        )
+
 
 class RolloutWorker:
     """One vLLM engine in an actor. Its methods run side by side in one event loop."""
@@ -65,14 +77,7 @@ class RolloutWorker:
         """Sample one shard. `version` is the newest of the policy."""
         with self.recorder.span("generate"):
             batch = TrajectoryBatch.of(await self.engine.generate(prompts, sampling))
-        return batch, ShardFacts(
-            batch.uids,
-            batch.sample_index,
-            batch.prompt_lengths,
-            batch.response_lengths,
-            batch.truncated,
-            int((version - batch.weight_versions).sum()),
-        )
+        return batch, ShardFacts.of(batch, version)
 
     async def hold(self) -> None:
         """Queue prompts without generating."""
@@ -138,11 +143,13 @@ class GeneratedShard:
 
     Attributes:
         number: of the shard within the step.
+        shards: of the step.
         trajectories: reference to its `TrajectoryBatch`.
         facts: its numbers per sample.
     """
 
     number: int
+    shards: int
     trajectories: ray.ObjectRef
     facts: ShardFacts
 
@@ -219,7 +226,7 @@ class RolloutGroup(ActorGroup):
                 running[facts] = (number, engine, trajectories)
             facts, (number, engine, trajectories) = self._next(running)
             balancer.done(engine, loads[number], len(shards[number]))
-            yield GeneratedShard(number, trajectories, facts)
+            yield GeneratedShard(number, len(shards), trajectories, facts)
 
     def _generate_all_at_once(
         self, shards: Sequence[Sequence[PromptRequest]], version: int, sampling: Sampling
@@ -236,7 +243,7 @@ class RolloutGroup(ActorGroup):
         wait_all(released, self._timeout_s, "rollout: release", "run.timeouts.rollout_s")
         while running:
             facts, (number, _, trajectories) = self._next(running)
-            yield GeneratedShard(number, trajectories, facts)
+            yield GeneratedShard(number, len(shards), trajectories, facts)
 
     def _next(
         self, running: dict[ray.ObjectRef, tuple[int, int, ray.ObjectRef]]

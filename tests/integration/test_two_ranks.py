@@ -210,7 +210,7 @@ def test_a_refused_prompt_is_an_error_also_while_generation_is_held(
     config: PPOJob, inputs: PPOInputs, roles: PPORoles
 ) -> None:
     good = requests_of(inputs, 3)
-    overlong = replace(good[1], tokens=[5] * (config.rollout.engine.max_model_len + 1))
+    overlong = replace(good[1], tokens=np.full(config.rollout.engine.max_model_len + 1, 5, np.int32))
     held = RolloutGroup(roles.rollout.actors, config.rollout, deterministic=True, timeout_s=20.0)
     go_on = partial(roles.rollout.run, "release", 0, 20.0, timeout_s=20, setting="")
     go_on()  # what was queued before does not count
