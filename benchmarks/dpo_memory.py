@@ -39,8 +39,9 @@ from benchmarks.common import (
 )
 from benchmarks.resident import EXACT, forget_most, in_use, most_in_use
 from rlhf_ray.engines.training import DTYPES
-from rlhf_ray.models.heads import CausalModel, load_causal, load_config
+from rlhf_ray.models.heads import load_causal, load_config
 from rlhf_ray.models.packed import PackedSequences
+from rlhf_ray.models.role_models import CausalModel
 
 Side = Literal["ours", "plain", "without head"]
 

@@ -17,6 +17,7 @@ BENCHMARKS = (
     "epochs",
     "dpo_trl",
     "dpo_memory",
+    "zero3_loading",
     "sequence_parallel",
     "weight_sync",
     "lora",

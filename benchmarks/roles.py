@@ -59,9 +59,9 @@ def rollout_role(
     group = RolloutGroup(actors.actors, rollout, deterministic=False, timeout_s=_TIMEOUTS.rollout_s)
     try:
         setup = RolloutSetup(str(model), rollout.engine, dtype, 1, SEED, adapter_rank=adapter_rank)
-        _wait(group.call("load_model", setup), "rollout: load_model")
+        _wait(group.start_engines(setup, _TIMEOUTS.setup_s), "rollout: load_model")
         yield group
-        _wait(group.call("shutdown"), "rollout: shutdown")
+        group.end_engines(_TIMEOUTS.setup_s)
     finally:
         group.kill()
         seating.release()

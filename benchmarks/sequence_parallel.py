@@ -35,8 +35,9 @@ from benchmarks.common import (
 from benchmarks.resident import EXACT, forget_most, in_use, most_in_use
 from rlhf_ray.engines.collectives import Rendezvous, join_collectives, share_sequences
 from rlhf_ray.engines.training import DTYPES
-from rlhf_ray.models.heads import CausalModel, check_sequence_parallel, load_causal
+from rlhf_ray.models.heads import check_heads, load_causal
 from rlhf_ray.models.packed import PackedSequences
+from rlhf_ray.models.role_models import CausalModel
 
 SEED = 7
 _TIMEOUT_S = 600.0
@@ -68,7 +69,7 @@ def main(
     results: ResultsOption = RESULTS,
 ) -> None:
     """Peak memory of each of several ranks that share a sequence, as a share of one rank's that has it alone."""
-    check_sequence_parallel(str(model), ranks)
+    check_heads(str(model), ranks)
     arguments, machine = dict(locals()), Machine.here()
     found: dict[int, list[Peak]] = {}
     for count in (1, ranks):

@@ -1,7 +1,9 @@
 """The one place where CPU and GPU differ: which device, which collectives, which transfer, which attention."""
 
+import os
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -37,7 +39,33 @@ def platform() -> Platform:
     return Platform(torch.device("cpu"), "gloo", ("gloo", "gloo"), "bucketed_sdpa", "cpu")
 
 
+def device_names() -> list[str]:
+    """Names of the GPUs that this process sees, none on a machine without."""
+    return [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+
+
 def transfer_backend(same_devices: bool) -> TransferBackend:
     """How weights get to engines that sit on the policy's devices, or on others."""
     apart, together = platform().weight_transfer
     return together if same_devices else apart
+
+
+def machine_name() -> str:
+    """What this machine computes with: the kind of its GPUs, else its CPU and the cores that this process may use."""
+    devices = device_names()
+    if devices:
+        return devices[0]
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "CPU")
+    return f"{model}, {cores()} cores"
+
+
+def cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def synchronize() -> None:
+    """Wait until the device has done all that it was given."""
+    if platform().device.type == "cuda":
+        torch.cuda.synchronize()

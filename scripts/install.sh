@@ -1,20 +1,22 @@
 #!/usr/bin/env bash
 # Sets up a virtual environment with the locked packages and rlhf_ray itself (editable). Run again, it does only
 # what is missing.
-#   scripts/install.sh [cpu|gpu]
+#   scripts/install.sh [cpu|gpu] [--lock-only]
+#   --lock-only             the locked packages without rlhf_ray: what a layer of an image holds
 #   RLHF_RAY_VENV=folder    another place than .venv
 #   PYTHON=interpreter      another Python than the first of python3.11, python3.12 and python3 that fits
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-profile=${1:-cpu}
+profile=${1:-cpu} extent=${2:-}
 venv=${RLHF_RAY_VENV:-$root/.venv}
 lock=$root/locks/$profile.txt
 fail() {
     echo "install.sh: $*" >&2
     exit 1
 }
-[[ $# -le 1 && ($profile == cpu || $profile == gpu) ]] || fail "usage: scripts/install.sh [cpu|gpu]"
+[[ $# -le 2 && ($profile == cpu || $profile == gpu) && ($extent == "" || $extent == --lock-only) ]] ||
+    fail "usage: scripts/install.sh [cpu|gpu] [--lock-only]"
 [[ $(uname -sm) == "Linux x86_64" ]] || fail "the locks are for Linux on x86-64, this is $(uname -sm)"
 
 fits='import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))'
@@ -42,8 +44,8 @@ if [[ ! -f $lock_stamp || $(<"$lock_stamp") != "$wanted" ]]; then
         # Look before downloading gigabytes of CUDA.
         torch=$(grep -oE '^torch==[^ ]+' "$lock")
         pip install -qq --dry-run --no-deps --report "$venv/torch.json" "$torch"
-        "$venv/bin/python" - "$venv/torch.json" <<'END' || fail "pip would take the CUDA build of $torch: let it see \
-PyTorch's own CPU index (pip's extra-index setting), or use scripts/install.sh gpu"
+        cure="let it see PyTorch's own CPU index (pip's extra-index setting), or use scripts/install.sh gpu"
+        "$venv/bin/python" - "$venv/torch.json" <<'END' || fail "pip would take the CUDA build of $torch: $cure"
 import json, sys
 found = [entry["metadata"]["version"] for entry in json.load(open(sys.argv[1]))["install"]]
 if not found:  # there already
@@ -57,13 +59,14 @@ END
     pip install -qq --no-compile --no-deps -r "$lock"
     echo "$wanted" >"$lock_stamp"
 fi
+[[ $extent == --lock-only ]] && exit
 
 wanted="$root $(sha256sum <"$root/pyproject.toml")"
 if [[ ! -f $package_stamp || $(<"$package_stamp") != "$wanted" ]]; then
     # The build needs setuptools, which the lock has: no second download of it.
     pip install -qq --no-deps --no-build-isolation -e "$root"
     # Once, here: otherwise the actors, which start together, would each compile the same modules.
-    errors=$(PYTHONDONTWRITEBYTECODE= "$venv/bin/python" -c \
+    errors=$(PYTHONDONTWRITEBYTECODE='' "$venv/bin/python" -c \
         "import rlhf_ray.cli.app, rlhf_ray.controllers.train, rlhf_ray.engines.rollout, rlhf_ray.engines.training" \
         2>&1 >/dev/null) || printf 'install.sh: first starts will be slower, not all was compiled:\n%s\n' "$errors" >&2
     echo "$wanted" >"$package_stamp"

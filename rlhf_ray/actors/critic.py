@@ -37,6 +37,7 @@ class CriticWorker(PPOTrainedWorker):
             seed=seed,
             trust_remote_code=critic.trust_remote_code,
             lora=critic.lora,
+            sharded=critic.engine.zero_stage == 3,
         )
         self.engine = TrainingEngine(loaded, critic.engine, critic.optimizer, total_steps)
 

@@ -197,7 +197,7 @@ class Seating:
             host = placement.colocate or role
             place = roles[host].placement
             groups = {other: count for other, (at, count) in roles.items() if host in (other, at.colocate)}
-            workers = placement.tensor_parallel if isinstance(placement, RolloutPlacement) else 1
+            workers = placement.tensor_parallel // placement.parts if isinstance(placement, RolloutPlacement) else 1
             span = workers if isinstance(placement, RolloutPlacement) and host != role else 0
             # Engines that sit with others are shown their devices: Ray can't count parts of several GPUs.
             counted = sum(groups.values()) - (host != "rollout" and "rollout" in groups)

@@ -29,6 +29,7 @@ class ReferenceWorker(Worker):
             dtype=DTYPES[engine.dtype],
             vocab_chunk_tokens=engine.vocab_chunk_tokens,
             trust_remote_code=trust_remote_code,
+            sharded=engine.zero_stage == 3,
         )
         self.engine = ForwardEngine(loaded, engine)
 

@@ -47,7 +47,12 @@ class RewardModelWorker(Worker):
             same_tokens: the reward model has the policy's vocabulary, so tokens pass through as they are.
         """
         self.part, self.name = part, name
-        model = load_scalar(part.model, dtype=DTYPES[part.engine.dtype], trust_remote_code=part.trust_remote_code)
+        model = load_scalar(
+            part.model,
+            dtype=DTYPES[part.engine.dtype],
+            trust_remote_code=part.trust_remote_code,
+            sharded=part.engine.zero_stage == 3,
+        )
         self.engine = ForwardEngine(model, part.engine)
         self._scale = scale_of(part.model, trust_remote_code=part.trust_remote_code) if part.normalise else None
         self._tokenizers = (

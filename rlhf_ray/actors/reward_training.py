@@ -47,6 +47,7 @@ class RewardTrainingWorker(EpochTrainedWorker):
             seed=seed,
             trust_remote_code=reward.trust_remote_code,
             lora=reward.lora,
+            sharded=reward.engine.zero_stage == 3,
         )
         self.engine = TrainingEngine(model, reward.engine, reward.optimizer, total_steps)
 

@@ -1,6 +1,7 @@
 """The rollout engines, and which of them gets the next shard of prompts."""
 
 import asyncio
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -9,13 +10,14 @@ import numpy as np
 import ray
 from numpy.typing import NDArray
 
+from rlhf_ray.actors.address import own_address
 from rlhf_ray.actors.group import ActorGroup
 from rlhf_ray.actors.waiting import RoleTimeout, fetch, wait_all
 from rlhf_ray.config.rollout import Rollout, Sampling
 from rlhf_ray.data.requests import PromptRequest
 from rlhf_ray.data.trajectory import TrajectoryBatch
 from rlhf_ray.engines.level import Level
-from rlhf_ray.engines.rollout_setup import RolloutSetup
+from rlhf_ray.engines.rollout_setup import EnginePart, RolloutSetup
 from rlhf_ray.telemetry.trace import Span, SpanRecorder
 
 if TYPE_CHECKING:  # torch is imported with vLLM, when the engine starts
@@ -62,13 +64,22 @@ class RolloutWorker:
         self.recorder = SpanRecorder()
         self.engine: Any = None  # vLLM is imported when the engine starts
 
-    async def load_model(self, setup: RolloutSetup) -> None:
-        """Start the engine."""
-        from rlhf_ray.engines.collectives import use_interface_of
-        from rlhf_ray.engines.rollout import RolloutEngine
+    async def address(self) -> tuple[str, int]:
+        """Address of this node and a free port on it."""
+        return own_address()
 
-        use_interface_of(ray.util.get_node_ip_address())
-        self.engine = RolloutEngine(setup)
+    async def load_model(self, setup: RolloutSetup, part: EnginePart | None = None) -> None:
+        """Start the engine, or that part of its workers which sits here."""
+        from rlhf_ray.engines.collectives import use_interface_of
+        from rlhf_ray.engines.rollout import RolloutEngine, RolloutFollower
+
+        host = ray.util.get_node_ip_address()
+        use_interface_of(host)
+        os.environ["VLLM_HOST_IP"] = host
+        if part is not None and part.number > 0:
+            self.engine = await asyncio.to_thread(RolloutFollower, setup, part)
+            return
+        self.engine = RolloutEngine(setup, part)
         await self.engine.set_version(0)
 
     async def generate(
@@ -184,13 +195,38 @@ class LoadBalancer:
 
 
 class RolloutGroup(ActorGroup):
-    """All rollout engines."""
+    """All rollout engines: calls go to the actors that lead them.
 
-    def __init__(self, actors: Sequence[Any], rollout: Rollout, *, deterministic: bool, timeout_s: float) -> None:
-        super().__init__("rollout", actors)
+    Args:
+        actors: those of each engine, one after the other; of an engine in several parts the first one leads.
+        parts: of each engine.
+    """
+
+    def __init__(
+        self, actors: Sequence[Any], rollout: Rollout, *, deterministic: bool, timeout_s: float, parts: int = 1
+    ) -> None:
+        super().__init__("rollout", actors[::parts])
+        self._all = ActorGroup("rollout", actors)
+        self._parts = parts
         self._rollout = rollout
         self._deterministic = deterministic
         self._timeout_s = timeout_s
+
+    def start_engines(self, setup: RolloutSetup, timeout_s: float) -> list[ray.ObjectRef]:
+        """Have every actor start its engine, or its part of one."""
+        if self._parts == 1:
+            return self.call("load_model", setup)
+        addresses = self.run("address", timeout_s=timeout_s, setting="run.timeouts.setup_s")
+        parts = [EnginePart(n, self._parts, host, port) for host, port in addresses for n in range(self._parts)]
+        return self._all.call_each("load_model", [(setup, part) for part in parts])
+
+    def end_engines(self, timeout_s: float) -> None:
+        """Have the engines end their own processes, which outlive an actor that is killed."""
+        self._all.run("shutdown", timeout_s=timeout_s, setting="run.timeouts.setup_s")
+
+    def kill(self) -> None:
+        """End the processes of all parts."""
+        self._all.kill()
 
     def generate(
         self, shards: Sequence[Sequence[PromptRequest]], version: int, sampling: Sampling | None = None

@@ -15,6 +15,7 @@ from torch import nn
 from rlhf_ray.actors.worker import Worker, load_rng, save_rng
 from rlhf_ray.config.training import Policy
 from rlhf_ray.engines.training import DTYPES, TrainingEngine, full_adapter, full_weights
+from rlhf_ray.engines.weight_files import is_written_as_held, write_sharded
 from rlhf_ray.models.heads import load_causal, load_tokenizer
 from rlhf_ray.models.lora import ADAPTER_FOLDER, Adapter, has_adapters
 from rlhf_ray.models.score_scale import ScoreScale, write_scale
@@ -81,6 +82,7 @@ class TrainedWorker(Worker):
             vocab_chunk_tokens=policy.engine.vocab_chunk_tokens,
             trust_remote_code=policy.trust_remote_code,
             lora=policy.lora,
+            sharded=policy.engine.zero_stage == 3,
         )
         self.engine = TrainingEngine(model, policy.engine, policy.optimizer, total_steps)
 
@@ -98,17 +100,28 @@ class TrainedWorker(Worker):
             load_rng(Path(folder) / f"rng_rank{self.rank}.pt")
 
     def start_export(self, folder: str, scale: ScoreScale | None = None) -> None:
-        """Copy the weights to host memory and write them in Hugging Face format from a thread, on rank 0.
+        """Write the weights in Hugging Face format; collective, rank 0 writes.
+
+        They are copied to host memory and written from a thread. Of a sharded model no rank has the room for all: its
+        weights are written before this returns, a file at a time.
 
         Args:
             scale: of the scores, for the config.json of a reward model.
         """
         self.finish_export()
+        writes, partial = self.rank == 0, Path(f"{folder}.partial")
+        model = self.engine.model
         with self.recorder.span("export"):
-            weights = _host_copy(self.engine.model, keep=self.rank == 0)
-            adapter = full_adapter(self.engine.model) if has_adapters(self.engine.model) else None
-        if self.rank == 0:
-            arguments = (weights, adapter, scale, Path(folder))
+            if writes:
+                shutil.rmtree(partial, ignore_errors=True)
+            weights = None
+            if self.engine.sharded and is_written_as_held(model):
+                write_sharded(model, partial if writes else None)
+            else:
+                weights = _host_copy(model, keep=writes)
+            adapter = full_adapter(model) if has_adapters(model) else None
+        if writes:
+            arguments = (partial, weights, adapter, scale, Path(folder))
             self._export = threading.Thread(target=self._write_export, args=arguments, daemon=True)
             self._export_error: Exception | None = None
             self._export.start()
@@ -128,13 +141,17 @@ class TrainedWorker(Worker):
             raise self._export_error
 
     def _write_export(
-        self, weights: dict[str, torch.Tensor], adapter: Adapter | None, scale: ScoreScale | None, folder: Path
+        self,
+        partial: Path,
+        weights: dict[str, torch.Tensor] | None,
+        adapter: Adapter | None,
+        scale: ScoreScale | None,
+        folder: Path,
     ) -> None:
         try:
-            partial = folder.with_name(folder.name + ".partial")
-            shutil.rmtree(partial, ignore_errors=True)
-            model: Any = self.engine.model.model
-            model.save_pretrained(partial, state_dict=weights, safe_serialization=True)
+            if weights is not None:  # else they are there
+                model: Any = self.engine.model.model
+                model.save_pretrained(partial, state_dict=weights, safe_serialization=True)
             write_scale(partial, scale)
             if adapter is not None:
                 adapter.write(partial / ADAPTER_FOLDER)

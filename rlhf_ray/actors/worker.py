@@ -2,7 +2,6 @@
 
 import os
 import random
-import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +10,7 @@ import numpy as np
 import ray
 import torch
 
+from rlhf_ray.actors.address import own_address
 from rlhf_ray.data.seeds import derive_seed
 from rlhf_ray.engines.collectives import Rendezvous, join_collectives, use_interface_of
 from rlhf_ray.engines.level import Level
@@ -49,10 +49,7 @@ class Worker:
 
     def address(self) -> tuple[str, int]:
         """Address of this node and a free port on it."""
-        host = ray.util.get_node_ip_address()
-        with socket.socket() as probe:
-            probe.bind((host, 0))
-            return host, int(probe.getsockname()[1])
+        return own_address()
 
     def join(self, host: str, port: int, timeout_s: float) -> None:
         """Join the group's collectives."""

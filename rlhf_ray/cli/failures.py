@@ -21,7 +21,7 @@ _REPORT = "failure.txt"
 FAILED, BAD_INPUT, INTERRUPTED, TERMINATED = 1, 2, 130, 143
 
 # By name, since importing the modules that define them would load torch or Ray.
-_BAD_INPUT = frozenset({"ConfigError", "ExportError", "ResumeError"})
+_BAD_INPUT = frozenset({"ConfigError", "ExportError", "PackageError", "PlanError", "ResumeError", "UnknownJob"})
 _TRACEBACK = re.compile(r"^\s*(\x1b\[\d+m)*(ray::|Traceback \(most recent call last\))", re.MULTILINE)
 
 

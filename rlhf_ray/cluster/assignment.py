@@ -51,7 +51,7 @@ def requests_of(placements: Mapping[str, RolePlacement | RolloutPlacement]) -> l
 
 def _request(role: str, placement: RolePlacement | RolloutPlacement, block: int) -> Request:
     if isinstance(placement, RolloutPlacement):
-        places, workers = placement.engines, placement.tensor_parallel
+        places, workers = placement.engines * placement.parts, placement.tensor_parallel // placement.parts
     else:
         places, workers = placement.ranks or 1, 1
     each = {"CPU": placement.cpus, "GPU": float(placement.gpus), **placement.resources}

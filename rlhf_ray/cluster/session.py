@@ -3,17 +3,23 @@
 import logging
 import os
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import ray
+from ray._private.services import canonicalize_bootstrap_address_or_die
+from ray.exceptions import AuthenticationError
 
+from rlhf_ray.cluster.tokens import HOW_TO_GIVE_A_TOKEN, show_token
 from rlhf_ray.cluster.topology import describe
 from rlhf_ray.config.placement import Cluster
 
 logger = logging.getLogger("rlhf_ray")
+
+_ANSWER_S = 5.0
 
 
 class ClusterError(Exception):
@@ -34,10 +40,7 @@ def ray_session(cluster: Cluster, name: str) -> Iterator[None]:
     try:
         _connect(cluster, name)
     except Exception as error:  # Ray raises that plain class when a node does not come up in time
-        where = cluster.address or "a local cluster"
-        raise ClusterError(
-            f"cluster.address: can't connect to {where} ({error}); check that `ray status` works there"
-        ) from error
+        raise ClusterError(_why(cluster, error)) from error
     try:
         with sigterm_raises():
             yield
@@ -72,8 +75,10 @@ def _connect(cluster: Cluster, name: str) -> None:
     # The first failure ends a job with its own error; Ray would print those of all other calls after it.
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     options: dict[str, Any] = {"namespace": name, "log_to_driver": False, "logging_level": logging.WARNING}
-    address = cluster.address or os.environ.get("RAY_ADDRESS")
+    address = _address(cluster)
     if address is not None:
+        show_token(address)
+        _check_answers(address)
         ray.init(address=address, **options)
         logger.info("joined the Ray cluster at %s", ray.get_runtime_context().gcs_address)
     else:  # "local" because Ray would otherwise join any cluster that it finds on this machine
@@ -82,6 +87,30 @@ def _connect(cluster: Cluster, name: str) -> None:
         system = {"worker_niceness": 0}
         ray.init(address="local", num_cpus=cluster.cpus, include_dashboard=False, _system_config=system, **options)
         logger.info("started a local Ray cluster with %s", describe(ray.cluster_resources()))
+
+
+def _address(cluster: Cluster) -> str | None:
+    address = cluster.address or os.environ.get("RAY_ADDRESS")
+    return None if address == "local" else address
+
+
+def _check_answers(address: str) -> None:
+    """Ray itself would try for over a minute, and then end this process."""
+    if "://" not in address:
+        host, _, port = canonicalize_bootstrap_address_or_die(address).rpartition(":")
+        socket.create_connection((host.strip("[]"), int(port)), _ANSWER_S).close()
+
+
+def _why(cluster: Cluster, error: Exception) -> str:
+    """In words, with the cure."""
+    address = _address(cluster)
+    if address is None:
+        return f"a local Ray cluster can't be started: {error}"
+    setting = "cluster.address" if cluster.address else "RAY_ADDRESS"
+    reason = str(error).partition("\n")[0].rstrip(".")
+    refused = isinstance(error, AuthenticationError)
+    cure = HOW_TO_GIVE_A_TOKEN if refused else "check that Ray runs there (`ray status`), and give HOST:6379 or auto"
+    return f"{setting}: can't connect to {address} ({reason}): {cure}"
 
 
 def cluster_facts() -> dict[str, Any]:

@@ -199,6 +199,11 @@ class PPOJob(_Job):
                     f"rollout.lora_sync is 'adapters', but policy.lora.rank ({self.policy.lora.rank}) is more than the "
                     f"{MAX_ENGINE_RANK} that vLLM takes: lower it, or set rollout.lora_sync to 'merged'"
                 )
+            if self.placement.rollout.parts > 1:
+                raise ValueError(
+                    "rollout.lora_sync is 'adapters', which workers read from a folder of their node, but "
+                    f"placement.rollout.parts is {self.placement.rollout.parts}: set rollout.lora_sync to 'merged'"
+                )
             if self.policy.lora.base == "nf4":
                 raise ValueError(
                     "rollout.lora_sync is 'adapters', but policy.lora.base is 'nf4': the engines' base model is not "

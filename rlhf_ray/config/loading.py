@@ -3,13 +3,15 @@
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from rlhf_ray.config.base import nearest
+from rlhf_ray.config.base import Section, nearest
 from rlhf_ray.config.jobs import JOB_TYPES, JobConfig
+
+SectionT = TypeVar("SectionT", bound=Section)
 
 
 class ConfigError(Exception):
@@ -80,13 +82,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> JobConfig:
     Raises:
         ConfigError: with every problem found, each naming its dotted path.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ConfigError(str(path), ["no such file"]) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(str(path), [f"cannot be read: {error}"]) from error
-    raw = _parse_yaml(text, str(path))
+    raw = _read_yaml(path)
     for override in overrides:
         apply_override(raw, override)
     return parse_config(raw, source=str(path))
@@ -108,10 +104,23 @@ def parse_config(raw: dict[str, Any], *, source: str = "config") -> JobConfig:
             else f"{job!r} is not a job type" + (f"; did you mean {close!r}?" if close else "")
         )
         raise ConfigError(source, [f"job: {said} (known: {known})"])
+    return _validated(JOB_TYPES[job], raw, source)
+
+
+def load_section(path: Path, section: type[SectionT]) -> SectionT:
+    """Read a file that is no job, such as a description of a cluster, as strictly as one.
+
+    Raises:
+        ConfigError: with every problem found, each naming its dotted path.
+    """
+    return _validated(section, _read_yaml(path), str(path))
+
+
+def _validated(section: type[SectionT], raw: dict[str, Any], source: str) -> SectionT:
     try:
-        return JOB_TYPES[job].model_validate(raw)
+        return section.model_validate(raw)
     except ValidationError as error:
-        problems = [_describe(JOB_TYPES[job], dict(detail)) for detail in error.errors(include_url=False)]
+        problems = [_describe(section, dict(detail)) for detail in error.errors(include_url=False)]
         raise ConfigError(source, problems) from None
 
 
@@ -151,6 +160,16 @@ def dump_config(config: JobConfig) -> str:
     """The resolved config as YAML that `load_config` reads back to the same object."""
     raw = config.model_dump(mode="json", by_alias=True)
     return yaml.dump(raw, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(str(path), ["no such file"]) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(str(path), [f"cannot be read: {error}"]) from error
+    return _parse_yaml(text, str(path))
 
 
 def _parse_yaml(text: str, source: str) -> dict[str, Any]:

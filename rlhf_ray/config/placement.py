@@ -17,7 +17,7 @@ _SELECTOR = re.compile(rf"!?(?:in\({_WORD}(?:, ?{_WORD})*\)|{_WORD})")
 _OWN_KEYS = {"CPU": "cpus", "GPU": "gpus"}
 
 # What places a role, and so has no effect on one that sits with another.
-_PLACING = ("cpus", "gpus", "resources", "labels", "nodes", "strategy")
+_PLACING = ("cpus", "gpus", "resources", "labels", "nodes", "strategy", "parts")
 
 
 class _Place(Section):
@@ -58,10 +58,6 @@ class _Place(Section):
             raise ValueError(f".strategy is {self.strategy!r}, but .nodes ({self.nodes}) says already how they spread")
         return self
 
-    def _check_nodes(self, places: int, key: str) -> None:
-        if self.nodes is not None and places % self.nodes:
-            raise ValueError(f".{key} ({places}) can't be spread equally over .nodes ({self.nodes})")
-
 
 class RolePlacement(_Place):
     """Ranks of one role."""
@@ -73,7 +69,9 @@ class RolePlacement(_Place):
     def _one_gpu_a_rank(self) -> Self:
         if self.gpus > 1:
             raise ValueError(f".gpus is {self.gpus:g}, but a rank drives one device: raise .ranks instead")
-        self._check_nodes(self.ranks or 1, "ranks")
+        ranks = self.ranks or 1
+        if self.nodes is not None and ranks % self.nodes:
+            raise ValueError(f".ranks ({ranks}) can't be spread equally over .nodes ({self.nodes})")
         return self
 
 
@@ -83,13 +81,21 @@ class RolloutPlacement(_Place):
     engines: PositiveInt = 1
     """vLLM engines, each with a full copy of the policy."""
     tensor_parallel: PositiveInt = 1
-    """Workers over which one engine's weights are split; they share a node."""
+    """Workers over which one engine's weights are split."""
+    parts: PositiveInt = 1
+    """Places that one engine's workers are divided among, which may be on different nodes; by default they share one.
+    More than one wants a fast network between them."""
     gpus: Literal[0, 1] = 0
     """GPUs that one worker reserves."""
 
     @model_validator(mode="after")
     def _engines_on_nodes(self) -> Self:
-        self._check_nodes(self.engines, "engines")
+        if self.tensor_parallel % self.parts:
+            raise ValueError(f".tensor_parallel ({self.tensor_parallel}) can't be divided into .parts ({self.parts})")
+        if self.nodes is not None and self.engines * self.parts % self.nodes:
+            raise ValueError(
+                f".engines ({self.engines}) x .parts ({self.parts}) can't be spread equally over .nodes ({self.nodes})"
+            )
         return self
 
     @property
@@ -208,7 +214,7 @@ def _check_colocated(placement: PPOPlacement | PreferencePlacement, guest: str) 
     host: RolePlacement = getattr(placement, role.colocate)
     if role.colocate == guest or host.colocate is not None:
         raise ValueError(f".{guest}.colocate: {role.colocate!r} must name a role that has its own place")
-    for key in _PLACING:
+    for key in (key for key in _PLACING if key in type(role).model_fields):
         if getattr(role, key) != type(role).model_fields[key].get_default(call_default_factory=True):
             raise ValueError(
                 f".{guest}.{key} has no effect beside .{guest}.colocate: it sits in .{role.colocate}'s place"
@@ -242,9 +248,12 @@ class Cluster(Section):
     """The Ray cluster the job runs on."""
 
     address: str | None = None
-    """Cluster to join; `auto` is the one that runs on this machine. None takes `RAY_ADDRESS`, which Ray jobs have, else
-    starts a local cluster that ends with the run."""
+    """Cluster to join; `auto` is the one that runs on this machine, `local` a new one that ends with the run. None
+    takes `RAY_ADDRESS`, which Ray jobs have, else `local`."""
     cpus: NonNegativeInt | None = None
     """CPUs that a local cluster offers; by default this machine's."""
+    preflight: bool = True
+    """Look at every node before a model is loaded: libraries, models, disks, network. `rlhf-ray preflight` does only
+    that."""
     autoscaling: bool = False
     """Nodes come when they are asked for: ask for those that are missing, and wait `placement.placement_timeout_s`."""

@@ -40,18 +40,18 @@ def check_sharing(
 
 def _check_can_leave(role: str, engine: TrainingEngine | ScoringEngine) -> None:
     if isinstance(engine, ScoringEngine):
-        if engine.zero_stage == 3 and not engine.offload_parameters:
+        if engine.zero_stage == 3 and engine.offload_parameters == "none":
             raise ValueError(
                 f"placement.offload_idle: {role}.engine.zero_stage is 3, whose shards stay where they are: set "
-                f"{role}.engine.offload_parameters, or {role}.engine.zero_stage to 0"
+                f"{role}.engine.offload_parameters to cpu, or {role}.engine.zero_stage to 0"
             )
     elif engine.zero_stage == 0:
         raise ValueError(
             f"placement.offload_idle: {role}.engine.zero_stage is 0, whose optimizer state DeepSpeed can't move: set "
             "it to 1, 2 or 3"
         )
-    elif engine.offload_parameters and not engine.offload_optimizer:
+    elif engine.offload_parameters != "none" and engine.offload_optimizer == "none":
         raise ValueError(
             f"placement.offload_idle: DeepSpeed moves no optimizer state beside {role}.engine.offload_parameters: "
-            f"set {role}.engine.offload_optimizer too"
+            f"set {role}.engine.offload_optimizer to cpu"
         )

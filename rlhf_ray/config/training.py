@@ -15,6 +15,20 @@ from rlhf_ray.config.base import (
 )
 
 Dtype = Literal["bfloat16", "float32"]
+Offload = Literal["none", "cpu", "nvme"]
+
+
+def _check_offload(stage: int, nvme_path: str | None, **offload: Offload) -> None:
+    """What the offload of weights needs, and that there is a path where and only where something goes to it."""
+    if offload["offload_parameters"] != "none" and stage != 3:
+        raise ValueError(
+            f".offload_parameters: {offload['offload_parameters']} needs .zero_stage: 3, but it is {stage}"
+        )
+    on_disk = [name for name, place in offload.items() if place == "nvme"]
+    if on_disk and nvme_path is None:
+        raise ValueError(f".{on_disk[0]}: nvme needs .nvme_path, a folder on a local disk of each node")
+    if nvme_path is not None and not on_disk:
+        raise ValueError(f".nvme_path is {nvme_path!r}, but no {' or '.join(f'.{name}' for name in offload)} is nvme")
 
 
 class ScoringEngine(Section):
@@ -31,13 +45,15 @@ class ScoringEngine(Section):
     (Ulysses), where long responses take too much memory. 1 gives each rank micro-batches of its own."""
     vocab_chunk_tokens: PositiveInt = 256
     """Logits that exist at the same time, as positions with the whole vocabulary; more positions take it in parts."""
-    offload_parameters: bool = False
-    """Keep sharded weights in host memory between uses (needs `zero_stage: 3`)."""
+    offload_parameters: Offload = "none"
+    """Where sharded weights are between uses: `none` on the device, `cpu` in host memory, `nvme` in files under
+    `nvme_path` (both need `zero_stage: 3`)."""
+    nvme_path: str | None = None
+    """Folder on a local disk of each node for what is offloaded to `nvme`. Ranks have folders of their own in it."""
 
     @model_validator(mode="after")
-    def _offload_needs_stage_3(self) -> "ScoringEngine":
-        if self.offload_parameters and self.zero_stage != 3:
-            raise ValueError(f".offload_parameters: true needs .zero_stage: 3, but it is {self.zero_stage}")
+    def _can_offload(self) -> "ScoringEngine":
+        _check_offload(self.zero_stage, self.nvme_path, offload_parameters=self.offload_parameters)
         return self
 
 
@@ -57,19 +73,30 @@ class TrainingEngine(Section):
     """Logits that exist at the same time, as positions with the whole vocabulary; more positions take it in parts."""
     gradient_clip: NonNegativeFloat = 1.0
     """Largest global gradient norm of an optimizer step; 0 turns clipping off."""
-    offload_optimizer: bool = False
-    """Keep the optimizer state in host memory and step there (needs `zero_stage` of at least 1)."""
-    offload_parameters: bool = False
-    """Keep sharded weights in host memory between uses (needs `zero_stage: 3`)."""
+    offload_optimizer: Offload = "none"
+    """Where master weights and optimizer state are, and where the step is made: `none` on the device, `cpu` in host
+    memory (needs `zero_stage` of at least 1), `nvme` in files under `nvme_path` that are read into host memory a part
+    at a time (needs `zero_stage: 3`)."""
+    offload_parameters: Offload = "none"
+    """Where sharded weights are between uses: `none` on the device, `cpu` in host memory, `nvme` in files under
+    `nvme_path` (both need `zero_stage: 3`)."""
+    nvme_path: str | None = None
+    """Folder on a local disk of each node for what is offloaded to `nvme`. Ranks have folders of their own in it."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more compute."""
 
     @model_validator(mode="after")
-    def _offload_needs_sharding(self) -> "TrainingEngine":
-        if self.offload_parameters and self.zero_stage != 3:
-            raise ValueError(f".offload_parameters: true needs .zero_stage: 3, but it is {self.zero_stage}")
-        if self.offload_optimizer and self.zero_stage == 0:
-            raise ValueError(".offload_optimizer: true needs .zero_stage: 1, 2 or 3, but it is 0")
+    def _can_offload(self) -> "TrainingEngine":
+        if self.offload_optimizer == "cpu" and self.zero_stage == 0:
+            raise ValueError(".offload_optimizer: cpu needs .zero_stage: 1, 2 or 3, but it is 0")
+        if self.offload_optimizer == "nvme" and self.zero_stage != 3:
+            raise ValueError(f".offload_optimizer: nvme needs .zero_stage: 3, but it is {self.zero_stage}")
+        _check_offload(
+            self.zero_stage,
+            self.nvme_path,
+            offload_parameters=self.offload_parameters,
+            offload_optimizer=self.offload_optimizer,
+        )
         return self
 
 

@@ -108,13 +108,18 @@ def ppo_roles(config: PPOJob, inputs: PPOInputs) -> Iterator[PPORoles]:
         rewards = tuple(_reward_part(part, group) for part in config.reward)
         started += [part.group for part in rewards if not part.is_model]
         engines = create_group(
-            "rollout", RolloutWorker, seating.seats["rollout"], placement.rollout.engines, lambda rank: {"rank": rank}
+            "rollout",
+            RolloutWorker,
+            seating.seats["rollout"],
+            placement.rollout.engines * placement.rollout.parts,
+            lambda number: {"rank": number // placement.rollout.parts},
         )
         rollout = RolloutGroup(
             engines.actors,
             config.rollout,
             deterministic=config.run.deterministic,
             timeout_s=config.run.timeouts.rollout_s,
+            parts=placement.rollout.parts,
         )
         started.append(rollout)
         movable: dict[str, list[ActorGroup]] = {
@@ -137,9 +142,8 @@ def ppo_roles(config: PPOJob, inputs: PPOInputs) -> Iterator[PPORoles]:
 
 
 def _end_engines(rollout: RolloutGroup) -> None:
-    """Let the engines end their own processes, which outlive an actor that is killed."""
     try:
-        rollout.run("shutdown", timeout_s=30, setting="run.timeouts.setup_s")
+        rollout.end_engines(timeout_s=30)
     except (RoleFailure, RoleTimeout) as error:
         logger.warning("a rollout engine did not end in order: %s", error)
 
@@ -226,7 +230,7 @@ def _ppo_loads(config: PPOJob, inputs: PPOInputs, roles: PPORoles) -> dict[str, 
         return refs
 
     loads = {
-        "rollout": lambda: roles.rollout.call("load_model", setup),
+        "rollout": lambda: roles.rollout.start_engines(setup, config.run.timeouts.setup_s),
         "policy": lambda: roles.policy.call(
             "load_model", config.policy, config.algorithm, temperature, policy_steps, config.rollout.lora_sync
         ),

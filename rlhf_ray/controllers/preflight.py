@@ -31,9 +31,9 @@ from rlhf_ray.data.seeds import derive_seed
 from rlhf_ray.data.streaming import ConversationStream
 from rlhf_ray.models.heads import (
     ModelError,
+    check_heads,
     check_lora,
     check_scores,
-    check_sequence_parallel,
     check_tokenizer_matches,
     load_config,
     load_tokenizer,
@@ -150,6 +150,7 @@ def _check_ppo(config: PPOJob, problems: list[str]) -> PPOInputs:
             )
         _check_lora(problems, "policy", policy.model, policy)
         _check_heads(problems, "policy", policy.model, policy.engine, policy.trust_remote_code)
+        _check_tensor_parallel(problems, config)
     with _collect(problems, "reference.from"):
         if tokenizer is not None and not _same_vocabulary(
             reference, tokenizer, trust_remote_code=policy.trust_remote_code
@@ -271,7 +272,15 @@ def _check_heads(
     if engine.sequence_parallel == 1:
         return
     with _collect(problems, f"{section}.engine.sequence_parallel"):
-        check_sequence_parallel(model, engine.sequence_parallel, trust_remote_code=trusted)
+        check_heads(model, engine.sequence_parallel, trust_remote_code=trusted)
+
+
+def _check_tensor_parallel(problems: list[str], config: PPOJob) -> None:
+    workers = config.placement.rollout.tensor_parallel
+    if workers == 1:
+        return
+    with _collect(problems, "placement.rollout.tensor_parallel"):
+        check_heads(config.policy.model, workers, trust_remote_code=config.policy.trust_remote_code)
 
 
 def _mixed(config: SFTJob, tokenizer: PreTrainedTokenizerBase, problems: list[str]) -> ConversationSet | None:

@@ -1,8 +1,13 @@
 """From a config to a finished run, for every job type."""
 
+import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from rlhf_ray.cluster.preflight.report import PreflightError
+from rlhf_ray.cluster.preflight.run import naming_lost_nodes, preflight
 from rlhf_ray.cluster.session import ray_session
 from rlhf_ray.config.jobs import JobConfig, PPOJob, PreferenceJob, RewardModelJob, SFTJob
 from rlhf_ray.controllers.epochs import ENDED, EpochController
@@ -17,6 +22,7 @@ from rlhf_ray.controllers.run_folder import Checkpointing, RunFolder
 from rlhf_ray.recovery.checkpoints import CheckpointStore
 from rlhf_ray.telemetry.plots import plot_curves
 from rlhf_ray.telemetry.reliability_plot import plot_reliability
+from rlhf_ray.telemetry.rows import replace_file
 
 logger = logging.getLogger("rlhf_ray")
 
@@ -26,7 +32,7 @@ def train(config: JobConfig) -> Path:
 
     Raises:
         ConfigError: before Ray starts.
-        ClusterError, PlacementError: before a model is loaded.
+        ClusterError, PreflightError, PlacementError: before a model is loaded.
         RoleFailure, RoleTimeout, RewardError, TrainingDiverged, NonFiniteLossError: while it runs.
     """
     folder = Path(config.run.dir)
@@ -34,7 +40,7 @@ def train(config: JobConfig) -> Path:
     if _is_complete(config, inputs.steps):
         logger.info("%s holds this run, complete: choose another run.dir to train again", folder)
         return folder
-    with ray_session(config.cluster, config.name):
+    with ray_session(config.cluster, config.name), _preflight(config):
         if isinstance(config, PPOJob) and isinstance(inputs, PPOInputs):
             _train_ppo(config, inputs)
         elif isinstance(config, PreferenceJob) and isinstance(inputs, PreferenceInputs):
@@ -45,6 +51,23 @@ def train(config: JobConfig) -> Path:
         plot_reliability(folder)
     plot_curves(folder)
     return folder
+
+
+@contextmanager
+def _preflight(config: JobConfig) -> Iterator[None]:
+    """Have all nodes looked at, write down what was found, and name nodes that are lost later."""
+    if not config.cluster.preflight:
+        yield
+        return
+    report = preflight(config)
+    if report.problems:
+        raise PreflightError(report.problems)
+    folder = Path(config.run.dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    replace_file(folder / "preflight.json", (json.dumps(report.content(), indent=2) + "\n").encode())
+    logger.info("preflight: %s", report)
+    with naming_lost_nodes(report):
+        yield
 
 
 class ResumeError(Exception):

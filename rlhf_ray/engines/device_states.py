@@ -27,7 +27,7 @@ class DeviceStates:
 
     def move(self, level: Level) -> None:
         """Have on the device what `level` says, and nothing else."""
-        if self._config.offload_parameters:  # and so the optimizer's state: there is nothing to move
+        if self._config.offload_parameters != "none":  # and so the optimizer's state: there is nothing to move
             return
         on_device = set()
         if level >= Level.WEIGHTS:
@@ -59,7 +59,7 @@ class DeviceStates:
     @property
     def _moves_optimizer_itself(self) -> bool:
         """In stage 3 DeepSpeed moves optimizer state only of its own FusedAdam."""
-        return self._config.zero_stage == 3 and not self._config.offload_optimizer
+        return self._config.zero_stage == 3 and self._config.offload_optimizer == "none"
 
 
 def _move_optimizer(optimizer: Any, device: str | torch.device) -> None:

@@ -15,14 +15,16 @@ from vllm.inputs import TokensPrompt
 from vllm.lora.request import LoRARequest
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind
+from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 from rlhf_ray.config.rollout import Sampling
 from rlhf_ray.data.requests import PromptRequest
 from rlhf_ray.data.trajectory import FinishReason, Trajectory
 from rlhf_ray.engines.level import Level
-from rlhf_ray.engines.rollout_setup import RolloutSetup
+from rlhf_ray.engines.rollout_setup import EnginePart, RolloutSetup
 from rlhf_ray.models.lora import Adapter
 from rlhf_ray.platform import platform, transfer_backend
 
@@ -34,39 +36,8 @@ class RolloutEngine:
         queued: requests that have reached the engine, refused ones too; its owner may set it back.
     """
 
-    def __init__(self, setup: RolloutSetup) -> None:
-        engine = setup.engine
-        on_cpu = platform().device.type == "cpu"
-        if on_cpu:
-            os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(engine.cpu_kv_cache_gib)
-            os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # engines and trainers share the cores
-            os.environ["TORCHDYNAMO_DISABLE"] = "1"
-        extras = _cpu_extras() if on_cpu else {}
-        self._engine = AsyncLLM.from_engine_args(
-            AsyncEngineArgs(
-                model=setup.model,
-                dtype=setup.dtype,
-                tensor_parallel_size=setup.tensor_parallel,
-                # The engine's own process does for one worker. Named by class because vLLM turns "uni" into a process
-                # more on CPU, to set thread counts that Ray has set already.
-                distributed_executor_backend=UniProcExecutor if setup.tensor_parallel == 1 else "mp",
-                max_model_len=engine.max_model_len,
-                max_num_seqs=engine.max_num_seqs,
-                max_num_batched_tokens=max(engine.max_num_batched_tokens, engine.max_model_len),
-                gpu_memory_utilization=engine.gpu_memory_utilization,
-                enforce_eager=engine.enforce_eager or on_cpu,
-                enable_prefix_caching=engine.prefix_caching,
-                logprobs_mode="processed_logprobs",
-                seed=setup.seed,
-                trust_remote_code=setup.trust_remote_code,
-                disable_log_stats=True,
-                weight_transfer_config=WeightTransferConfig(backend=transfer_backend(setup.beside_policy)),
-                enable_sleep_mode=setup.sleep > 0 and not on_cpu,
-                generation_config="vllm",  # sampling comes from the job's config alone
-                **extras,
-                **_lora_settings(setup.adapter_rank),
-            )
-        )
+    def __init__(self, setup: RolloutSetup, part: EnginePart | None = None) -> None:
+        self._engine = AsyncLLM.from_engine_args(_engine_args(setup, part))
         self._adapter: LoRARequest | None = None
         self._sleep = setup.sleep
         self._level = Level.FULL
@@ -153,6 +124,57 @@ class RolloutEngine:
     def shutdown(self) -> None:
         """End the engine's processes."""
         self._engine.shutdown()
+
+
+class RolloutFollower:
+    """Workers of an engine that another process leads. They do what that one says."""
+
+    def __init__(self, setup: RolloutSetup, part: EnginePart) -> None:
+        config = _engine_args(setup, part).create_engine_config(UsageContext.ENGINE_CONTEXT, headless=True)
+        self._executor = MultiprocExecutor(config, monitor_workers=False)
+
+    def shutdown(self) -> None:
+        """End the workers."""
+        self._executor.shutdown()
+
+
+def _engine_args(setup: RolloutSetup, part: EnginePart | None) -> AsyncEngineArgs:
+    engine, on_cpu = setup.engine, platform().device.type == "cpu"
+    if on_cpu:
+        os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(engine.cpu_kv_cache_gib)
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # engines and trainers share the cores
+        os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    extras = _cpu_extras() if on_cpu else {}
+    if part is not None:
+        extras |= {
+            "nnodes": part.parts,
+            "node_rank": part.number,
+            "master_addr": part.host,
+            "master_port": part.port,
+        }
+    return AsyncEngineArgs(
+        model=setup.model,
+        dtype=setup.dtype,
+        tensor_parallel_size=setup.tensor_parallel,
+        # The engine's own process does for one worker. Named by class because vLLM turns "uni" into a process
+        # more on CPU, to set thread counts that Ray has set already.
+        distributed_executor_backend=UniProcExecutor if setup.tensor_parallel == 1 else "mp",
+        max_model_len=engine.max_model_len,
+        max_num_seqs=engine.max_num_seqs,
+        max_num_batched_tokens=max(engine.max_num_batched_tokens, engine.max_model_len),
+        gpu_memory_utilization=engine.gpu_memory_utilization,
+        enforce_eager=engine.enforce_eager or on_cpu,
+        enable_prefix_caching=engine.prefix_caching,
+        logprobs_mode="processed_logprobs",
+        seed=setup.seed,
+        trust_remote_code=setup.trust_remote_code,
+        disable_log_stats=True,
+        weight_transfer_config=WeightTransferConfig(backend=transfer_backend(setup.beside_policy)),
+        enable_sleep_mode=setup.sleep > 0 and not on_cpu,
+        generation_config="vllm",  # sampling comes from the job's config alone
+        **extras,
+        **_lora_settings(setup.adapter_rank),
+    )
 
 
 def _lora_settings(rank: int | None) -> dict[str, Any]:

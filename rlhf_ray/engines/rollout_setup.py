@@ -7,6 +7,22 @@ from rlhf_ray.config.rollout import RolloutEngine
 
 
 @dataclass(frozen=True)
+class EnginePart:
+    """One of the parts that an engine's workers are divided into.
+
+    Attributes:
+        number: of the part; part 0 leads.
+        parts: how many there are.
+        host, port: where the leading part waits for the others.
+    """
+
+    number: int
+    parts: int
+    host: str
+    port: int
+
+
+@dataclass(frozen=True)
 class RolloutSetup:
     """One vLLM engine.
 

@@ -14,9 +14,14 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from rlhf_ray.config import training as config
 from rlhf_ray.engines.collectives import share_sequences
+from rlhf_ray.engines.deepspeed_settings import deepspeed_settings
 from rlhf_ray.engines.device_states import DeviceStates
 from rlhf_ray.engines.level import Level
+from rlhf_ray.engines.partitioned_loading import read_partitions
+from rlhf_ray.engines.swap_folder import SwapFolder
+from rlhf_ray.engines.swapped_state import load_into_swap_files, swap_files_mapped
 from rlhf_ray.models.lora import Adapter
+from rlhf_ray.models.role_models import RoleModel
 from rlhf_ray.models.token_logprobs import TokenLogProbs
 from rlhf_ray.models.weights import Weight, model_weights
 from rlhf_ray.platform import platform
@@ -46,23 +51,28 @@ class TrainingEngine:
 
     Attributes:
         model: that is trained.
+        sharded: no rank has the whole of it.
         sequence_parallel: ranks that share every micro-batch.
     """
 
     def __init__(
-        self, model: nn.Module, engine: config.TrainingEngine, optimizer: config.Optimizer, total_steps: int
+        self, model: RoleModel, engine: config.TrainingEngine, optimizer: config.Optimizer, total_steps: int
     ) -> None:
         self._world_size = torch.distributed.get_world_size()
+        self.sharded = engine.zero_stage == 3
         self.sequence_parallel = engine.sequence_parallel
         _share_sequences(model, engine)
         if engine.activation_checkpointing:
             _checkpoint_activations(model)
         model.train()
+        self._swap = SwapFolder(engine.nvme_path) if engine.nvme_path is not None else None
+        settings = deepspeed_settings(engine, model, self._swap)
+        read_partitions(model, settings)
         model.to(platform().device)
         adam = _adam(model, engine, optimizer)
         self._schedule = LambdaLR(adam, lr_factor(optimizer, total_steps))
         self._engine, *_ = deepspeed.initialize(
-            model=model, optimizer=adam, lr_scheduler=self._schedule, config=_deepspeed_config(engine)
+            model=model, optimizer=adam, lr_scheduler=self._schedule, config=settings
         )
         # In stage 0 with bfloat16, DeepSpeed allocates Adam's state by a step on zero gradients and leaves it counted,
         # which spoils the bias correction of the first real steps.
@@ -102,13 +112,17 @@ class TrainingEngine:
 
     def save(self, folder: Path) -> None:
         """Write what is trained, optimizer and schedule; each rank writes its own shards into `folder`."""
-        self._engine.save_checkpoint(str(folder), tag="state", save_latest=False, exclude_frozen_parameters=True)
+        with swap_files_mapped(self._engine):
+            self._engine.save_checkpoint(str(folder), tag="state", save_latest=False, exclude_frozen_parameters=True)
 
     def load(self, folder: Path) -> None:
         """Read what `save` wrote, with the same number of ranks."""
         if not (folder / "state").is_dir():
             raise FileNotFoundError(f"{folder} holds no DeepSpeed checkpoint")
-        self._engine.load_checkpoint(str(folder), tag="state")
+        if self._swap is None:
+            self._engine.load_checkpoint(str(folder), tag="state")
+        else:
+            load_into_swap_files(self._engine, folder, tag="state")
 
 
 class ForwardEngine:
@@ -119,15 +133,19 @@ class ForwardEngine:
         sequence_parallel: ranks that share every micro-batch.
     """
 
-    def __init__(self, model: nn.Module, engine: config.ScoringEngine) -> None:
+    def __init__(self, model: RoleModel, engine: config.ScoringEngine) -> None:
         self.sequence_parallel = engine.sequence_parallel
         _share_sequences(model, engine)
-        model.eval().requires_grad_(False).to(platform().device)
+        self._swap = SwapFolder(engine.nvme_path) if engine.nvme_path is not None else None
+        settings = deepspeed_settings(engine, model, self._swap)
+        model.eval().requires_grad_(False)
+        read_partitions(model, settings)
+        model.to(platform().device)
         self.model = model
         self._sharded = engine.zero_stage == 3
         self._forward: Callable[..., Any] = model
         if engine.zero_stage == 3:
-            self._forward, *_ = deepspeed.initialize(model=model, config=_deepspeed_config(engine))
+            self._forward, *_ = deepspeed.initialize(model=model, config=settings)
             _announce_shared_weights(model)
 
     @torch.no_grad()
@@ -199,12 +217,11 @@ def full_weights(model: nn.Module, bucket_bytes: int) -> Iterator[tuple[str, tor
     bucket: list[Weight] = []
     held = 0
     for weight in model_weights(model):
-        size = math.prod(weight.shape) * weight.dtype.itemsize
-        if bucket and held + size > bucket_bytes:
+        if bucket and held + weight.bytes > bucket_bytes:
             yield from _gathered(bucket)
             bucket, held = [], 0
         bucket.append(weight)
-        held += size
+        held += weight.bytes
     yield from _gathered(bucket)
 
 
@@ -234,39 +251,16 @@ def _adam(model: nn.Module, engine: config.TrainingEngine, optimizer: config.Opt
         "eps": optimizer.eps,
         "weight_decay": optimizer.weight_decay,
     }
-    if engine.offload_optimizer:
+    if engine.offload_optimizer != "none":
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         return DeepSpeedCPUAdam(parameters, adamw_mode=True, **settings)
     return torch.optim.AdamW(parameters, fused=True, **settings)
 
 
-def _deepspeed_config(engine: config.TrainingEngine | config.ScoringEngine) -> dict[str, Any]:
-    zero: dict[str, Any] = {"stage": engine.zero_stage}
-    if engine.zero_stage == 3:
-        # Gather a layer at a time; small tensors (norms) stay whole because gathering them costs more than it saves.
-        zero |= {"stage3_param_persistence_threshold": 10_000, "stage3_gather_16bit_weights_on_model_save": False}
-        if engine.offload_parameters:
-            zero["offload_param"] = {"device": "cpu"}
-    settings: dict[str, Any] = {
-        # Micro-batches are of any size and number: the boundary is set by hand, sizes here are formal.
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "zero_optimization": zero,
-        "bf16": {"enabled": engine.dtype == "bfloat16"},
-        "steps_per_print": 2**31,
-        "wall_clock_breakdown": False,
-    }
-    if isinstance(engine, config.TrainingEngine):
-        settings["gradient_clipping"] = engine.gradient_clip
-        if engine.offload_optimizer:
-            zero["offload_optimizer"] = {"device": "cpu"}
-    return settings
-
-
-def _share_sequences(model: nn.Module, engine: config.TrainingEngine | config.ScoringEngine) -> None:
+def _share_sequences(model: RoleModel, engine: config.TrainingEngine | config.ScoringEngine) -> None:
     if engine.sequence_parallel > 1:
-        model.sequence_parallel = share_sequences(engine.sequence_parallel)  # type: ignore[assignment]
+        model.sequence_parallel = share_sequences(engine.sequence_parallel)
 
 
 def _checkpoint_activations(model: nn.Module) -> None:

@@ -1,7 +1,7 @@
-"""transformers models as the roles use them: packed in, numbers at chosen positions out."""
+"""Model folders: what they hold, whether it can be used, and the models that roles make of it."""
 
 import math
-from dataclasses import replace
+from collections.abc import Set
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,10 +18,11 @@ from transformers import (
 
 from rlhf_ray.config.training import Lora
 from rlhf_ray.models.attention import PACKED_ATTENTION
-from rlhf_ray.models.lora import add_adapters, missing_package, quantization
-from rlhf_ray.models.packed import PackedSequences
-from rlhf_ray.models.sequence_parallel import SequenceParallel, copies_of_keys
-from rlhf_ray.models.token_logprobs import Beside, TokenLogProbs
+from rlhf_ray.models.lora import adapters_in_memory, add_adapters, missing_package, quantization
+from rlhf_ray.models.on_meta import build_on_meta
+from rlhf_ray.models.role_models import CausalModel, ScalarModel
+from rlhf_ray.models.sequence_parallel import copies_of_keys
+from rlhf_ray.models.stored_weights import StoredWeights
 
 
 class ModelError(Exception):
@@ -39,100 +40,6 @@ class ModelError(Exception):
     def __reduce__(self) -> tuple[type["ModelError"], tuple[str, str]]:
         # Exceptions leave their actor pickled; the default would call __init__ with the message alone.
         return type(self), (self.model, self.reason)
-
-
-class CausalModel(nn.Module):
-    """A language model that gives log-probs of chosen tokens.
-
-    Attributes:
-        sequence_parallel: the ranks that share every pack, None for a rank on its own. They all get the same result.
-    """
-
-    sequence_parallel: SequenceParallel | None = None
-
-    def __init__(self, model: PreTrainedModel, vocab_chunk_tokens: int) -> None:
-        super().__init__()
-        self.model = model
-        self.token_logprobs = TokenLogProbs(model.get_output_embeddings(), vocab_chunk_tokens)
-
-    def forward(
-        self,
-        packed: PackedSequences,
-        positions: torch.Tensor,
-        targets: torch.Tensor,
-        temperature: float,
-        beside: Beside = "entropy",
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probs of `targets` `[positions]` as predicted at `positions` of the pack, and what `TokenLogProbs`
-        measures beside them."""
-        together = self.sequence_parallel
-        if together is None:
-            hidden = _hidden_states(self.model, packed)
-            logprobs, second = self.token_logprobs(hidden[positions], targets, temperature, beside)
-            return logprobs, second
-        hidden, own = _own_states(self.model, packed, positions, together)
-        logprobs, second = self.token_logprobs(hidden, targets[own], temperature, beside)
-        return together.join(logprobs, own), second if beside == "nothing" else together.join(second, own)
-
-
-class ScalarModel(nn.Module):
-    """A decoder with one number per token: the critic's value, or at the last token the reward model's score.
-
-    Attributes:
-        sequence_parallel: as in `CausalModel`.
-    """
-
-    sequence_parallel: SequenceParallel | None = None
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, packed: PackedSequences, positions: torch.Tensor) -> torch.Tensor:
-        """Float32 `[positions]`."""
-        together = self.sequence_parallel
-        if together is None:
-            return self._scores(_hidden_states(self.model, packed)[positions])
-        hidden, own = _own_states(self.model, packed, positions, together)
-        return together.join(self._scores(hidden), own)
-
-    def _scores(self, hidden: torch.Tensor) -> torch.Tensor:
-        scores: torch.Tensor = self.model.score(hidden)[:, 0].float()
-        return scores
-
-
-def _own_states(
-    model: PreTrainedModel, packed: PackedSequences, positions: torch.Tensor, together: SequenceParallel
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Final hidden states of those of the `positions` that this rank computes, `[own positions, hidden]`, and bool
-    `[positions]`, which these are."""
-    packed = together.padded(packed)
-    mine = together.own_slice(packed)
-    part = replace(packed, input_ids=packed.input_ids[:, mine], position_ids=packed.position_ids[:, mine])
-    own = (positions >= mine.start) & (positions < mine.stop)
-    return _hidden_states(model, part, together)[positions[own] - mine.start], own
-
-
-def _hidden_states(
-    model: PreTrainedModel, packed: PackedSequences, together: SequenceParallel | None = None
-) -> torch.Tensor:
-    """Final hidden states `[tokens, hidden]`; with ranks `together`, ids and positions in `packed` are of a slice."""
-    # Only where there are some: not every architecture hands on what it does not know.
-    more: dict[str, Any] = {} if packed.prefixes is None else {"shared_prefixes": packed.prefixes}
-    if together is not None:
-        more["sequence_parallel"] = together
-    out = model.base_model(
-        input_ids=packed.input_ids,
-        position_ids=packed.position_ids,
-        use_cache=False,
-        cu_seq_lens_q=packed.cu_seqlens,
-        cu_seq_lens_k=packed.cu_seqlens,
-        max_length_q=packed.max_length,
-        max_length_k=packed.max_length,
-        **more,
-    )
-    hidden: torch.Tensor = out.last_hidden_state[0]
-    return hidden
 
 
 def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -189,8 +96,8 @@ def longest_sequence(model: str, *, trust_remote_code: bool = False) -> int | No
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
-def check_sequence_parallel(model: str, ranks: int, *, trust_remote_code: bool = False) -> None:
-    """The heads of a model must be dealt evenly to the ranks that share its packs.
+def check_heads(model: str, ranks: int, *, trust_remote_code: bool = False) -> None:
+    """The attention heads of a model must be dealt evenly to the ranks or workers that share them.
 
     Raises:
         ModelError: naming how many there are, and how many ranks there can be.
@@ -263,26 +170,36 @@ def load_causal(
     vocab_chunk_tokens: int,
     trust_remote_code: bool = False,
     lora: Lora | None = None,
+    sharded: bool = False,
 ) -> CausalModel:
     """A causal model that runs packed, without dropout; with `lora`, frozen and with new adapters.
+
+    With `sharded`, parameters are left on the meta device for the engine to read, each rank its part.
 
     Raises:
         ModelError: when the folder can't be loaded as one, or has no such layers as `lora` names.
     """
     config = _without_dropout(load_config(model, trust_remote_code=trust_remote_code))
-    loaded = _load(AutoModelForCausalLM, model, config, dtype, trust_remote_code, lora)
+    loaded, stored = _load(AutoModelForCausalLM, model, config, dtype, trust_remote_code, lora, sharded)
     head = loaded.get_output_embeddings()
     if head is None or getattr(head, "bias", None) is not None:
         raise ModelError(model, "its vocabulary head is missing or has a bias, which is not supported")
-    return _with_adapters(CausalModel(loaded, vocab_chunk_tokens), model, lora)
+    return _ready(CausalModel(loaded, vocab_chunk_tokens), stored, model, lora)
 
 
 def load_scalar(
-    model: str, *, dtype: torch.dtype, seed: int = 0, trust_remote_code: bool = False, lora: Lora | None = None
+    model: str,
+    *,
+    dtype: torch.dtype,
+    seed: int = 0,
+    trust_remote_code: bool = False,
+    lora: Lora | None = None,
+    sharded: bool = False,
 ) -> ScalarModel:
     """A model with a scalar head that runs packed, without dropout; with `lora`, frozen but for head and new adapters.
 
-    The folder of a causal model gets a new head from N(0, 1/(hidden + 1)), as in Stiennon et al. 2020.
+    The folder of a causal model gets a new head from N(0, 1/(hidden + 1)), as in Stiennon et al. 2020. With `sharded`,
+    parameters that the folder has are left on the meta device for the engine to read, each rank its part.
 
     Raises:
         ModelError: when the folder can't be loaded as one, or has no such layers as `lora` names.
@@ -292,7 +209,8 @@ def load_scalar(
     if not is_new and config.num_labels != 1:
         raise ModelError(model, f"it has {config.num_labels} labels; a reward model has one")
     config.num_labels = 1
-    loaded = _load(AutoModelForSequenceClassification, model, config, dtype, trust_remote_code, lora)
+    auto, drawn = AutoModelForSequenceClassification, {"score.weight"} if is_new else frozenset()
+    loaded, stored = _load(auto, model, config, dtype, trust_remote_code, lora, sharded, drawn)
     if not isinstance(getattr(loaded, "score", None), nn.Linear):
         raise ModelError(model, f"{type(loaded).__name__} has no linear head named score: it is no decoder classifier")
     if is_new:
@@ -302,13 +220,21 @@ def load_scalar(
         )
         with torch.no_grad():
             loaded.score.weight.copy_(weight)
-    return _with_adapters(ScalarModel(loaded), model, lora)
+    return _ready(ScalarModel(loaded), stored, model, lora)
 
 
-RoleModel = TypeVar("RoleModel", CausalModel, ScalarModel)
+Wrapped = TypeVar("Wrapped", CausalModel, ScalarModel)
 
 
-def _with_adapters(wrapped: RoleModel, model: str, lora: Lora | None) -> RoleModel:
+def _ready(wrapped: Wrapped, stored: StoredWeights | None, model: str, lora: Lora | None) -> Wrapped:
+    if stored is None:
+        return _with_adapters(wrapped, model, lora)
+    wrapped.stored = stored
+    with adapters_in_memory(wrapped):
+        return _with_adapters(wrapped, model, lora)
+
+
+def _with_adapters(wrapped: Wrapped, model: str, lora: Lora | None) -> Wrapped:
     if lora is not None:
         try:
             add_adapters(wrapped, lora, model)
@@ -318,23 +244,45 @@ def _with_adapters(wrapped: RoleModel, model: str, lora: Lora | None) -> RoleMod
 
 
 def _load(
-    auto: Any, model: str, config: Any, dtype: torch.dtype, trust_remote_code: bool, lora: Lora | None
-) -> PreTrainedModel:
+    auto: Any,
+    model: str,
+    config: Any,
+    dtype: torch.dtype,
+    trust_remote_code: bool,
+    lora: Lora | None,
+    sharded: bool,
+    drawn: Set[str] = frozenset(),
+) -> tuple[PreTrainedModel, StoredWeights | None]:
+    """The model with all its weights, or with `sharded` what they are read from.
+
+    Args:
+        drawn: parameters that the folder need not have.
+    """
+    stored = None
     try:
-        loaded: PreTrainedModel = auto.from_pretrained(
-            model,
-            config=config,
-            dtype=dtype,
-            attn_implementation=PACKED_ATTENTION,
-            quantization_config=quantization(lora, dtype),
-            trust_remote_code=trust_remote_code,
-            use_safetensors=True,
-        )
+        # What is held in 4 bits is made of whole weights, so these are loaded.
+        if sharded and quantization(lora, dtype) is None:
+            loaded, stored = build_on_meta(
+                auto, model, config, dtype, attention=PACKED_ATTENTION, trust_remote_code=trust_remote_code
+            )
+            lacks = [name for name, weight in loaded.named_parameters() if not weight.is_meta and name not in drawn]
+            if lacks:
+                raise ValueError(f"its files lack {', '.join(lacks[:3])}")
+        else:
+            loaded = auto.from_pretrained(
+                model,
+                config=config,
+                dtype=dtype,
+                attn_implementation=PACKED_ATTENTION,
+                quantization_config=quantization(lora, dtype),
+                trust_remote_code=trust_remote_code,
+                use_safetensors=True,
+            )
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(model, f"can't be loaded ({error})") from error
     if not loaded._supports_attention_backend:
         raise ModelError(model, f"{type(loaded).__name__} does not take packed sequences; choose another architecture")
-    return loaded
+    return loaded, stored
 
 
 def _without_dropout(config: Any) -> Any:

@@ -120,6 +120,25 @@ def add_adapters(model: nn.Module, lora: Lora, source: str) -> None:
     model.register_load_state_dict_post_hook(_frozen_is_not_missing)
 
 
+@contextmanager
+def adapters_in_memory(model: nn.Module) -> Iterator[None]:
+    """Within it, `add_adapters` gives adapters to a model on the meta device that are in host memory, drawn as usual.
+
+    peft puts an adapter on the device of the weight that it changes, where on the meta device its numbers would be
+    lost. So the weights are stood in for by tensors of their shape that have memory for one number.
+    """
+    real = {}
+    inner: Any = model.model
+    for layer in map(inner.get_submodule, _linear_layers(inner, _trained_whole(model))):
+        real[layer] = weight = layer.weight
+        layer.weight = nn.Parameter(torch.empty((), dtype=weight.dtype).expand(weight.shape))
+    try:
+        yield
+    finally:
+        for layer, weight in real.items():
+            layer.weight = weight.requires_grad_(layer.weight.requires_grad)
+
+
 def has_adapters(model: nn.Module) -> bool:
     """Whether `add_adapters` has been here."""
     return hasattr(model.model, "peft_config")

@@ -87,9 +87,7 @@ class SequenceParallel:
         # All three travel at once.
         received = self._exchange(torch.cat([states.flatten(2).transpose(0, 1) for states in dealt], dim=2))
         split = received.flatten(0, 1).split([states[0, 0].numel() for states in dealt], dim=1)
-        query, key, value = (
-            mine.unflatten(1, states.shape[2:]) for mine, states in zip(split, dealt, strict=True)
-        )
+        query, key, value = (mine.unflatten(1, states.shape[2:]) for mine, states in zip(split, dealt, strict=True))
         return query, key, value
 
     def to_tokens(self, states: torch.Tensor) -> torch.Tensor:

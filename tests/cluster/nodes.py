@@ -2,7 +2,7 @@
 
 usage: nodes.py raylets|ADDRESS MODEL REWARD_MODEL PROMPTS RUN_DIR
 
-`raylets` starts three nodes in this process; an address joins a cluster that is there. Policy, critic and what sits
+`raylets` starts four nodes in this process; an address joins a cluster that is there. Policy, critic and what sits
 with them go to nodes labelled `pool=train`, the rollout engine to those with `pool=rollout`. The last line is JSON.
 """
 
@@ -27,15 +27,17 @@ def main(where: str, model: str, reward: str, prompts: str, run_dir: str) -> Non
     found: dict[str, Any] = {}
     if where == "raylets":
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
-        for pool, extra in (("train", {}), ("train", {"fast_disk": 1}), ("rollout", {})):
+        for pool, extra in (("train", {}), ("train", {"fast_disk": 1}), ("rollout", {}), ("rollout", {})):
             cluster.add_node(num_cpus=2, labels={"pool": pool}, resources=extra, object_store_memory=80 * 2**20)
         ray.init(address=cluster.address, log_to_driver=False)
         found |= placements()
     else:
         ray.init(address=where, log_to_driver=False)
+    split = ["placement.rollout.tensor_parallel=2", "placement.rollout.parts=2", "placement.rollout.strategy=SPREAD"]
     config = load_config(
         TINY,
         [
+            *(split if where == "raylets" else []),
             f"policy.model={model}",
             f"reward.0.model={reward}",
             f"data.prompts={prompts}",
@@ -49,16 +51,16 @@ def main(where: str, model: str, reward: str, prompts: str, run_dir: str) -> Non
     )
     train(config)
     pools = {node["NodeID"]: node["Labels"].get("pool") for node in ray.nodes()}
-    found["pools"] = {
-        actor["ActorClassName"]: pools[actor["Address"]["NodeID"]] for actor in ray._private.state.actors().values()
-    }
+    actors = [(actor["ActorClassName"], actor["Address"]["NodeID"]) for actor in ray._private.state.actors().values()]
+    found["pools"] = {name: pools[node] for name, node in actors}
+    found["engine_nodes"] = sorted({node for name, node in actors if name == "RolloutWorker"})
     found["rows"] = [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
     ray.shutdown()
     print(json.dumps(found))
 
 
 def placements() -> dict[str, Any]:
-    """What is reserved on the three raylets for several requests: numbers of nodes, where tasks ran, errors."""
+    """What is reserved on the raylets for several requests: numbers of nodes, where tasks ran, errors."""
     spread = reserve([Request("policy", 4, {"CPU": 1.0}, nodes=2, labels={"pool": "train"})], timeout_s=20)
     ran = ray.get(
         [

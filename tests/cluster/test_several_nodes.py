@@ -55,7 +55,8 @@ def test_roles_sit_on_the_raylets_that_their_labels_name(inputs: list[str], tmp_
     assert first[0] == first[1] != second[0] == second[1], "ranks on one node follow each other"
     assert found["has_disk"] == 1
     assert found["error"].startswith("placement.rollout: bundle 0 of 1 (1 CPU, pool=gpu) has no node: ")
-    assert found["error"].count("has train as pool") == 2
+    assert found["error"].count("has train as pool") == found["error"].count("has rollout as pool") == 2
+    assert len(found["engine_nodes"]) == 2, "one engine's two workers are on two nodes"
     assert_roles_in_their_pools(found)
 
 

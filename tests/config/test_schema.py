@@ -131,7 +131,7 @@ def test_a_section_given_in_part_keeps_its_other_defaults() -> None:
 
 
 LORA = {"model": "m", "lora": {}}
-STAGE_0 = {"model": "m", "engine": {"zero_stage": 0, "offload_optimizer": True}}
+STAGE_0 = {"model": "m", "engine": {"zero_stage": 0, "offload_optimizer": "cpu"}}
 
 # What is said about each conflict, whole: both dotted paths, both values.
 CONFLICTS: list[tuple[dict[str, Any], str]] = [
@@ -240,16 +240,34 @@ CONFLICTS: list[tuple[dict[str, Any], str]] = [
         "algorithm.critic_warmup_steps (3) leaves no step of run.steps (3) in which the policy learns",
     ),
     (
-        ppo(policy={"model": "m", "engine": {"offload_parameters": True}}),
-        "policy.engine.offload_parameters: true needs policy.engine.zero_stage: 3, but it is 2",
+        ppo(policy={"model": "m", "engine": {"offload_parameters": "cpu"}}),
+        "policy.engine.offload_parameters: cpu needs policy.engine.zero_stage: 3, but it is 2",
     ),
     (
         ppo(policy=STAGE_0),
-        "policy.engine.offload_optimizer: true needs policy.engine.zero_stage: 1, 2 or 3, but it is 0",
+        "policy.engine.offload_optimizer: cpu needs policy.engine.zero_stage: 1, 2 or 3, but it is 0",
     ),
     (
-        ppo(reward=[{"model": "r", "engine": {"offload_parameters": True}}]),
-        "reward.0.engine.offload_parameters: true needs reward.0.engine.zero_stage: 3, but it is 0",
+        ppo(policy={"model": "m", "engine": {"offload_optimizer": "nvme", "nvme_path": "/disk"}}),
+        "policy.engine.offload_optimizer: nvme needs policy.engine.zero_stage: 3, but it is 2",
+    ),
+    (
+        ppo(policy={"model": "m", "engine": {"zero_stage": 3, "offload_optimizer": "nvme"}}),
+        "policy.engine.offload_optimizer: nvme needs policy.engine.nvme_path, a folder on a local disk of each node",
+    ),
+    (
+        ppo(policy={"model": "m", "engine": {"nvme_path": "/disk"}}),
+        "policy.engine.nvme_path is '/disk', but no policy.engine.offload_parameters or "
+        "policy.engine.offload_optimizer is nvme",
+    ),
+    (
+        ppo(reward=[{"model": "r", "engine": {"offload_parameters": "nvme"}}]),
+        "reward.0.engine.offload_parameters: nvme needs reward.0.engine.zero_stage: 3, but it is 0",
+    ),
+    (
+        ppo(reference={"engine": {"zero_stage": 3, "offload_parameters": "nvme"}}),
+        "reference.engine.offload_parameters: nvme needs reference.engine.nvme_path, a folder on a local disk of each "
+        "node",
     ),
     (
         ppo(placement={"reference": {"colocate": "critic", "ranks": 2}}),
@@ -282,7 +300,21 @@ CONFLICTS: list[tuple[dict[str, Any], str]] = [
     ),
     (
         ppo(placement={"rollout": {"engines": 3, "nodes": 2}}),
-        "placement.rollout.engines (3) can't be spread equally over placement.rollout.nodes (2)",
+        "placement.rollout.engines (3) x placement.rollout.parts (1) can't be spread equally over "
+        "placement.rollout.nodes (2)",
+    ),
+    (
+        ppo(placement={"rollout": {"tensor_parallel": 3, "parts": 2}}),
+        "placement.rollout.tensor_parallel (3) can't be divided into placement.rollout.parts (2)",
+    ),
+    (
+        ppo(
+            policy=LORA,
+            rollout={"lora_sync": "adapters"},
+            placement={"rollout": {"tensor_parallel": 2, "parts": 2}},
+        ),
+        "rollout.lora_sync is 'adapters', which workers read from a folder of their node, but placement.rollout.parts "
+        "is 2: set rollout.lora_sync to 'merged'",
     ),
     (
         ppo(placement={"rollout": {"engines": 2, "colocate": "policy"}}),
@@ -317,15 +349,15 @@ CONFLICTS: list[tuple[dict[str, Any], str]] = [
     (
         ppo(
             placement={"offload_idle": True},
-            policy={"model": "m", "engine": {"zero_stage": 3, "offload_parameters": True}},
+            policy={"model": "m", "engine": {"zero_stage": 3, "offload_parameters": "cpu"}},
         ),
         "placement.offload_idle: DeepSpeed moves no optimizer state beside policy.engine.offload_parameters: set "
-        "policy.engine.offload_optimizer too",
+        "policy.engine.offload_optimizer to cpu",
     ),
     (
         ppo(placement={"offload_idle": True}, reference={"engine": {"zero_stage": 3}}),
         "placement.offload_idle: reference.engine.zero_stage is 3, whose shards stay where they are: set "
-        "reference.engine.offload_parameters, or reference.engine.zero_stage to 0",
+        "reference.engine.offload_parameters to cpu, or reference.engine.zero_stage to 0",
     ),
     (
         ppo(placement={"policy": {"gpus": 2}}),

@@ -138,11 +138,12 @@ def test_heads_that_cannot_be_dealt_to_the_ranks_are_named(
             reference={"from": three, **four},
             critic={"init_from": model, **four},
             reward=[{"model": scorer, **four}],
-            placement={"policy": {"ranks": 4}, "critic": {"ranks": 4}},
+            placement={"policy": {"ranks": 4}, "critic": {"ranks": 4}, "rollout": {"tensor_parallel": 4}},
         )
     )
     assert found == [
         f"policy.{said.format(model, 2, 2)}",
+        f"placement.rollout.{said.format(model, 2, 2).replace('engine.sequence_parallel', 'tensor_parallel')}",
         f"reference.{said.format(three, 3, 3)}",
         f"critic.{said.format(model, 2, 2)}",
         f"reward.0.{said.format(scorer, 2, 2)}",

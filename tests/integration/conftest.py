@@ -36,6 +36,7 @@ def cluster() -> Iterator[None]:
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, folders))
     os.environ.update(MARK)
     ray.init(
+        address="local",  # else it joins whatever cluster runs on this machine
         num_cpus=4,
         include_dashboard=False,
         log_to_driver=False,

@@ -1,7 +1,6 @@
 """One rank or two, any ZeRO stage, any micro-batches: the training of a plain torch loop."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -22,17 +21,15 @@ from training_rank import (
     SEQUENCES,
     TOTAL_STEPS,
     Trained,
-    TrainingRank,
     Weights,
+    run,
+    started,
     token_mean_loss,
 )
 
 ALL = list(range(len(SEQUENCES)))
 CLIP = 0.5
 LORA = Lora(rank=8, alpha=64.0)
-# What is freed goes back to the system at once, so memory in use is what tensors take.
-ENV = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(128 * 2**10)}
-BUILD_S = 400  # DeepSpeed compiles its CPU Adam at first use: a minute on two free cores
 
 
 @pytest.fixture(scope="module")
@@ -40,31 +37,6 @@ def groups() -> Iterator[dict[int, ActorGroup]]:
     """A group of one rank and one of two."""
     with started(1, 2) as made:
         yield made
-
-
-@contextmanager
-def started(*sizes: int) -> Iterator[dict[int, ActorGroup]]:
-    """Groups of ranks by their sizes."""
-    made = {}
-    for ranks in sizes:
-        actors = [
-            ray.remote(TrainingRank).options(num_cpus=0, runtime_env={"env_vars": ENV})
-            .remote("trainer", rank, ranks, seed=0, deterministic=False)
-            for rank in range(ranks)
-        ]  # fmt: skip
-        made[ranks] = ActorGroup("trainer", actors)
-    joined = []
-    for group in made.values():
-        host, port = ray.get(group.call_one(0, "address"), timeout=120)
-        joined += group.call("join", host, port, 120.0)
-    ray.get(joined, timeout=120)
-    yield made
-    for group in made.values():
-        group.kill()
-
-
-def run(group: ActorGroup, method: str, *args: object) -> list:  # type: ignore[type-arg]
-    return group.run(method, *args, timeout_s=BUILD_S, setting="no setting: a test")
 
 
 def trained(
@@ -76,7 +48,7 @@ def trained(
     **engine: object,
 ) -> Trained:
     """Two steps; `micro_batches` are per rank. All ranks must hold the same weights in the end."""
-    run(group, "build", str(model), TrainingEngine(gradient_clip=CLIP, **engine), 0, lora)  # type: ignore[arg-type]
+    run(group, "build", str(model), TrainingEngine(gradient_clip=CLIP, **engine), lora)  # type: ignore[arg-type]
     done: list[Trained] = ray.get(group.call_each("train", [(2, mine, moves) for mine in micro_batches]), timeout=120)
     for other in done[1:]:
         assert_close(other.weights, done[0].weights, 0)
@@ -229,7 +201,7 @@ def test_parameters_kept_in_host_memory_do_not_change_the_training(
     groups: dict[int, ActorGroup], wide_model: Path, plain: Trained
 ) -> None:
     cut = [[[0, 1, 2, 3]], [[4, 5, 6, 7]]]
-    found = trained(groups[2], wide_model, cut, zero_stage=3, dtype="float32", offload_parameters=True)
+    found = trained(groups[2], wide_model, cut, zero_stage=3, dtype="float32", offload_parameters="cpu")
     assert_same_training(found, plain)
 
 
@@ -239,7 +211,7 @@ def test_an_optimizer_in_host_memory_does_not_change_the_training(
 ) -> None:
     """With several micro-batches, whose offloaded gradients older DeepSpeed lost after the first (its issue 7967)."""
     cut = [[[7], [2, 0], [4, 5]], [[6, 1], [3], []]]
-    found = trained(groups[2], wide_model, cut, zero_stage=stage, dtype="float32", offload_optimizer=True)
+    found = trained(groups[2], wide_model, cut, zero_stage=stage, dtype="float32", offload_optimizer="cpu")
     assert_same_training(found, plain)
 
 
@@ -303,11 +275,11 @@ def test_a_loaded_checkpoint_goes_on_bit_for_bit(
         done: list[Trained] = ray.get(group.call_each("train", [(steps, mine) for mine in cut]), timeout=120)
         return done[0]
 
-    run(group, "build", str(wide_model), config, 0, lora)
+    run(group, "build", str(wide_model), config, lora)
     before = train(2)
     run(group, "save", str(tmp_path / "checkpoint"))
     undisturbed = train(2)
-    run(group, "build", str(wide_model), config, 5, lora)
+    run(group, "build", str(wide_model), config, lora)
     run(group, "load", str(tmp_path / "checkpoint"))
     assert_close(run(group, "weights")[0], before.weights, 0)
     resumed = train(2)
@@ -329,15 +301,15 @@ def test_a_folder_without_checkpoint_is_an_error(
 @pytest.mark.parametrize(
     ("stage", "dtype", "offload"),
     [
-        (1, "bfloat16", False),
-        (2, "float32", False),
-        (2, "bfloat16", True),
-        (3, "bfloat16", False),
-        (3, "float32", True),
+        (1, "bfloat16", "none"),
+        (2, "float32", "none"),
+        (2, "bfloat16", "cpu"),
+        (3, "bfloat16", "none"),
+        (3, "float32", "cpu"),
     ],
 )
 def test_an_engine_that_left_its_device_goes_on_as_if_it_had_stayed(
-    groups: dict[int, ActorGroup], wide_model: Path, stage: int, dtype: str, offload: bool
+    groups: dict[int, ActorGroup], wide_model: Path, stage: int, dtype: str, offload: str
 ) -> None:
     halves = [[ALL[:4]], [ALL[4:]]]
     engine = {"zero_stage": stage, "dtype": dtype, "offload_optimizer": offload}

@@ -1,21 +1,27 @@
 """A rank that trains a tiny model on given sequences, with the training engine of the package."""
 
-from collections.abc import Sequence
+import gc
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import ray
 import torch
 from deepspeed.utils import safe_get_full_grad
 
+from rlhf_ray.actors.group import ActorGroup
 from rlhf_ray.actors.worker import Worker
-from rlhf_ray.config.training import Lora, Optimizer, TrainingEngine
+from rlhf_ray.config.training import Lora, Optimizer, ScoringEngine, TrainingEngine
 from rlhf_ray.engines.level import Level
-from rlhf_ray.engines.training import DTYPES, full_weights
+from rlhf_ray.engines.training import DTYPES, ForwardEngine, full_weights
 from rlhf_ray.engines.training import TrainingEngine as Engine
-from rlhf_ray.models.heads import CausalModel, load_causal
+from rlhf_ray.engines.weight_files import write_sharded
+from rlhf_ray.models.heads import load_causal, load_scalar
 from rlhf_ray.models.packed import PackedSequences
+from rlhf_ray.models.role_models import CausalModel, ScalarModel
 
 Weights = dict[str, np.ndarray]
 
@@ -25,6 +31,11 @@ PREDICTED = sum(len(tokens) - 1 for tokens in SEQUENCES)
 OPTIMIZER = Optimizer(lr=1e-3, eps=1e-5, warmup_steps=1, schedule="linear", weight_decay=0.01)
 TOTAL_STEPS = 5
 LORA_SEED = 5
+HEAD_SEED = 7
+
+# What is freed goes back to the system at once, so memory in use is what tensors take.
+ENV = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(128 * 2**10)}
+BUILD_S = 400  # DeepSpeed compiles its operators at first use: a minute each on two free cores
 
 
 @dataclass
@@ -44,32 +55,54 @@ class Trained:
     weights: Weights = field(default_factory=dict)
 
 
-def token_mean_loss(model: Any, sequences: list[int]) -> torch.Tensor:
-    """These sequences' share of the mean over all tokens: negative log-prob, and a little entropy."""
+def outputs(model: Any, sequences: list[int], *, scalar: bool = False) -> torch.Tensor:
+    """What a model says at all places of some sequences but their last: values, or log-probs and entropies."""
     packed = PackedSequences.of(
         [SEQUENCES[number] for number in sequences] or [np.zeros(1, np.int32)], torch.device("cpu")
     )
     predicts = torch.ones(packed.input_ids.shape[1], dtype=torch.bool)
     predicts[packed.cu_seqlens[1:].long() - 1] = False
     positions = predicts.nonzero()[:, 0]
-    logprobs, entropy = model(packed, positions, packed.input_ids[0][positions + 1], 1.0)
-    return -(logprobs.sum() + 0.01 * entropy.sum()) / PREDICTED
+    if scalar:
+        values: torch.Tensor = model(packed, positions)
+        return values
+    return torch.stack(model(packed, positions, packed.input_ids[0][positions + 1], 1.0))
+
+
+def token_mean_loss(model: Any, sequences: list[int], *, scalar: bool = False) -> torch.Tensor:
+    """These sequences' share of the mean over all tokens: squared value, or negative log-prob and a little entropy."""
+    out = outputs(model, sequences, scalar=scalar)
+    if scalar:
+        return (out - 1.0).square().sum() / PREDICTED
+    return -(out[0].sum() + 0.01 * out[1].sum()) / PREDICTED
+
+
+def load(
+    folder: str, dtype: torch.dtype, *, scalar: bool, sharded: bool = False, lora: Lora | None = None
+) -> CausalModel | ScalarModel:
+    """A model of either kind."""
+    if scalar:
+        return load_scalar(folder, dtype=dtype, seed=HEAD_SEED, lora=lora, sharded=sharded)
+    return load_causal(folder, dtype=dtype, vocab_chunk_tokens=16, lora=lora, sharded=sharded)
 
 
 class TrainingRank(Worker):
     """One rank; it can build one engine after the other."""
 
-    def build(self, model: str, config: TrainingEngine, seed: int = 0, lora: Lora | None = None) -> None:
-        """A new engine around a new model."""
+    def build(
+        self,
+        model: str,
+        config: TrainingEngine,
+        lora: Lora | None = None,
+        scalar: bool = False,
+        sharded: bool | None = None,
+    ) -> None:
+        """A new engine around a new model; with `sharded` each rank reads its part, which is the default of stage 3."""
         torch.manual_seed(LORA_SEED + self.rank)  # rank 0's adapters are all ranks'
-        loaded = load_causal(model, dtype=DTYPES[config.dtype], vocab_chunk_tokens=16, lora=lora)
-        if seed:  # other weights than those of the folder
-            torch.manual_seed(seed)
-            with torch.no_grad():
-                for parameter in filter(lambda parameter: parameter.requires_grad, loaded.parameters()):
-                    parameter.add_(torch.randn_like(parameter))
-        self.model: CausalModel = loaded
-        self.engine = Engine(loaded, config, OPTIMIZER, TOTAL_STEPS)
+        sharded = config.zero_stage == 3 if sharded is None else sharded
+        self.scalar = scalar
+        self.model = load(model, DTYPES[config.dtype], scalar=scalar, lora=lora, sharded=sharded)
+        self.engine = Engine(self.model, config, OPTIMIZER, TOTAL_STEPS)
 
     def train(self, steps: int, micro_batches: list[list[int]], moves: Sequence[Level] = ()) -> Trained:
         """Optimizer steps, each on these micro-batches of this rank, leaving the device and coming back in between."""
@@ -81,7 +114,7 @@ class TrainingRank(Worker):
                     with torch.no_grad():
                         token_mean_loss(self.engine, micro_batches[0])
             for number, micro_batch in enumerate(micro_batches):
-                loss = token_mean_loss(self.engine, micro_batch)
+                loss = token_mean_loss(self.engine, micro_batch, scalar=self.scalar)
                 self.engine.backward(loss, last=number == len(micro_batches) - 1)
             gradients = {
                 name: safe_get_full_grad(p) for name, p in self.model.model.named_parameters() if p.requires_grad
@@ -109,11 +142,31 @@ class TrainingRank(Worker):
         """Whole tensors as `full_weights` yields them."""
         return {name: tensor.float().numpy().copy() for name, tensor in full_weights(self.model, bucket_bytes)}
 
+    def export(self, folder: str, file_bytes: int) -> None:
+        """Write the model as Hugging Face files."""
+        write_sharded(self.model, Path(folder) if self.rank == 0 else None, file_bytes)
+
     def is_sharded(self) -> bool:
         """Whether this rank holds less than the model between passes."""
         return sum(p.numel() for p in self.model.parameters()) < sum(
             int(np.prod(getattr(p, "ds_shape", p.shape))) for p in self.model.parameters()
         )
+
+    def score(self, model: str, config: ScoringEngine, scalar: bool, sharded: bool) -> np.ndarray:
+        """What a model that only scores says of all sequences."""
+        engine = ForwardEngine(load(model, DTYPES[config.dtype], scalar=scalar, sharded=sharded), config)
+        return outputs(engine, list(range(len(SEQUENCES))), scalar=scalar).float().numpy()
+
+    def loading_growth(self, model: str, sharded: bool) -> int:
+        """Bytes by which this process was larger at most while it loaded a model to score with."""
+        gc.collect()
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        before = _status("VmRSS")
+        config = ScoringEngine(zero_stage=3, dtype="float32")
+        engine = ForwardEngine(load(model, torch.float32, scalar=False, sharded=sharded), config)
+        grown = _status("VmHWM") - before
+        del engine
+        return grown
 
     def save(self, folder: str) -> None:
         """Write a checkpoint."""
@@ -128,3 +181,29 @@ def _status(name: str) -> int:
     """Memory of this process in bytes: `VmRSS` now, `VmHWM` at most."""
     [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{name}:")]
     return int(line.split()[1]) * 1024
+
+
+@contextmanager
+def started(*sizes: int) -> Iterator[dict[int, ActorGroup]]:
+    """Groups of ranks by their sizes."""
+    made = {}
+    for ranks in sizes:
+        actors = [
+            ray.remote(TrainingRank).options(num_cpus=0, runtime_env={"env_vars": ENV})
+            .remote("trainer", rank, ranks, seed=0, deterministic=False)
+            for rank in range(ranks)
+        ]  # fmt: skip
+        made[ranks] = ActorGroup("trainer", actors)
+    joined = []
+    for group in made.values():
+        host, port = ray.get(group.call_one(0, "address"), timeout=120)
+        joined += group.call("join", host, port, 120.0)
+    ray.get(joined, timeout=120)
+    yield made
+    for group in made.values():
+        group.kill()
+
+
+def run(group: ActorGroup, method: str, *args: object) -> list:  # type: ignore[type-arg]
+    """Call a method on every rank and wait."""
+    return group.run(method, *args, timeout_s=BUILD_S, setting="no setting: a test")

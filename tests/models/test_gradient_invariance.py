@@ -12,8 +12,9 @@ from rlhf_ray.algorithms.policy_loss import PolicyLossInputs, clipped_policy_los
 from rlhf_ray.algorithms.value_loss import clipped_value_loss
 from rlhf_ray.data.minibatches import plan_update
 from rlhf_ray.data.trajectory import TrajectoryBatch, take_rows
-from rlhf_ray.models.heads import CausalModel, ScalarModel, load_causal, load_scalar
+from rlhf_ray.models.heads import load_causal, load_scalar
 from rlhf_ray.models.responses import ResponsePack
+from rlhf_ray.models.role_models import CausalModel, ScalarModel
 
 PROMPTS = [3, 9, 1, 14, 5, 5, 8, 2, 20, 4, 6, 7]
 RESPONSES = [12, 3, 20, 1, 7, 7, 16, 2, 9, 30, 5, 11]

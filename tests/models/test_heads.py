@@ -8,7 +8,6 @@ from transformers import AutoTokenizer, LlamaForSequenceClassification, PreTrain
 
 from rlhf_ray.models.heads import (
     ModelError,
-    ScalarModel,
     check_tokenizer_matches,
     load_causal,
     load_config,
@@ -16,6 +15,7 @@ from rlhf_ray.models.heads import (
     load_tokenizer,
 )
 from rlhf_ray.models.packed import PackedSequences
+from rlhf_ray.models.role_models import ScalarModel
 from rlhf_ray.models.tiny import build_tiny_model
 
 FLOAT = torch.float32

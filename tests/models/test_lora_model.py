@@ -11,9 +11,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rlhf_ray.config.training import Lora
-from rlhf_ray.models.heads import CausalModel, ModelError, ScalarModel, load_causal, load_scalar
+from rlhf_ray.models.heads import ModelError, load_causal, load_scalar
 from rlhf_ray.models.lora import Adapter, adapters_off
 from rlhf_ray.models.packed import PackedSequences
+from rlhf_ray.models.role_models import CausalModel, ScalarModel
 from rlhf_ray.models.weights import model_weights
 
 FLOAT = torch.float32

@@ -2,7 +2,7 @@
 
 import copy
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from rlhf_ray.models.heads import CausalModel, ScalarModel, load_causal, load_scalar
+from rlhf_ray.models.heads import load_causal, load_scalar
 from rlhf_ray.models.packed import PackedSequences
 from rlhf_ray.models.sequence_parallel import SequenceParallel, copies_of_keys
 from rlhf_ray.models.tiny import build_tiny_model
@@ -46,8 +46,8 @@ def _group(store: dist.Store, rank: int, count: int) -> dist.ProcessGroup:
 
 
 @pytest.fixture(scope="module", params=[2, 4])
-def ranks(request: pytest.FixtureRequest) -> Iterator[Ranks]:
-    yield Ranks(request.param)
+def ranks(request: pytest.FixtureRequest) -> Ranks:
+    return Ranks(request.param)
 
 
 @pytest.fixture(scope="module")

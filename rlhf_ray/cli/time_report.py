@@ -1,0 +1,108 @@
+"""Predicted step times and proposed placements, as tables or for JSON."""
+
+from collections.abc import Iterator, Sequence
+from shlex import quote
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from rlhf_ray.cluster.planner.calibration import Calibration
+from rlhf_ray.cluster.planner.lengths import Lengths
+from rlhf_ray.cluster.planner.search import Proposal
+from rlhf_ray.cluster.planner.steptime import StepTime
+from rlhf_ray.telemetry.progress import QuietConsole
+
+_PHASES = {
+    "generate": "generation",
+    "score": "scoring, from the first responses on",
+    "update": "update",
+    "critic_update": "update of the critic",
+    "policy_update": "update of the policy",
+    "weight_sync": "weight sync",
+    "switch": "roles leaving devices to each other",
+}
+
+
+def print_time(step: StepTime, lengths: Lengths, known: Sequence[Calibration]) -> None:
+    """What a step takes, and who idles meanwhile."""
+    console = _console()
+    console.print(Text(f"One step, in seconds: {_seconds(step.seconds)}", "bold"))
+    table = _table("phase", "seconds")
+    for phase, seconds in step.phases.items():
+        table.add_row(_PHASES[phase], _seconds(seconds))
+    console.print(table)
+    console.print()
+    roles = _table("role", "busy", "idle")
+    for role in step.roles:
+        roles.add_row(role.role, f"{1 - role.idle:.0%}", f"{role.idle:.0%}")
+    console.print(roles)
+    console.print()
+    for line in _assumed(step, lengths, known):
+        console.print(Text(line), soft_wrap=True)
+
+
+def print_proposals(found: Sequence[Proposal], lengths: Lengths, known: Sequence[Calibration]) -> None:
+    """The fastest placements that fit, as overrides to give."""
+    console = _console()
+    if not found:
+        console.print(Text("None of the placements that were tried fits: take more or larger machines.", "bold red"))
+        return
+    for number, proposal in enumerate(found, start=1):
+        step = proposal.time
+        idle = ", ".join(f"{role.role} {role.idle:.0%}" for role in step.roles)
+        console.print(Text(f"{number}. {_seconds(step.seconds)} s a step; idle: {idle}", "bold"), soft_wrap=True)
+        console.print(Text("   " + " ".join(map(quote, proposal.arguments)) or "   as it is"), soft_wrap=True)
+    console.print()
+    for line in _assumed(found[0].time, lengths, known):
+        console.print(Text(line), soft_wrap=True)
+
+
+def time_json(step: StepTime, lengths: Lengths) -> dict[str, Any]:
+    """A step for programs, in seconds and tokens."""
+    return {
+        "seconds": step.seconds,
+        "phases": step.phases,
+        "idle": {role.role: role.idle for role in step.roles},
+        "prompt_tokens": lengths.prompt,
+        "response_tokens": lengths.response,
+    }
+
+
+def proposals_json(found: Sequence[Proposal], lengths: Lengths) -> list[dict[str, Any]]:
+    """Proposals for programs."""
+    return [{"overrides": proposal.arguments, "time": time_json(proposal.time, lengths)} for proposal in found]
+
+
+def _assumed(step: StepTime, lengths: Lengths, known: Sequence[Calibration]) -> Iterator[str]:
+    """What the prediction rests on."""
+    if step.response_tokens:
+        yield (
+            f"for prompts of {lengths.prompt:g} and responses of {lengths.response:g} tokens in the mean, at most "
+            f"{lengths.longest:,} (--prompt-tokens, --response-tokens): {step.response_tokens_per_s:,.0f} tokens/s"
+        )
+    else:
+        yield (
+            f"for {lengths.prompt:g} tokens of a row that are not learnt and {lengths.response:g} that are, by answer "
+            "(--prompt-tokens, --response-tokens)"
+        )
+    for calibration in known:
+        measured = f"measured on {calibration.machine}" if calibration.machine else "defaults, not measured"
+        yield f"constants of {calibration.device.upper()}s: {measured}"
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.1f}" if seconds >= 10 else f"{seconds:.2f}"
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 1))
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left")
+    return table
+
+
+def _console() -> Console:
+    console = QuietConsole()
+    return console if console.is_terminal else QuietConsole(width=160)

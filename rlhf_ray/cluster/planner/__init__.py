@@ -1,0 +1,1 @@
+"""What a job needs and how long it takes, known from config.json and a description of the cluster alone."""

@@ -1,0 +1,60 @@
+"""Whether all roles have places, and where."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from rlhf_ray.cluster.assignment import Assignment, PlacementError, Request, assign, requests_of
+from rlhf_ray.cluster.preflight.report import Check
+from rlhf_ray.cluster.topology import Node
+from rlhf_ray.config.jobs import JobConfig
+
+Seats = dict[str, tuple[Node, ...]]
+
+
+def check_placement(config: JobConfig, nodes: Sequence[Node]) -> tuple[Check, Seats]:
+    """The check, and the nodes of each role, as `View.seats`."""
+    requests = requests_of({role: placed.placement for role, placed in config.places.items()})
+    whole = [replace(node, free=node.resources) for node in nodes]
+    problems = _problems(requests, whole)
+    chosen: Assignment = {}
+    if problems:
+        chosen = {request.role: _able(request, whole) for request in requests}
+        check = Check("placement", "", tuple(problems))
+        if config.cluster.autoscaling:
+            check = Check("placement", f"the autoscaler has to add nodes: {problems[0]}", skipped=True)
+    else:
+        try:
+            chosen = assign(requests, nodes)
+            detail = _words(chosen)
+        except PlacementError as error:
+            chosen = assign(requests, whole)
+            detail = f"fits once others have left: {error}"
+        check = Check("placement", detail)
+    seats = {role: chosen[placed.placement.colocate or role] for role, placed in config.places.items()}
+    return check, {role: tuple(places) for role, places in seats.items()}
+
+
+def _problems(requests: Sequence[Request], nodes: Sequence[Node]) -> list[str]:
+    """What does not fit: each role that would not even alone, else the first that does not beside the others."""
+    alone = [problem for request in requests for problem in _problem([request], nodes)]
+    return alone or _problem(requests, nodes)
+
+
+def _problem(requests: Sequence[Request], nodes: Sequence[Node]) -> list[str]:
+    try:
+        assign(requests, nodes)
+    except PlacementError as error:
+        return [str(error)]
+    return []
+
+
+def _able(request: Request, nodes: Sequence[Node]) -> list[Node]:
+    """Nodes that could take at least one place."""
+    one = replace(request, places=request.block, nodes=None)
+    return [node for node in nodes if not _problem([one], [node])]
+
+
+def _words(chosen: Assignment) -> str:
+    """`policy on a, b; rollout on c`."""
+    on = {role: ", ".join(dict.fromkeys(node.name for node in places)) for role, places in chosen.items()}
+    return "; ".join(f"{role} on {names}" for role, names in on.items())

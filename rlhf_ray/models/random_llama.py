@@ -1,0 +1,47 @@
+"""Llamas of any size with random weights: what is measured with them depends on their shape alone."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class LlamaSize:
+    """Sizes of a Llama whose heads have 64 elements and whose keys and values have a quarter of the heads.
+
+    Attributes:
+        hidden: a multiple of 256.
+    """
+
+    hidden: int
+    layers: int
+    intermediate: int
+    vocab: int
+
+
+def write_random_llama(folder: Path, size: LlamaSize) -> Path:
+    """Write a model folder, in bfloat16, with a tokenizer that knows the first few tokens. Returns `folder`."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from rlhf_ray.models.tiny import CORPUS, train_tokenizer
+
+    tokenizer = train_tokenizer(512, CORPUS)
+    config = LlamaConfig(
+        vocab_size=size.vocab,
+        hidden_size=size.hidden,
+        intermediate_size=size.intermediate,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.hidden // 64,
+        num_key_value_heads=size.hidden // 256,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
