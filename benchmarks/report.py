@@ -22,6 +22,7 @@ BENCHMARKS = (
     "weight_sync",
     "lora",
     "overhead",
+    "scale",
     "logprob_gap",
     "determinism",
     "reward_labels",

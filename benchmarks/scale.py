@@ -50,7 +50,7 @@ def _sweep(costs: Sequence[Cost], sizes: Sequence[int], what: str) -> list[Measu
     measures = [
         Measure(
             name="controller's CPU time ÷ a step's time, at most",
-            value=100 * max(cost.cpu_s / cost.setup.step_s for cost in costs),
+            value=100 * max(cost.cpu_s / cost.setup.step.seconds for cost in costs),
             unit="%",
             asked=f"at most {100 * BOUND:g} %",
         ),
@@ -59,7 +59,7 @@ def _sweep(costs: Sequence[Cost], sizes: Sequence[int], what: str) -> list[Measu
     for cost in costs:
         at = str(cost.setup)
         measures += [
-            Measure(name=f"{at}: a step's time", value=cost.setup.step_s, unit="s"),
+            Measure(name=f"{at}: a step's time", value=cost.setup.step.seconds, unit="s"),
             Measure(name=f"{at}: controller's CPU time", value=cost.cpu_s, unit="s"),
             Measure(name=f"{at}: of which its own thread", value=cost.thread_s, unit="s"),
             Measure(name=f"{at}: controller's memory", value=cost.bytes / 1e6, unit="MB"),
@@ -77,7 +77,7 @@ def _uncovered(cost: Cost) -> list[Measure]:
             asked=f"at most {100 * BOUND:g} %",
         ),
         Measure(name="step", value=step, unit="s"),
-        Measure(name="the least that it can take", value=cost.setup.step_s, unit="s"),
+        Measure(name="the least that it can take", value=cost.setup.step.seconds, unit="s"),
     ]
 
 

@@ -45,7 +45,7 @@ def _seconds(axes: "Axes", costs: Sequence[Cost], x: Sequence[int], bound: float
     axes.set_ylabel("CPU seconds")
     axes.set_yscale("log")
     lines = (
-        ([bound * cost.setup.step_s for cost in costs], f"{bound:.0%} of a real step", {"linestyle": "--"}),
+        ([bound * cost.setup.step.seconds for cost in costs], f"{bound:.0%} of a real step", {"linestyle": "--"}),
         ([cost.cpu_s for cost in costs], "all threads of its process", {"marker": "o"}),
         ([cost.thread_s for cost in costs], "its own thread", {"marker": "o"}),
     )

@@ -5,6 +5,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,10 @@ from rlhf_ray.actors.devices import Devices
 from rlhf_ray.actors.group import ActorGroup
 from rlhf_ray.actors.rollout import RolloutGroup
 from rlhf_ray.actors.waiting import wait_all
+from rlhf_ray.cluster.planner.calibration import defaults
+from rlhf_ray.cluster.planner.hardware import load_hardware
+from rlhf_ray.cluster.planner.lengths import Lengths
+from rlhf_ray.cluster.planner.steptime import StepTime, predict
 from rlhf_ray.cluster.session import ray_session
 from rlhf_ray.config.jobs import PPOJob
 from rlhf_ray.config.placement import Cluster
@@ -44,10 +49,10 @@ WORKERS: dict[str, type] = {
     "rollout": SimulatedEngine,
 }
 RANKED = ("policy", "critic", "reference", "reward")
-PROMPT_TOKENS = 256
-RESPONSE_TOKENS = 1024
-MAX_NEW_TOKENS = RESPONSE_TOKENS * 3 // 2
-VOCABULARY = 128_000
+MODEL = "meta-llama/Meta-Llama-3-8B"
+LENGTHS = Lengths(prompt=256, response=1024, longest=1536)
+VOCABULARY = 128_256
+SHARDS_PER_ENGINE = 8
 STEPS = 2
 """Of a run: one to warm up, and the one that counts."""
 _SHORT_STEP_S = 4.0
@@ -73,10 +78,11 @@ class Setup:
         """All of them."""
         return len(RANKED) * self.ranks + self.engines
 
-    @property
-    def step_s(self) -> float:
-        """Seconds of a real step."""
-        return Pace().step_s(self.samples, PROMPT_TOKENS, RESPONSE_TOKENS, MAX_NEW_TOKENS, self.ranks, self.engines)
+    @cached_property
+    def step(self) -> StepTime:
+        """What a real step takes on nodes of eight H100, a GPU for each actor."""
+        nodes = load_hardware("8xh100", times=-(-self.actors // 8) + 1)
+        return predict(ppo_config(self, Path()), nodes, {"gpu": defaults("gpu")}, LENGTHS)
 
     def __str__(self) -> str:
         return f"{self.samples:,} samples, {len(RANKED) * self.ranks} ranks, {self.engines} engines"
@@ -102,7 +108,7 @@ class Cost:
 
 
 class SimulatedActors:
-    """Actors of all roles; a run takes as many of them as it wants. They reserve nothing: they compute nothing.
+    """Actors of all roles; a run takes as many of them as it wants. They compute nothing, and reserve nothing.
 
     Attributes:
         start_bytes: memory of this process when they are up.
@@ -163,33 +169,33 @@ def measure_all(setups: Sequence[Setup], slow: Setup) -> tuple[list[Cost], Cost]
         began = time.perf_counter()
         actors = SimulatedActors(max(setup.ranks for setup in setups), max(setup.engines for setup in setups))
         say(f"actors are up after {time.perf_counter() - began:.0f} s")
-        costs = [measure(setup, actors, Pace(speed=setup.step_s / _SHORT_STEP_S)) for setup in setups]
-        return costs, measure(slow, actors, Pace())
+        costs = [measure(setup, actors, speed=setup.step.seconds / _SHORT_STEP_S) for setup in setups]
+        return costs, measure(slow, actors, speed=1.0)
 
 
-def measure(setup: Setup, actors: SimulatedActors, pace: Pace) -> Cost:
+def measure(setup: Setup, actors: SimulatedActors, speed: float) -> Cost:
     """What the last step of a run costs; the run is in a folder of its own that is removed afterwards."""
     folder = Path(tempfile.mkdtemp(prefix="rlhf_ray-benchmark-"))
     try:
-        cost = run(setup, actors, pace, folder)[-1]
+        cost = run(setup, actors, speed, folder)[-1]
     finally:
         shutil.rmtree(folder)
-    say(f"{setup}: {cost.cpu_s:.2f} s of {setup.step_s:.0f} s, {cost.bytes / 1e6:.0f} MB")
+    say(f"{setup}: {cost.cpu_s:.2f} s of {setup.step.seconds:.0f} s, {cost.bytes / 1e6:.0f} MB")
     return cost
 
 
-def run(setup: Setup, actors: SimulatedActors, pace: Pace, folder: Path) -> list[Cost]:
-    """Run PPO steps from their start; what each costs."""
+def run(setup: Setup, actors: SimulatedActors, speed: float, folder: Path) -> list[Cost]:
+    """Run PPO steps from their start, `speed` times as fast as in reality; what each costs."""
     config = ppo_config(setup, folder)
     inputs = PPOInputs(
         steps=STEPS,
         tokenizer=NumbersAsText(),  # type: ignore[arg-type]
         prompts=_prompts(setup.samples),
-        reference_model="simulated",
-        critic_model="simulated",
+        reference_model=MODEL,
+        critic_model=MODEL,
         same_tokens=[True],
     )
-    roles = actors.roles(config, pace)
+    roles = actors.roles(config, Pace.of(setup.step, config, LENGTHS, speed))
     with RunFolder(config, STEPS) as run_folder:
         trained = {"policy": roles.policy, "critic": roles.critic}
         checkpointing = Checkpointing(run_folder, trained, config.run.timeouts.checkpoint_s)
@@ -202,24 +208,25 @@ def run(setup: Setup, actors: SimulatedActors, pace: Pace, folder: Path) -> list
 
 
 def ppo_config(setup: Setup, folder: Path) -> PPOJob:
-    """The config of a run; what only real models read has its defaults."""
+    """The config of a run."""
     engine = {"micro_batch_tokens": 16384}
+    shard_samples = max(16, setup.samples // (SHARDS_PER_ENGINE * setup.engines))
     return PPOJob.model_validate(
         {
             "job": "ppo",
             "name": "simulation",
-            "policy": {"model": "simulated", "engine": engine},
-            "critic": {"init_from": "simulated", "engine": engine},
-            "reward": [{"model": "simulated", "name": "score"}],
+            "policy": {"model": MODEL, "engine": engine},
+            "critic": {"init_from": MODEL, "engine": engine},
+            "reward": [{"model": MODEL, "name": "score"}],
             "rollout": {
-                "sampling": {"max_new_tokens": MAX_NEW_TOKENS},
-                "engine": {"max_model_len": PROMPT_TOKENS + MAX_NEW_TOKENS, "max_num_seqs": Pace().sequences},
-                "shard_samples": min(256, max(16, setup.samples // (8 * setup.engines))),
+                "sampling": {"max_new_tokens": LENGTHS.longest},
+                "engine": {"max_model_len": int(LENGTHS.prompt) + LENGTHS.longest, "max_num_seqs": 256},
+                "shard_samples": shard_samples,
             },
             "data": {"prompts": "simulated", "prompts_per_step": setup.samples},
             "placement": {
-                **{role: {"ranks": setup.ranks} for role in RANKED},
-                "rollout": {"engines": setup.engines},
+                **{role: {"ranks": setup.ranks, "gpus": 1} for role in RANKED},
+                "rollout": {"engines": setup.engines, "gpus": 1},
             },
             "run": {"steps": STEPS, "dir": str(folder), "export": False},
         }
@@ -235,10 +242,11 @@ class NumbersAsText:
 
 
 def _prompts(count: int) -> PromptSet:
+    tokens = int(LENGTHS.prompt)
     return PromptSet(
         uids=tuple(f"prompt-{number}" for number in range(count)),
-        token_ids=np.random.default_rng(0).integers(0, VOCABULARY, count * PROMPT_TOKENS, np.int32),
-        offsets=offsets_of([PROMPT_TOKENS] * count),
+        token_ids=np.random.default_rng(0).integers(0, VOCABULARY, count * tokens, np.int32),
+        offsets=offsets_of([tokens] * count),
         dropped=0,
         truncated=0,
     )

@@ -51,7 +51,7 @@ class SimulatedRank(_Actor):
         with self.recorder.span(name):
             began = time.perf_counter()
             yield
-            time.sleep(max(0.0, self.pace.sleep_s(seconds) - (time.perf_counter() - began)))
+            time.sleep(max(0.0, seconds - (time.perf_counter() - began)))
 
     def _forward(self, name: str, batch: TrajectoryBatch, part: int, parts: int) -> ColumnPart:
         """A pass over a part of a shard."""
@@ -80,7 +80,7 @@ class SimulatedTrainedRank(SimulatedRank):
 
     def save(self, folder: str) -> None:
         """Write a file for this rank's part of a checkpoint."""
-        with self._work("checkpoint", self.pace.checkpoint_s):
+        with self._work("checkpoint", 0.0):
             Path(folder).mkdir(parents=True, exist_ok=True)
             (Path(folder) / f"rank{self.rank}").write_bytes(b"")
 
@@ -142,7 +142,7 @@ class SimulatedCritic(SimulatedTrainedRank):
         for refs in (old_logprobs, reference_logprobs, values):
             fetch_data(refs, "columns of a shard")
         tokens = len(batch.response_tokens)
-        with self._work("advantages", tokens * self.pace.advantages_s):
+        with self._work("advantages", 0.0):
             columns = TrainingColumns(*(np.zeros(tokens, np.float32) for _ in range(4)))
         return columns, MadeThere(records.shard_report, tokens, np.zeros(len(batch), np.float32))
 
@@ -189,8 +189,7 @@ class SimulatedEngine(_Actor):
                     lambda: not self._decoding or self._decoding + len(batch) <= self.pace.sequences
                 )
                 self._decoding += len(batch)
-            seconds = self.pace.generation_s(int(batch.response_lengths.max()), self._decoding)
-            await asyncio.sleep(self.pace.sleep_s(seconds))
+            await asyncio.sleep(int(batch.response_lengths.max()) * self.pace.token_s)
             async with self._freed:
                 self._decoding -= len(batch)
                 self._freed.notify_all()
