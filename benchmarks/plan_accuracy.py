@@ -1,74 +1,94 @@
-"""What the planner predicts, against what is measured here: `python -m benchmarks.plan_accuracy`."""
+"""What the planner predicts, against what is measured: `python -m benchmarks.plan_accuracy`.
 
-import json
+Each case is a job that runs here for a few steps as `rlhf-ray train` runs it, on rows of the longest that its config
+allows. Predicted is what `rlhf-ray plan` says of this machine. Measured is the peak resident memory of a process of
+each role (`VmHWM`; for an engine of all its processes), as the kernel keeps it; and the fastest step but the first,
+without its checkpoint, which was disturbed least. Step times need a calibration of this machine (`rlhf-ray calibrate`).
+"""
+
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from benchmarks.common import ROOT, run_command, say
+from benchmarks.common import RESULTS, Machine, Measure, ResultsOption, report, run_command, say, spread
 from benchmarks.measured_job import folder, measured_job
+from benchmarks.plan_cases import CASES
+from rlhf_ray.cluster.planner.calibration import constants
 from rlhf_ray.cluster.planner.hardware import this_machine
-from rlhf_ray.cluster.planner.memory import plan_memory
-from rlhf_ray.cluster.planner.processes import ProcessMemory
-from rlhf_ray.config.jobs import JobConfig
-from rlhf_ray.config.loading import parse_config
+from rlhf_ray.cluster.planner.lengths import Lengths, lengths_of
+from rlhf_ray.cluster.planner.memory import MemoryPlan, plan_memory
+from rlhf_ray.cluster.planner.steptime import StepTime, predict
+from rlhf_ray.config.jobs import JobConfig, PPOJob
+from rlhf_ray.platform import machine_name
+from rlhf_ray.telemetry.metrics import Metrics
 
-Raw = dict[str, Any]
-SMOLLM = str(ROOT / "models/smollm2-135m")
-
-
-def sft(model: str = SMOLLM, *, rows: int, tokens: int, ranks: int = 1, lora: Raw | None = None, **engine: Any) -> Raw:
-    return {
-        "job": "sft",
-        "name": "plan-accuracy",
-        "policy": {"model": model, "engine": engine, "lora": lora},
-        "data": {"train": "", "rows_per_step": rows, "max_tokens": tokens, "overlong": "truncate"},
-        "placement": {"policy": {"ranks": ranks, "cpus": 2 // ranks}},
-    }
-
-
-CASES: dict[str, Raw] = {
-    "z2 512x4": sft(rows=8, tokens=512, zero_stage=2, micro_batch_tokens=2048),
-    "z2 128x2": sft(rows=8, tokens=128, zero_stage=2, micro_batch_tokens=256),
-    "z0 bf16": sft(rows=8, tokens=256, zero_stage=0, micro_batch_tokens=1024),
-    "z1 fp32": sft(rows=4, tokens=256, zero_stage=1, micro_batch_tokens=512, dtype="float32"),
-    "z3 r2": sft(rows=8, tokens=256, ranks=2, zero_stage=3, micro_batch_tokens=1024),
-    "z1 r2": sft(rows=8, tokens=256, ranks=2, zero_stage=1, micro_batch_tokens=1024),
-    "z2 ckpt": sft(rows=8, tokens=512, zero_stage=2, micro_batch_tokens=4096, activation_checkpointing=True),
-    "lora": sft(rows=8, tokens=512, zero_stage=2, micro_batch_tokens=2048, lora={"rank": 16}),
-}
+GIB = 2**30
 
 
 def main(
-    only: Annotated[list[str] | None, typer.Option(help="Names of cases.")] = None,
-    steps: int = 3,
+    only: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="Cases with this in their name.")] = None,
+    steps: Annotated[int, typer.Option(min=2, help="Steps of each job; the first counts for memory only.")] = 3,
+    calibration: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="By default what was measured on this machine.", exists=True)
+    ] = None,
+    results: ResultsOption = RESULTS,
 ) -> None:
-    """Predicted and measured peak memory."""
-    for name, raw in CASES.items():
-        if only and name not in only:
+    """Predicted ÷ measured peak memory of each role and step time."""
+    known = constants(calibration, machine_name())
+    if not known["cpu"].measured and not known["gpu"].measured:
+        say("no calibration of this machine was found: step times are predicted from defaults")
+    for name, case in CASES.items():
+        if only and not any(part in name for part in only):
             continue
-        with folder() as out:
-            job = _job(raw, out, steps)
-            plan = plan_memory(job, this_machine(None), ProcessMemory())
-            predicted = {t.role: (max(t.held), t.parts) for t in plan.shelves[-1].tenants if t.rank == 0}
+        machine = Machine.here()
+        with folder() as made:
+            job = case.job(Path(made), steps)
+            hardware = this_machine(None)
+            plan = plan_memory(job, hardware, known[hardware.device].memory)
+            step = predict(job, hardware, known, _lengths(job), plan.engine and plan.engine.cached_tokens)
             measured = measured_job(job)
-            for role, peak in measured.peaks.items():
-                size, parts = predicted[role]
-                say(
-                    f"{name:12s} {role:10s} predicted {size / 2**20:8.0f} measured {peak / 2**20:8.0f} MiB "
-                    f"{size / peak - 1:+.1%}  " + ", ".join(f"{i.name} {i.size / 2**20:.0f}" for i in parts)
-                )
+        measures = [*_memory(plan, measured.peaks), *_time(step, measured.rows)]
+        for measure in measures:
+            say(f"{name}: {measure}")
+        report("plan_accuracy", name, {"steps": steps}, measures, machine, results)
 
 
-def _job(raw: Raw, out: Path, steps: int) -> JobConfig:
-    made = json.loads(json.dumps(raw))
-    text = "The film begins slowly, and then it finds its own voice. " * 400
-    rows = raw["data"]["rows_per_step"] * steps
-    (out / "rows.jsonl").write_text("".join(json.dumps({"text": f"{n} {text}"}) + "\n" for n in range(rows)))
-    made["data"]["train"] = str(out / "rows.jsonl")
-    made["run"] = {"dir": str(out / "run"), "checkpoint_every": 0, "trace": False}
-    return parse_config(made)
+def _memory(plan: MemoryPlan, peaks: dict[str, int]) -> list[Measure]:
+    measures = []
+    for role, peak in sorted(peaks.items()):
+        predicted = max(
+            max(tenant.held) for shelf in plan.shelves for tenant in shelf.tenants if tenant.role.startswith(role)
+        )
+        measures += [
+            Measure(name=f"predicted ÷ measured memory of {role}", value=predicted / peak, asked="0.90 to 1.10"),
+            Measure(name=f"predicted memory of {role}", value=predicted / GIB, unit="GiB"),
+            Measure(name=f"measured memory of {role}", value=peak / GIB, unit="GiB"),
+        ]
+    return measures
+
+
+def _lengths(job: JobConfig) -> Lengths:
+    """Rows of the cases are as long as they may be; those of pairs have no prompt."""
+    return lengths_of(job) if isinstance(job, PPOJob) else lengths_of(job, 0, job.data.max_tokens)
+
+
+def _time(step: StepTime, rows: list[Metrics]) -> list[Measure]:
+    fastest = min(rows, key=_seconds)
+    measures = [
+        Measure(name="predicted ÷ measured step time", value=step.seconds / _seconds(fastest), asked="0.80 to 1.20"),
+        Measure(name="predicted step time", value=step.seconds, unit="s"),
+        Measure(name="measured step time", value=_seconds(fastest), unit="s"),
+        spread([_seconds(row) for row in rows]),
+    ]
+    for phase, predicted in step.phases.items():
+        if (metric := f"time/{phase}_s") in fastest:
+            measures.append(Measure(name=f"predicted ÷ measured {phase}", value=predicted / fastest[metric]))
+    return measures
+
+
+def _seconds(row: Metrics) -> float:
+    return row["time/step_s"] - row.get("time/checkpoint_s", 0.0)
 
 
 if __name__ == "__main__":

@@ -16,12 +16,14 @@ RUN apt-get update \
 ENV RLHF_RAY_VENV=/opt/venv \
     PATH=/opt/venv/bin:$PATH
 
-# The packages are a layer of their own, which only a change of the lock makes anew.
+# The packages are a layer of their own, which only a change of the lock makes anew. All are compiled, since the user of
+# a container can't keep byte code; a few of their files are for other Pythons.
 COPY scripts/install.sh /opt/rlhf_ray/scripts/
 COPY locks/cpu.txt /opt/rlhf_ray/locks/
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     --mount=type=cache,target=/root/.cache/pip \
-    /opt/rlhf_ray/scripts/install.sh cpu --lock-only
+    /opt/rlhf_ray/scripts/install.sh cpu --lock-only \
+    && { /opt/venv/bin/python -m compileall -qq -j 0 /opt/venv/lib || true; }
 
 COPY LICENSE README.md pyproject.toml /opt/rlhf_ray/
 COPY scripts /opt/rlhf_ray/scripts

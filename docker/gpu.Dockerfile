@@ -32,12 +32,14 @@ ENV CUDA_HOME=/usr/local/cuda \
 ENV RLHF_RAY_VENV=/opt/venv \
     PATH=/opt/venv/bin:/usr/local/cuda/bin:$PATH
 
-# The packages are a layer of their own, which only a change of the lock makes anew.
+# The packages are a layer of their own, which only a change of the lock makes anew. All are compiled, since the user of
+# a container can't keep byte code; a few of their files are for other Pythons.
 COPY scripts/install.sh /opt/rlhf_ray/scripts/
 COPY locks/gpu.txt /opt/rlhf_ray/locks/
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     --mount=type=cache,target=/root/.cache/pip \
-    /opt/rlhf_ray/scripts/install.sh gpu --lock-only
+    /opt/rlhf_ray/scripts/install.sh gpu --lock-only \
+    && { /opt/venv/bin/python -m compileall -qq -j 0 /opt/venv/lib || true; }
 
 COPY LICENSE README.md pyproject.toml /opt/rlhf_ray/
 COPY scripts /opt/rlhf_ray/scripts

@@ -69,3 +69,18 @@ def synchronize() -> None:
     """Wait until the device has done all that it was given."""
     if platform().device.type == "cuda":
         torch.cuda.synchronize()
+
+
+def device_memory() -> tuple[int, int] | None:
+    """Bytes in use, by whichever process, and in all, of the devices that this process sees; None on CPU.
+
+    The driver is asked, not CUDA, which takes memory of the device for each process that asks.
+    """
+    if platform().device.type == "cpu":
+        return None
+    import pynvml
+
+    pynvml.nvmlInit()
+    seen = [torch.cuda._get_nvml_device_index(number) for number in range(torch.cuda.device_count())]
+    found = [pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByIndex(index)) for index in seen]
+    return sum(memory.used for memory in found), sum(memory.total for memory in found)

@@ -73,3 +73,6 @@ if [[ ! -f $package_stamp || $(<"$package_stamp") != "$wanted" ]]; then
 fi
 # DeepSpeed compiles a small operator at its first start.
 command -v g++ >/dev/null || echo "install.sh: g++ is missing; DeepSpeed needs it at its first start" >&2
+if [[ $profile == cpu ]] && ! "$venv/bin/python" -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null; then
+    echo "install.sh: libnuma is missing (Debian's package libnuma1); vLLM needs it on CPU" >&2
+fi

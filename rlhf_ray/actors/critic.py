@@ -22,11 +22,13 @@ from rlhf_ray.data.trajectory import Floats, TrajectoryBatch
 from rlhf_ray.engines.training import DTYPES, TrainingEngine
 from rlhf_ray.models.heads import load_scalar
 from rlhf_ray.models.responses import ResponsePack
+from rlhf_ray.telemetry.trace import in_span
 
 
 class CriticWorker(PPOTrainedWorker):
     """One rank of the critic."""
 
+    @in_span("load model")
     def load_model(self, critic: config.Critic, model: str, ppo: PPO, total_steps: int, seed: int) -> None:
         """Load the model and build its training engine; collective."""
         self.critic, self.ppo = critic, ppo

@@ -10,6 +10,7 @@ import ray
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rlhf_ray.actors.waiting import wait_all
+from rlhf_ray.actors.watched import actor_class
 from rlhf_ray.cluster.assignment import requests_of
 from rlhf_ray.cluster.placement import Place, reserve
 from rlhf_ray.config.placement import Placed, RolloutPlacement
@@ -66,6 +67,11 @@ class ActorGroup:
 
     def __len__(self) -> int:
         return len(self.actors)
+
+    @property
+    def processes(self) -> list[Any]:
+        """All actors, those that calls do not go to too."""
+        return self.actors
 
     def call(self, method: str, *args: Any) -> list[ray.ObjectRef]:
         """Call a method with the same arguments on every rank."""
@@ -148,7 +154,7 @@ def create_group(
             "runtime_env": {"env_vars": env | seat.devices_of(rank)},
             "max_restarts": 0,
         }
-        actors.append(ray.remote(worker).options(**options).remote(**arguments(rank)))
+        actors.append(actor_class(worker).options(**options).remote(**arguments(rank)))
     return ActorGroup(role, actors, sequence_parallel, sharded=sharded)
 
 

@@ -19,11 +19,13 @@ from rlhf_ray.data.trajectory import TrajectoryBatch
 from rlhf_ray.models.lora import adapters_off
 from rlhf_ray.models.responses import ResponsePack
 from rlhf_ray.platform import platform
+from rlhf_ray.telemetry.trace import in_span
 
 
 class PolicyWorker(PPOTrainedWorker):
     """One rank of the policy."""
 
+    @in_span("load model")
     def load_model(
         self, policy: config.Policy, ppo: PPO, temperature: float, total_steps: int, lora_sync: LoraSync
     ) -> None:

@@ -26,6 +26,7 @@ from rlhf_ray.models.answers import AnswerPack
 from rlhf_ray.models.lora import adapters_off
 from rlhf_ray.platform import platform
 from rlhf_ray.telemetry.metrics import Mean
+from rlhf_ray.telemetry.trace import in_span
 
 Refs = Sequence[ray.ObjectRef]
 
@@ -77,6 +78,7 @@ class Slopes:
 class PreferenceWorker(EpochTrainedWorker):
     """One rank of the policy."""
 
+    @in_span("load model")
     def load_model(self, policy: Policy, algorithm: Preference, total_steps: int) -> None:
         """Load the model and build its training engine; collective."""
         self.use(algorithm)

@@ -14,6 +14,7 @@ from rlhf_ray.data.columns import ColumnPart
 from rlhf_ray.data.trajectory import TrajectoryBatch
 from rlhf_ray.engines.training import DTYPES, ForwardEngine
 from rlhf_ray.models.heads import load_causal
+from rlhf_ray.telemetry.trace import in_span
 
 
 class ReferenceWorker(Worker):
@@ -21,6 +22,7 @@ class ReferenceWorker(Worker):
 
     engine: ForwardEngine
 
+    @in_span("load model")
     def load_model(self, model: str, engine: ScoringEngine, temperature: float, trust_remote_code: bool) -> None:
         """Load the model; collective."""
         self.config, self.temperature = engine, temperature

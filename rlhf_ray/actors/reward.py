@@ -17,6 +17,7 @@ from rlhf_ray.rewards.errors import RewardError
 from rlhf_ray.rewards.function import FunctionScorer
 from rlhf_ray.rewards.http import HttpScorer
 from rlhf_ray.rewards.text import decode_responses
+from rlhf_ray.telemetry.trace import in_span
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class ScorePart:
 class RewardModelWorker(Worker):
     """One rank of a reward model: the score is the scalar head's output at the last token."""
 
+    @in_span("load model")
     def load_model(
         self, part: ModelReward, name: str, policy_model: str, policy_trusted: bool, same_tokens: bool
     ) -> None:
@@ -109,10 +111,14 @@ class RewardModelWorker(Worker):
 class TextRewardWorker(Worker):
     """One worker of a function or a service that scores texts. Workers share the shards, each scoring whole ones."""
 
+    @in_span("load model")
     def load_model(self, part: FunctionReward | HttpReward, policy_model: str, trust_remote_code: bool) -> None:
         """Import the function, or make ready to call the service."""
         self._scorer = FunctionScorer(part) if isinstance(part, FunctionReward) else HttpScorer(part)
         self._tokenizer = load_tokenizer(policy_model, trust_remote_code=trust_remote_code)
+
+    def device_bytes(self) -> None:
+        """It has none, whatever devices its node has."""
 
     def score(self, batch: TrajectoryBatch) -> ScorePart:
         """Scores of all samples of a shard."""

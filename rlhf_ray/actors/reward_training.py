@@ -19,6 +19,7 @@ from rlhf_ray.engines.training import DTYPES, TrainingEngine
 from rlhf_ray.models.heads import load_scalar
 from rlhf_ray.models.packed import PackedSequences
 from rlhf_ray.platform import platform
+from rlhf_ray.telemetry.trace import in_span
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class CandidateScores:
 class RewardTrainingWorker(EpochTrainedWorker):
     """One rank of the reward model."""
 
+    @in_span("load model")
     def load_model(self, reward: RewardModel, loss: RewardLoss, total_steps: int, seed: int) -> None:
         """Load the model and build its training engine; collective."""
         self.loss = loss

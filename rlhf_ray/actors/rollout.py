@@ -13,14 +13,17 @@ from numpy.typing import NDArray
 from rlhf_ray.actors.address import own_address
 from rlhf_ray.actors.group import ActorGroup
 from rlhf_ray.actors.waiting import RoleTimeout, fetch, wait_all
+from rlhf_ray.actors.watched import Watched
 from rlhf_ray.config.rollout import Rollout, Sampling
 from rlhf_ray.data.requests import PromptRequest
 from rlhf_ray.data.trajectory import TrajectoryBatch
 from rlhf_ray.engines.level import Level
 from rlhf_ray.engines.rollout_setup import EnginePart, RolloutSetup
+from rlhf_ray.telemetry.status import Shards
 from rlhf_ray.telemetry.trace import Span, SpanRecorder
 
 if TYPE_CHECKING:  # torch is imported with vLLM, when the engine starts
+    from rlhf_ray.engines.engine_metrics import EngineLoad
     from rlhf_ray.models.lora import Adapter
 
 
@@ -56,13 +59,15 @@ class ShardFacts:
         )
 
 
-class RolloutWorker:
+class RolloutWorker(Watched):
     """One vLLM engine in an actor. Its methods run side by side in one event loop."""
 
     def __init__(self, rank: int) -> None:
         self.rank = rank
         self.recorder = SpanRecorder()
         self.engine: Any = None  # vLLM is imported when the engine starts
+        self._load: EngineLoad | None = None
+        self._version = 0
 
     async def address(self) -> tuple[str, int]:
         """Address of this node and a free port on it."""
@@ -70,17 +75,19 @@ class RolloutWorker:
 
     async def load_model(self, setup: RolloutSetup, part: EnginePart | None = None) -> None:
         """Start the engine, or that part of its workers which sits here."""
-        from rlhf_ray.engines.collectives import use_interface_of
-        from rlhf_ray.engines.rollout import RolloutEngine, RolloutFollower
+        with self.recorder.span("load model"):
+            from rlhf_ray.engines.interfaces import use_interface_of
+            from rlhf_ray.engines.rollout import RolloutEngine, RolloutFollower
 
-        host = ray.util.get_node_ip_address()
-        use_interface_of(host)
-        os.environ["VLLM_HOST_IP"] = host
-        if part is not None and part.number > 0:
-            self.engine = await asyncio.to_thread(RolloutFollower, setup, part)
-            return
-        self.engine = RolloutEngine(setup, part)
-        await self.engine.set_version(0)
+            host = ray.util.get_node_ip_address()
+            use_interface_of(host)
+            os.environ["VLLM_HOST_IP"] = host
+            if part is not None and part.number > 0:
+                self.engine = await asyncio.to_thread(RolloutFollower, setup, part)
+                return
+            self.engine = RolloutEngine(setup, part)
+            self._load = self.engine.load
+            await self.engine.set_version(0)
 
     async def generate(
         self, prompts: Sequence[PromptRequest], sampling: Sampling, version: int
@@ -124,6 +131,7 @@ class RolloutWorker:
     async def finish_update(self, version: int) -> None:
         """Go on with the new weights."""
         await self.engine.finish_update(version)
+        self._version = version
         await self.engine.resume()
 
     async def load_adapter(self, adapter: "Adapter", version: int) -> None:
@@ -132,6 +140,7 @@ class RolloutWorker:
         with self.recorder.span("receive adapter"):
             await self.engine.load_adapter(adapter)
         await self.engine.set_version(version)
+        self._version = version
         await self.engine.resume()
 
     async def version(self) -> int:
@@ -141,6 +150,21 @@ class RolloutWorker:
     async def drain_spans(self) -> list[Span]:
         """What this engine did since the last call."""
         return self.recorder.drain()
+
+    def queue(self) -> tuple[int | None, int | None, int | None]:
+        """Running and waiting requests, and the version of the weights; None until the engine is up, and where only a
+        part of its workers sits."""
+        if self._load is None:
+            return None, None, None
+        return self._load.running, self._load.waiting, self._version
+
+    def device_bytes(self) -> tuple[int, int] | None:
+        """Device memory in use and in all; None on CPU, and until torch is imported, with the engine."""
+        if self.engine is None:
+            return None
+        from rlhf_ray.platform import device_memory
+
+        return device_memory()
 
     async def shutdown(self) -> None:
         """End the engine's processes."""
@@ -200,6 +224,9 @@ class RolloutGroup(ActorGroup):
     Args:
         actors: those of each engine, one after the other; of an engine in several parts the first one leads.
         parts: of each engine.
+
+    Attributes:
+        shards: counts of those that `generate` was last given.
     """
 
     def __init__(
@@ -211,6 +238,7 @@ class RolloutGroup(ActorGroup):
         self._rollout = rollout
         self._deterministic = deterministic
         self._timeout_s = timeout_s
+        self.shards = Shards()
 
     def start_engines(self, setup: RolloutSetup, timeout_s: float) -> list[ray.ObjectRef]:
         """Have every actor start its engine, or its part of one."""
@@ -223,6 +251,11 @@ class RolloutGroup(ActorGroup):
     def end_engines(self, timeout_s: float) -> None:
         """Have the engines end their own processes, which outlive an actor that is killed."""
         self._all.run("shutdown", timeout_s=timeout_s, setting="run.timeouts.setup_s")
+
+    @property
+    def processes(self) -> list[Any]:
+        """All actors, those that lead no engine too."""
+        return self._all.actors
 
     def kill(self) -> None:
         """End the processes of all parts."""
@@ -260,7 +293,9 @@ class RolloutGroup(ActorGroup):
                     engine, "generate", shards[number], sampling, version, num_returns=2
                 )
                 running[facts] = (number, engine, trajectories)
+            self._count(len(shards), len(waiting), len(running))
             facts, (number, engine, trajectories) = self._next(running)
+            self._count(len(shards), len(waiting), len(running))
             balancer.done(engine, loads[number], len(shards[number]))
             yield GeneratedShard(number, len(shards), trajectories, facts)
 
@@ -277,9 +312,14 @@ class RolloutGroup(ActorGroup):
             running[facts] = (number, engine, trajectories)
         released = self.call_each("release", [(count, self._timeout_s) for count in queued])
         wait_all(released, self._timeout_s, "rollout: release", "run.timeouts.rollout_s")
+        self._count(len(shards), 0, len(running))
         while running:
             facts, (number, _, trajectories) = self._next(running)
+            self._count(len(shards), 0, len(running))
             yield GeneratedShard(number, len(shards), trajectories, facts)
+
+    def _count(self, shards: int, waiting: int, generating: int) -> None:
+        self.shards = Shards(waiting, generating, shards - waiting - generating)
 
     def _next(
         self, running: dict[ray.ObjectRef, tuple[int, int, ray.ObjectRef]]

@@ -12,11 +12,13 @@ from rlhf_ray.data.conversations import ConversationSet
 from rlhf_ray.models.packed import PackedSequences
 from rlhf_ray.platform import platform
 from rlhf_ray.telemetry.metrics import Mean
+from rlhf_ray.telemetry.trace import in_span
 
 
 class SFTWorker(EpochTrainedWorker):
     """One rank of the policy."""
 
+    @in_span("load model")
     def load_model(self, policy: SFTPolicy, total_steps: int) -> None:
         """Load the model and build its training engine; collective."""
         self.load_language_model(policy, total_steps)

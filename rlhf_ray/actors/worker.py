@@ -11,10 +11,13 @@ import ray
 import torch
 
 from rlhf_ray.actors.address import own_address
+from rlhf_ray.actors.watched import Watched
 from rlhf_ray.data.seeds import derive_seed
-from rlhf_ray.engines.collectives import Rendezvous, join_collectives, use_interface_of
+from rlhf_ray.engines.collectives import Rendezvous, join_collectives
+from rlhf_ray.engines.interfaces import use_interface_of
 from rlhf_ray.engines.level import Level
-from rlhf_ray.telemetry.trace import Span, SpanRecorder
+from rlhf_ray.platform import device_memory
+from rlhf_ray.telemetry.trace import Span, SpanRecorder, in_span
 
 if TYPE_CHECKING:
     from rlhf_ray.engines.training import ForwardEngine, TrainingEngine
@@ -36,7 +39,7 @@ class Share:
     reports: bool = True
 
 
-class Worker:
+class Worker(Watched):
     """One rank of a role."""
 
     engine: "TrainingEngine | ForwardEngine"
@@ -51,6 +54,7 @@ class Worker:
         """Address of this node and a free port on it."""
         return own_address()
 
+    @in_span("join")
     def join(self, host: str, port: int, timeout_s: float) -> None:
         """Join the group's collectives."""
         use_interface_of(ray.util.get_node_ip_address())
@@ -74,6 +78,10 @@ class Worker:
     def drain_spans(self) -> list[Span]:
         """What this rank did since the last call."""
         return self.recorder.drain()
+
+    def device_bytes(self) -> tuple[int, int] | None:
+        """Device memory in use and in all; None on CPU."""
+        return device_memory()
 
 
 def seed_everything(seed: int, deterministic: bool) -> None:

@@ -15,6 +15,7 @@ from rlhf_ray.cli.failures import Commands, forget_failure, how_stopped, record_
 from rlhf_ray.cli.jobs import logs, stop, submit
 from rlhf_ray.cli.plan import plan
 from rlhf_ray.cli.preflight import preflight
+from rlhf_ray.cli.status import status
 
 if TYPE_CHECKING:
     from rlhf_ray.config.jobs import JobConfig
@@ -256,6 +257,7 @@ main.command(short_help="Check a cluster, without starting.")(preflight)
 main.command(short_help="Run a job on a cluster.")(submit)
 main.command(short_help="End a submitted job.")(stop)
 main.command(short_help="Show what a submitted job writes.")(logs)
+main.command(short_help="Show what a run does right now.")(status)
 
 if __name__ == "__main__":
     main()

@@ -1,7 +1,6 @@
 """How commands end: exit codes, and errors as messages instead of tracebacks."""
 
 import logging
-import re
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -13,16 +12,16 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from rlhf_ray.telemetry.progress import stderr_console
+from rlhf_ray.telemetry.status import without_traceback
 
 logger = logging.getLogger("rlhf_ray")
 
-_REPORT = "failure.txt"
+FAILURE_REPORT = "failure.txt"
 
 FAILED, BAD_INPUT, INTERRUPTED, TERMINATED = 1, 2, 130, 143
 
 # By name, since importing the modules that define them would load torch or Ray.
 _BAD_INPUT = frozenset({"ConfigError", "ExportError", "PackageError", "PlanError", "ResumeError", "UnknownJob"})
-_TRACEBACK = re.compile(r"^\s*(\x1b\[\d+m)*(ray::|Traceback \(most recent call last\))", re.MULTILINE)
 
 
 class Commands(TyperGroup):
@@ -80,10 +79,7 @@ def message_of(error: BaseException) -> str:
         if len(error.problems) == 1:
             return f"{error.source}: {error.problems[0]}"
         return "\n  ".join([f"{error.source} has {len(error.problems)} problems", *error.problems])
-    text = str(error)
-    found = _TRACEBACK.search(text)
-    shown = text[: found.start()] if found else text
-    return "\n".join([shown.strip(), *getattr(error, "__notes__", [])])
+    return "\n".join([without_traceback(str(error)), *getattr(error, "__notes__", [])])
 
 
 def record_failure(run_dir: Path, error: BaseException) -> None:
@@ -91,7 +87,7 @@ def record_failure(run_dir: Path, error: BaseException) -> None:
 
     A run may have taken days until it failed: nobody should have to repeat it with `-v` to see where.
     """
-    path = run_dir / _REPORT
+    path = run_dir / FAILURE_REPORT
     with suppress(OSError):  # the disk may be what failed
         if run_dir.is_dir():
             path.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
@@ -100,4 +96,4 @@ def record_failure(run_dir: Path, error: BaseException) -> None:
 
 def forget_failure(run_dir: Path) -> None:
     """Remove what an earlier try at a run that has now come to its end left."""
-    (run_dir / _REPORT).unlink(missing_ok=True)
+    (run_dir / FAILURE_REPORT).unlink(missing_ok=True)

@@ -102,8 +102,8 @@ def stop(job: Job, address: Address) -> None:
     """
     from rlhf_ray.cluster.jobs import Jobs
 
-    status = Jobs(address).stop(job)
-    say(f"job {job} is {str(status).lower()}")
+    status = str(Jobs(address).stop(job)).lower()
+    say(f"job {job} is stopped" if status == "stopped" else f"job {job} had ended before: it {status}")
 
 
 def logs(

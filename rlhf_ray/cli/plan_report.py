@@ -163,8 +163,9 @@ def _alike(shelves: Sequence[Shelf]) -> Iterator[list[Shelf]]:
         )
 
     devices = [shelf for shelf in shelves if shelf.device is not None]
-    hosts = [shelf for shelf in shelves if shelf.device is None]
-    for kind in (devices, hosts):
+    hosts = [shelf for shelf in shelves if shelf.kind == "host"]
+    disks = [shelf for shelf in shelves if shelf.kind == "disk"]
+    for kind in (devices, hosts, disks):
         for _, same in groupby(kind, key=content):
             yield list(same)
 
@@ -173,7 +174,7 @@ def _where(shelves: Sequence[Shelf]) -> str:
     first, last = shelves[0], shelves[-1]
     nodes = first.node if first.node == last.node else f"{first.node} to {last.node}"
     if first.device is None:
-        return f"{nodes}, host memory"
+        return f"{nodes}, {'disk' if first.kind == 'disk' else 'host memory'}"
     numbers = sorted({shelf.device for shelf in shelves if shelf.device is not None})
     several = f"{numbers[0]}" if len(numbers) == 1 else f"{numbers[0]}-{numbers[-1]}"
     return f"{nodes}, {first.kind} {several}"
@@ -188,7 +189,7 @@ def _by_role(shelves: Sequence[Shelf]) -> list[tuple[str, str, Tenant]]:
     """Roles of the first of some shelves that are alike, their ranks on all of them, and what one rank takes."""
     rows = []
     for role in dict.fromkeys(tenant.role for tenant in shelves[0].tenants):
-        same = [tenant for tenant in shelves[0].tenants if tenant.role == role]
+        same = sorted((t for t in shelves[0].tenants if t.role == role), key=lambda tenant: tenant.held, reverse=True)
         ranks = sorted({tenant.rank for shelf in shelves for tenant in shelf.tenants if tenant.role == role})
         for _, alike in groupby(same, key=lambda tenant: tenant.held):
             one, *others = list(alike)

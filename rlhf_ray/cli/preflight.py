@@ -29,7 +29,7 @@ def preflight(
       rlhf-ray preflight my.yaml --cluster auto
       rlhf-ray preflight my.yaml placement.rollout.engines=8 --cluster 10.0.0.1:6379
     """
-    from rlhf_ray.cli.results import show
+    from rlhf_ray.cli.results import note, show
     from rlhf_ray.cluster.preflight.report import PreflightError
     from rlhf_ray.cluster.preflight.run import preflight as look
     from rlhf_ray.cluster.session import ray_session
@@ -40,5 +40,6 @@ def preflight(
     with ray_session(job.cluster, job.name):
         report = look(job)
     show((check.name, check.status, check.detail) for check in report.checks)
+    note(str(report))
     if report.problems:
         raise PreflightError(report.problems)

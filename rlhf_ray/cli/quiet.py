@@ -7,6 +7,9 @@ import os
 _NO_NEWS = (
     ("DeepSpeed", "Setting accelerator to CPU"),
     ("ray._private.authentication.authentication_token_setup", "Token authentication is enabled"),
+    ("ray.dashboard.modules.dashboard_sdk", "Uploading package"),
+    ("ray.dashboard.modules.dashboard_sdk", "Package "),
+    ("ray.dashboard.modules.job.sdk", "WebSocket closed"),
 )
 
 

@@ -74,7 +74,10 @@ def _ppo_lines(config: PPOJob) -> Iterator[Line]:
         yield f"reward/{part_name(part)}", f"{_part(config, part)} · weight {part.weight:g}"
     rollout = place.rollout
     workers = rollout.tensor_parallel
-    yield "rollout", _held(rollout.engines, "engine", rollout.cpus * workers, rollout.gpus * workers)
+    if rollout.colocate is not None:
+        yield "rollout", f"{_several(rollout.engines, 'engine')} beside {rollout.colocate}"
+    else:
+        yield "rollout", _held(rollout.engines, "engine", rollout.cpus * workers, rollout.gpus * workers)
 
 
 def _epoch_lines(config: EpochJob, inputs: "EpochInputs | None") -> Iterator[Line]:

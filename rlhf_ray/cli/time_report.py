@@ -24,6 +24,11 @@ _PHASES = {
     "switch": "roles leaving devices to each other",
 }
 
+_NONE_FITS = (
+    "None of the placements that were tried fits: take more or larger machines, or give roles fewer labels and custom "
+    "resources in placement, which all that is tried keeps."
+)
+
 
 def print_time(step: StepTime, lengths: Lengths, known: Sequence[Calibration]) -> None:
     """What a step takes, and who idles meanwhile."""
@@ -47,7 +52,7 @@ def print_proposals(found: Sequence[Proposal], lengths: Lengths, known: Sequence
     """The fastest placements that fit, as overrides to give."""
     console = _console()
     if not found:
-        console.print(Text("None of the placements that were tried fits: take more or larger machines.", "bold red"))
+        console.print(Text(_NONE_FITS, "bold red"))
         return
     for number, proposal in enumerate(found, start=1):
         step = proposal.time

@@ -7,6 +7,7 @@ from typing import Literal
 
 from rlhf_ray.config.jobs import JobConfig, PPOJob, PreferenceJob, SFTJob
 from rlhf_ray.config.rewards import ModelReward
+from rlhf_ray.config.training import ScoringEngine, TrainingEngine
 
 
 @dataclass(frozen=True)
@@ -16,13 +17,14 @@ class Named:
     Attributes:
         setting: its dotted path.
         value: as it stands there.
-        kind: a model or data set to read, or a folder that the run writes.
-        role: whose ranks or engines load a model; None for what the controller alone touches.
+        kind: a model or data set to read, a folder that the run writes, or `scratch`, one on each node's own disk.
+        role: whose ranks or engines load a model or write to a scratch folder; None for what the controller alone
+            touches.
     """
 
     setting: str
     value: str
-    kind: Literal["model", "data", "folder"]
+    kind: Literal["model", "data", "folder", "scratch"]
     role: str | None = None
 
 
@@ -31,6 +33,9 @@ def named_in(config: JobConfig) -> Iterator[Named]:
     yield from _ppo_models(config) if isinstance(config, PPOJob) else _trained_models(config)
     yield from _data(config)
     yield Named("run.dir", config.run.dir, "folder")
+    for setting, engine, role in _engines(config):
+        if engine.nvme_path is not None:
+            yield Named(f"{setting}.engine.nvme_path", engine.nvme_path, "scratch", role)
     if isinstance(config, PreferenceJob) and config.reference.cache is not None:
         yield Named("reference.cache", config.reference.cache, "folder")
 
@@ -71,6 +76,19 @@ def _reference(config: PPOJob | PreferenceJob) -> Named:
     if config.reference.from_model == "policy":
         return Named("policy.model", config.policy.model, "model", "reference")
     return Named("reference.from", config.reference.from_model, "model", "reference")
+
+
+def _engines(config: JobConfig) -> Iterator[tuple[str, ScoringEngine | TrainingEngine, str]]:
+    if isinstance(config, PPOJob):
+        yield "policy", config.policy.engine, "policy"
+        yield "critic", config.critic.engine, "critic"
+        for index, part in enumerate(config.reward):
+            if isinstance(part, ModelReward):
+                yield f"reward.{index}", part.engine, "reward"
+    else:
+        yield config.role.name, config.role.trained.engine, config.role.name
+    if isinstance(config, PPOJob | PreferenceJob) and "reference" in config.places:
+        yield "reference", config.reference.engine, "reference"
 
 
 def _data(config: JobConfig) -> Iterator[Named]:

@@ -38,18 +38,22 @@ class PackageTooLarge(PackageError):
     """The files are more than Ray takes.
 
     Attributes:
+        folder: that was to be sent.
         size, limit: bytes.
         largest: path within the folder and bytes of the largest files.
     """
 
     def __init__(self, folder: Path, size: int, limit: int, largest: Sequence[tuple[Path, int]]) -> None:
-        self.size, self.limit, self.largest = size, limit, list(largest)
+        self.folder, self.size, self.limit, self.largest = folder, size, limit, list(largest)
         listing = "".join(f"\n  {_mib(each)}  {path}" for path, each in self.largest)
         super().__init__(
             f"{folder}: its files are {_mib(size)}, more than the {_mib(limit)} that Ray takes. Leave some out with "
             "--exclude PATTERN, a .gitignore or a .rayignore, or put them on storage that every node sees. "
             f"The largest:{listing}"
         )
+
+    def __reduce__(self) -> tuple[type["PackageTooLarge"], tuple[Path, int, int, list[tuple[Path, int]]]]:
+        return type(self), (self.folder, self.size, self.limit, self.largest)
 
 
 @dataclass(frozen=True)
@@ -137,7 +141,7 @@ def pinned_paths(config: JobConfig, content: Package) -> list[Pinned]:
     for named in named_in(config):
         here = local_path(named, content.folder)
         left_out = here is not None and Path(normpath(here)) not in sent
-        if not Path(named.value).is_absolute() and (named.kind == "folder" or left_out):
+        if not Path(named.value).is_absolute() and (named.kind in ("folder", "scratch") or left_out):
             pinned[named.setting] = Pinned(named.setting, named.value, normpath(content.folder / named.value))
     return list(pinned.values())
 

@@ -3,14 +3,17 @@
 import logging
 import os
 import signal
-import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import grpc
 import ray
+from ray._private.grpc_utils import init_grpc_channel
 from ray._private.services import canonicalize_bootstrap_address_or_die
+from ray.core.generated.gcs_service_pb2 import GetClusterIdRequest
+from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
 from ray.exceptions import AuthenticationError
 
 from rlhf_ray.cluster.tokens import HOW_TO_GIVE_A_TOKEN, show_token
@@ -19,7 +22,7 @@ from rlhf_ray.config.placement import Cluster
 
 logger = logging.getLogger("rlhf_ray")
 
-_ANSWER_S = 5.0
+_ANSWER_S = 10.0
 
 
 class ClusterError(Exception):
@@ -95,10 +98,21 @@ def _address(cluster: Cluster) -> str | None:
 
 
 def _check_answers(address: str) -> None:
-    """Ray itself would try for over a minute, and then end this process."""
-    if "://" not in address:
-        host, _, port = canonicalize_bootstrap_address_or_die(address).rpartition(":")
-        socket.create_connection((host.strip("[]"), int(port)), _ANSWER_S).close()
+    """Ask once. Ray itself would try for up to a minute and a half, and write a line for each try.
+
+    Raises:
+        AuthenticationError, ConnectionError.
+    """
+    if "://" in address:
+        return
+    target = canonicalize_bootstrap_address_or_die(address)
+    stub = NodeInfoGcsServiceStub(init_grpc_channel(target))
+    try:
+        stub.GetClusterId(GetClusterIdRequest(), timeout=_ANSWER_S)
+    except grpc.RpcError as error:
+        if error.code() == grpc.StatusCode.UNAUTHENTICATED:
+            raise AuthenticationError(error.details()) from error
+        raise ConnectionError(f"{target} does not answer: {error.details()}") from error
 
 
 def _why(cluster: Cluster, error: Exception) -> str:
@@ -107,7 +121,7 @@ def _why(cluster: Cluster, error: Exception) -> str:
     if address is None:
         return f"a local Ray cluster can't be started: {error}"
     setting = "cluster.address" if cluster.address else "RAY_ADDRESS"
-    reason = str(error).partition("\n")[0].rstrip(".")
+    reason = str(error).partition("\n")[0].partition(". ")[0].rstrip(".")
     refused = isinstance(error, AuthenticationError)
     cure = HOW_TO_GIVE_A_TOKEN if refused else "check that Ray runs there (`ray status`), and give HOST:6379 or auto"
     return f"{setting}: can't connect to {address} ({reason}): {cure}"

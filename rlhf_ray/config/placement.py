@@ -63,7 +63,7 @@ class RolePlacement(_Place):
     """Ranks of one role."""
 
     ranks: PositiveInt | None = None
-    """Processes of this role, each a data-parallel rank. By default 1, or as many as the role it is colocated with."""
+    """Processes of this role. By default 1, or as many as the role it is colocated with."""
 
     @model_validator(mode="after")
     def _one_gpu_a_rank(self) -> Self:

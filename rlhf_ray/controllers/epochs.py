@@ -79,7 +79,8 @@ class EpochController:
         context = self.context(split, rows)
         per_share = [(split.ref, [rows[micro].tolist() for micro in mine], weight, context) for mine in plan]
         try:
-            reports = self._wait(self.group.call_each("step", per_share), "step", "update_s")
+            with self.folder.recorder.span("update", step):
+                reports = self._wait(self.group.call_each("step", per_share), "step", "update_s")
         except NonFiniteLossError as error:
             failed = [{"uid": uid, "step": step} for uid in error.samples]
             raise TrainingDiverged(step, write_failed_samples(self.folder.path, step, failed), error) from error
@@ -92,7 +93,8 @@ class EpochController:
         last, every = step == self.total, self.config.run.eval_every
         best = False
         if last or (every and step % every == 0):
-            metrics |= self.evaluate()
+            with self.folder.recorder.span("evaluate", step):
+                metrics |= self.evaluate()
             best = self.early_stop is not None and self.early_stop.is_best(metrics)
         last = last or self._over
         due = best or self.folder.checkpoint_due(step, last)

@@ -91,10 +91,12 @@ class PPOController:
         self._resume()
         self.folder.start_progress()
         if self.step == 0:
-            self.report.before = self._showcase()
+            with self.folder.recorder.span("showcase"):
+                self.report.before = self._showcase()
         while self.step < self.config.run.steps:
             self.train_step(self.step + 1)
-        self.report.write_showcase(after=self._showcase())
+        with self.folder.recorder.span("showcase"):
+            self.report.write_showcase(after=self._showcase())
         if self.config.run.export:
             self.checkpointing.export("policy", wait=True)
 
@@ -105,7 +107,8 @@ class PPOController:
         requests = requests_for(self.inputs.prompts, tickets, self.config.data.samples_per_prompt, self.config.seed)
 
         batch = self._score(self._generate(requests, record), record)
-        policy, critic = self._update(batch, step)
+        with self.folder.recorder.span("update", step):
+            policy, critic = self._update(batch, step)
         if policy:
             self.version += 1
         if policy or self.devices.shares("rollout"):
@@ -129,11 +132,12 @@ class PPOController:
         self.devices.enter("score")
         scored = [self._start_scoring(shard, record) for shard in generated]
         scored.sort(key=lambda shard: shard.generated.number)
-        parts = {part.name: self._collect(scored, part.name) for part in self.roles.rewards}
-        scores = combine(parts, {part.name: part.weight for part in self.roles.rewards})
-        truncated = np.concatenate([shard.generated.facts.truncated for shard in scored])
-        shaped = self.scores.shape(torch.from_numpy(scores), torch.from_numpy(truncated)).numpy()
-        columns, reports = self._advantages(scored, shaped)
+        with self.folder.recorder.span("score", record.step):
+            parts = {part.name: self._collect(scored, part.name) for part in self.roles.rewards}
+            scores = combine(parts, {part.name: part.weight for part in self.roles.rewards})
+            truncated = np.concatenate([shard.generated.facts.truncated for shard in scored])
+            shaped = self.scores.shape(torch.from_numpy(scores), torch.from_numpy(truncated)).numpy()
+            columns, reports = self._advantages(scored, shaped)
         record.scored()
         shards = [[shard.generated.trajectories, ref] for shard, ref in zip(scored, columns, strict=True)]
         return Batch(scored, shards, reports, parts, scores)
@@ -237,6 +241,7 @@ class PPOController:
         metrics = self.report.metrics(record, facts, batch.reports, batch.parts, batch.scores, policy, critic)
         spans = self.folder.collect_spans(self.roles.groups, self.config.run.timeouts.setup_s)
         metrics |= record.timings(spans)
+        metrics["rollout/weight_version"] = float(self.version)
         if step % self.config.run.samples_every == 0 or step in (1, self.config.run.steps):
             self.folder.samples.append(step, self._first_samples(batch))
         self.folder.log_step(step, metrics)

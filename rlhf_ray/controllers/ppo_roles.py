@@ -16,10 +16,11 @@ from rlhf_ray.actors.reference import ReferenceWorker
 from rlhf_ray.actors.reward import RewardModelWorker, TextRewardWorker
 from rlhf_ray.actors.rollout import GeneratedShard, RolloutGroup, RolloutWorker
 from rlhf_ray.actors.waiting import RoleFailure, RoleTimeout, wait_all
+from rlhf_ray.actors.watched import actor_class
 from rlhf_ray.config.jobs import PPOJob
 from rlhf_ray.config.rewards import FunctionReward, ModelReward, part_name
 from rlhf_ray.controllers.preflight import PPOInputs
-from rlhf_ray.controllers.roles import Engine, arguments_of, identity, join_collectives
+from rlhf_ray.controllers.roles import Engine, Watch, arguments_of, identity, join_collectives, unwatched
 from rlhf_ray.engines.rollout_setup import RolloutSetup
 
 logger = logging.getLogger("rlhf_ray")
@@ -77,8 +78,9 @@ class PPORoles:
 
 
 @contextmanager
-def ppo_roles(config: PPOJob, inputs: PPOInputs) -> Iterator[PPORoles]:
-    """Start all actors of a PPO job with their models, connected for weight transfer; end them on the way out."""
+def ppo_roles(config: PPOJob, inputs: PPOInputs, watch: Watch = unwatched) -> Iterator[PPORoles]:
+    """Start all actors of a PPO job with their models, connected for weight transfer; end them on the way out. `watch`
+    as in `epoch_role`."""
     placement = config.placement
     logger.info("starting the actors and loading the models")
     seating = Seating(config.places, placement.placement_timeout_s, autoscaling=config.cluster.autoscaling)
@@ -131,6 +133,8 @@ def ppo_roles(config: PPOJob, inputs: PPOInputs) -> Iterator[PPORoles]:
         }
         devices = Devices(config.places, movable, config.run.timeouts, offload_idle=placement.offload_idle)
         roles = PPORoles(policy, critic, reference, rewards, rollout, devices)
+        for created in roles.groups:
+            watch(created)
         _load_ppo_models(config, inputs, roles)
         yield roles
     finally:
@@ -154,12 +158,8 @@ def _reward_part(part: Any, group: Any) -> RewardPart:
         ranks = group("reward", RewardModelWorker, part.engine, f"reward-{name}")
         return RewardPart(name, part.weight, ranks, is_model=True)
     workers = part.workers if isinstance(part, FunctionReward) else 1
-    actors = [
-        ray.remote(TextRewardWorker)
-        .options(num_cpus=0)
-        .remote(**arguments_of(f"reward-{name}", rank, workers, 0, False))
-        for rank in range(workers)
-    ]
+    worker = actor_class(TextRewardWorker).options(num_cpus=0)
+    actors = [worker.remote(**arguments_of(f"reward-{name}", rank, workers, 0, False)) for rank in range(workers)]
     return RewardPart(name, part.weight, ActorGroup(f"reward-{name}", actors), is_model=False)
 
 

@@ -48,6 +48,7 @@ class PreferenceController(EpochController):
         self._live = live if cache is None else None
         self._reference = live if cache is None else CachedReference(cache, live, splits)
         if cache is not None and roles.reference is not None:
+            folder.unwatch(roles.reference)
             roles.reference.kill()  # its work is done
 
     @property

@@ -20,11 +20,20 @@ from rlhf_ray.config.training import ScoringEngine, TrainingEngine
 logger = logging.getLogger("rlhf_ray")
 
 Engine = TrainingEngine | ScoringEngine
+Watch = Callable[[ActorGroup], None]
+
+
+def unwatched(group: ActorGroup) -> None:
+    """For `watch`, where nobody looks."""
 
 
 @contextmanager
-def epoch_role(config: RewardModelJob | SFTJob, total_steps: int) -> Iterator[ActorGroup]:
-    """Start the ranks of a job over a data set; end them on the way out."""
+def epoch_role(config: RewardModelJob | SFTJob, total_steps: int, watch: Watch = unwatched) -> Iterator[ActorGroup]:
+    """Start the ranks of a job over a data set; end them on the way out.
+
+    Args:
+        watch: gets each group as soon as its actors are started, before they load anything.
+    """
     logger.info("starting the actors and loading the model")
     role = config.role
     seating = Seating(config.places, config.placement.placement_timeout_s, autoscaling=config.cluster.autoscaling)
@@ -38,6 +47,7 @@ def epoch_role(config: RewardModelJob | SFTJob, total_steps: int) -> Iterator[Ac
         identities = identity(role.name, role.ranks, config)
         together = role.trained.engine.sequence_parallel
         group = create_group(role.name, worker, seating.seats[role.name], role.ranks, identities, together)
+        watch(group)
         join_collectives([group], config.run.timeouts)
         loaded = group.call("load_model", *arguments)
         wait_all(loaded, config.run.timeouts.setup_s, f"{role.name}: load_model", "run.timeouts.setup_s")
@@ -58,8 +68,10 @@ class PreferenceRoles:
 
 
 @contextmanager
-def preference_roles(config: PreferenceJob, total_steps: int, *, with_reference: bool) -> Iterator[PreferenceRoles]:
-    """Start the ranks of a preference job; end them on the way out."""
+def preference_roles(
+    config: PreferenceJob, total_steps: int, watch: Watch = unwatched, *, with_reference: bool
+) -> Iterator[PreferenceRoles]:
+    """Start the ranks of a preference job; end them on the way out. `watch` as in `epoch_role`."""
     logger.info("starting the actors and loading the models")
     placement, timeouts = config.placement, config.run.timeouts
     places = {role: placed for role, placed in config.places.items() if role == "policy" or with_reference}
@@ -69,6 +81,7 @@ def preference_roles(config: PreferenceJob, total_steps: int, *, with_reference:
     def group(role: str, worker: type, ranks: int, engine: Engine) -> ActorGroup:
         identities = identity(role, ranks, config)
         started.append(create_group(role, worker, seating.seats[role], ranks, identities, engine.sequence_parallel))
+        watch(started[-1])
         return started[-1]
 
     try:

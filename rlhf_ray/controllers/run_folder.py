@@ -1,33 +1,42 @@
 """The run folder and everything that is written into it while a job runs."""
 
 import logging
+import os
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+from uuid import uuid4
+
+import ray
 
 from rlhf_ray.actors.devices import Devices
 from rlhf_ray.actors.group import ActorGroup
+from rlhf_ray.actors.rollout import RolloutGroup
 from rlhf_ray.actors.waiting import wait_all
-from rlhf_ray.cluster.session import cluster_facts
+from rlhf_ray.cluster.session import Terminated, cluster_facts
 from rlhf_ray.config.jobs import JobConfig
 from rlhf_ray.config.loading import dump_config
 from rlhf_ray.models.score_scale import ScoreScale
 from rlhf_ray.recovery.checkpoints import Checkpoint, CheckpointStore
-from rlhf_ray.telemetry.manifest import write_manifest
+from rlhf_ray.telemetry.manifest import Outcome, end_session, write_manifest
 from rlhf_ray.telemetry.metrics import MetricsLog
 from rlhf_ray.telemetry.progress import Progress
+from rlhf_ray.telemetry.ray_metrics import RayMetrics
+from rlhf_ray.telemetry.reporter import StatusReporter
 from rlhf_ray.telemetry.rows import RowFile, replace_file
 from rlhf_ray.telemetry.samples import SamplesLog
+from rlhf_ray.telemetry.status import About, Shards, without_traceback
 from rlhf_ray.telemetry.trace import Span, SpanRecorder, Timeline
 
 logger = logging.getLogger("rlhf_ray")
 
 
 class RunFolder:
-    """Config, manifest, metrics, samples, trace and checkpoints of one run."""
+    """Config, manifest, metrics, samples, trace and checkpoints of one run, and its status while it is entered."""
 
     def __init__(self, config: JobConfig, steps: int) -> None:
         self.path = Path(config.run.dir)
@@ -39,18 +48,40 @@ class RunFolder:
             logger.info("resuming from %s", self.resumed.folder)
         done = self.resumed.step if self.resumed else 0
         replace_file(self.path / "config.yaml", dump_config(config).encode())
-        write_manifest(self.path, config, cluster_facts(), sys.argv)
+        cluster = cluster_facts()
+        about = About(
+            board=f"{config.name}-{uuid4().hex[:8]}",
+            name=config.name,
+            job=config.job,
+            run_dir=str(self.path.absolute()),
+            address=cluster["gcs_address"],
+            node=ray.util.get_node_ip_address(),
+            pid=os.getpid(),
+            started_s=time.time(),
+            steps=steps,
+        )
+        write_manifest(self.path, config, cluster, sys.argv, about.board, steps)
         resume_step = done if self.resumed else None
-        self.metrics = MetricsLog(self.path, config.run, config.name, config.model_dump(mode="json"), resume_step)
+        self._exported = RayMetrics(config.name, config.job)
+        self.metrics = MetricsLog(
+            self.path, config.run, config.name, config.model_dump(mode="json"), resume_step, [self._exported]
+        )
         self.samples = SamplesLog(self.path, resume_step)
         self.recorder = SpanRecorder()
+        self._rollout: RolloutGroup | None = None
+        self._status = StatusReporter(about, self.recorder, done, shards=self._shards, export=self._exported.progress)
         self._timeline = Timeline(self.path / "timeline.json") if config.run.trace else None
         self._steps, self._done = steps, done
         self._stack = ExitStack()
         self._stack.callback(self.samples.close)
         self._stack.push(lambda kind, *_: self.metrics.close(failed=kind is not None))
+        self._starting = ExitStack()
 
     def __enter__(self) -> Self:
+        self._stack.push(lambda _, error, __: end_session(self.path, *_outcome(error)))
+        self._stack.enter_context(self._status)
+        self._starting.enter_context(self.recorder.span("start"))
+        self._stack.push(self._starting)
         return self
 
     def __exit__(
@@ -62,8 +93,19 @@ class RunFolder:
         """A file of rows by step, taken back to the step that the run goes on from."""
         return self._stack.enter_context(RowFile(self.path / name, self.resumed.step if self.resumed else None))
 
+    def watch(self, group: ActorGroup) -> None:
+        """Show in the status what these ranks do."""
+        self._status.watch(group.role, group.processes)
+        if isinstance(group, RolloutGroup):
+            self._rollout = group
+
+    def unwatch(self, group: ActorGroup) -> None:
+        """These ranks are about to end as planned."""
+        self._status.watch(group.role, [])
+
     def start_progress(self) -> None:
         """Show progress from here on: the actors are up, so a step takes as long as a step takes."""
+        self._starting.close()
         self._progress = self._stack.enter_context(Progress(self._config.name, self._steps, self._done))
 
     def collect_spans(self, groups: Sequence[ActorGroup], timeout_s: float) -> list[Span]:
@@ -72,6 +114,7 @@ class RunFolder:
         collected: list[Span] = []
         for group, pending in refs.items():
             drained = wait_all(pending, timeout_s, f"{group.role}: drain_spans", "run.timeouts.setup_s")
+            self._exported.phases(group.role, drained)
             for rank, spans in enumerate(drained):
                 collected += spans
                 if self._timeline is not None and spans:
@@ -85,11 +128,25 @@ class RunFolder:
         """Write a step's metrics and show them."""
         self.metrics.write(step, metrics)
         self._progress.update(step, metrics)
+        self._status.step_done(step, metrics)
 
     def checkpoint_due(self, step: int, last: bool) -> bool:
         """Whether a checkpoint belongs after this step."""
         every = self._config.run.checkpoint_every
         return last or (every > 0 and step % every == 0)
+
+    def _shards(self) -> Shards | None:
+        return None if self._rollout is None else self._rollout.shards
+
+
+def _outcome(error: BaseException | None) -> tuple[Outcome, str]:
+    if error is None:
+        return "finished", ""
+    if isinstance(error, Terminated):
+        return "terminated", ""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", ""
+    return "failed", without_traceback(str(error)) or type(error).__name__
 
 
 class Checkpointing:

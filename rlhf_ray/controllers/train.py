@@ -92,7 +92,7 @@ def _is_complete(config: JobConfig, steps: int) -> bool:
 
 
 def _train_ppo(config: PPOJob, inputs: PPOInputs) -> None:
-    with RunFolder(config, inputs.steps) as folder, ppo_roles(config, inputs) as roles:
+    with RunFolder(config, inputs.steps) as folder, ppo_roles(config, inputs, folder.watch) as roles:
         trained = {"policy": roles.policy, "critic": roles.critic}
         checkpointing = Checkpointing(folder, trained, config.run.timeouts.checkpoint_s, roles.devices)
         PPOController(config, inputs, roles, folder, checkpointing).train()
@@ -104,7 +104,7 @@ def _train_preference(config: PreferenceJob, inputs: PreferenceInputs) -> None:
     with_reference = config.algorithm.needs_reference and not config.policy_is_reference and not complete
     with (
         RunFolder(config, inputs.steps) as folder,
-        preference_roles(config, inputs.steps, with_reference=with_reference) as roles,
+        preference_roles(config, inputs.steps, folder.watch, with_reference=with_reference) as roles,
     ):
         trained = {"policy": roles.policy}
         if roles.reference is not None and config.reference.update_every:
@@ -114,7 +114,7 @@ def _train_preference(config: PreferenceJob, inputs: PreferenceInputs) -> None:
 
 
 def _train_epochs(config: RewardModelJob | SFTJob, inputs: EpochInputs) -> None:
-    with RunFolder(config, inputs.steps) as folder, epoch_role(config, inputs.steps) as group:
+    with RunFolder(config, inputs.steps) as folder, epoch_role(config, inputs.steps, folder.watch) as group:
         checkpointing = Checkpointing(folder, {config.role.name: group}, config.run.timeouts.checkpoint_s)
         controller = RewardModelController if isinstance(config, RewardModelJob) else EpochController
         controller(config, inputs, group, folder, checkpointing).train()

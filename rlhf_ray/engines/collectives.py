@@ -4,7 +4,6 @@ import os
 from dataclasses import dataclass
 from datetime import timedelta
 
-import psutil
 import torch.distributed as dist
 
 from rlhf_ray.models.sequence_parallel import SequenceParallel
@@ -26,15 +25,6 @@ class Rendezvous:
     host: str
     port: int
     timeout_s: float
-
-
-def use_interface_of(address: str) -> None:
-    """Have collectives of this process talk over the network interface with this address, unless the environment names
-    one. gloo would take the one that the host's name resolves to, which on many machines is loopback."""
-    for name, addresses in psutil.net_if_addrs().items():
-        if any(found.address == address for found in addresses):
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
-            os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
 
 
 def join_collectives(rendezvous: Rendezvous) -> None:

@@ -8,6 +8,9 @@ from torch import nn
 from rlhf_ray.config import training as config
 from rlhf_ray.engines.swap_folder import SwapFolder
 
+REDUCE_BUCKET = 500_000_000
+"""Elements of gradients that are reduced together at most; DeepSpeed's default."""
+
 
 def deepspeed_settings(
     engine: config.TrainingEngine | config.ScoringEngine, model: nn.Module, swap: SwapFolder | None
@@ -40,6 +43,10 @@ def deepspeed_settings(
     }
     if isinstance(engine, config.TrainingEngine):
         settings["gradient_clipping"] = engine.gradient_clip
+        # DeepSpeed allocates the bucket whole in every backward pass. What small models leave unused of it would be
+        # cut up by other tensors in host memory, and the next bucket be allocated beside it.
+        trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        zero["reduce_bucket_size"] = min(REDUCE_BUCKET, trained)
         if engine.offload_optimizer != "none":
             zero["offload_optimizer"] = _offload(engine.offload_optimizer, swap)
         if engine.offload_optimizer == "nvme":

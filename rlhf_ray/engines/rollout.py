@@ -23,6 +23,7 @@ from vllm.v1.executor.uniproc_executor import UniProcExecutor
 from rlhf_ray.config.rollout import Sampling
 from rlhf_ray.data.requests import PromptRequest
 from rlhf_ray.data.trajectory import FinishReason, Trajectory
+from rlhf_ray.engines.engine_metrics import EngineLoad, stat_loggers
 from rlhf_ray.engines.level import Level
 from rlhf_ray.engines.rollout_setup import EnginePart, RolloutSetup
 from rlhf_ray.models.lora import Adapter
@@ -34,10 +35,12 @@ class RolloutEngine:
 
     Attributes:
         queued: requests that have reached the engine, refused ones too; its owner may set it back.
+        load: requests that run and wait.
     """
 
     def __init__(self, setup: RolloutSetup, part: EnginePart | None = None) -> None:
-        self._engine = AsyncLLM.from_engine_args(_engine_args(setup, part))
+        self.load = EngineLoad()
+        self._engine = AsyncLLM.from_engine_args(_engine_args(setup, part), stat_loggers=stat_loggers(self.load))
         self._adapter: LoRARequest | None = None
         self._sleep = setup.sleep
         self._level = Level.FULL
@@ -168,7 +171,7 @@ def _engine_args(setup: RolloutSetup, part: EnginePart | None) -> AsyncEngineArg
         logprobs_mode="processed_logprobs",
         seed=setup.seed,
         trust_remote_code=setup.trust_remote_code,
-        disable_log_stats=True,
+        disable_log_stats=True,  # of vLLM's own loggers, which nobody reads here
         weight_transfer_config=WeightTransferConfig(backend=transfer_backend(setup.beside_policy)),
         enable_sleep_mode=setup.sleep > 0 and not on_cpu,
         generation_config="vllm",  # sampling comes from the job's config alone

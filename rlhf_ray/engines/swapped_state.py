@@ -44,13 +44,14 @@ def load_into_swap_files(engine: Any, folder: Path, tag: str) -> None:
     swaps = optimizer.swap_optimizer
 
     def restore(load_dir: str, tag: str, **_: Any) -> bool:
-        optimizer.swap_optimizer = swaps
         # DeepSpeed's own pickle, as in its `load_checkpoint`: a checkpoint must come from somewhere trusted.
         saved = torch.load(engine._get_zero_ckpt_name(load_dir, tag), map_location="cpu", mmap=True, weights_only=False)
+        optimizer.swap_optimizer = swaps
         _restore(optimizer, saved["optimizer_state_dict"])
+        optimizer.swap_optimizer = False
         return True
 
-    optimizer.swap_optimizer = False  # or it would look for copies of swap files
+    optimizer.swap_optimizer = False  # or it would look for copies of swap files, before and after
     engine._load_zero_checkpoint = restore
     try:
         engine.load_checkpoint(str(folder), tag=tag)

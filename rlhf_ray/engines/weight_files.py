@@ -34,8 +34,7 @@ def write_sharded(model: nn.Module, folder: Path | None, file_bytes: int = 5 * 1
     )
     if folder is not None:
         inner: Any = model.model
-        inner.save_pretrained(folder, state_dict={})
-        (folder / SAFE_WEIGHTS_NAME).unlink()  # there is nothing in it
+        inner.save_pretrained(folder, state_dict={})  # without weights it makes no file for them
     unfinished: dict[str, dict[str, torch.Tensor]] = {file: {} for file in plan.filename_to_tensors}
     for name, tensor in full_weights(model, bucket_bytes=256 * 2**20):
         if folder is None:

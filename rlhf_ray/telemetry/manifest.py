@@ -1,16 +1,18 @@
-"""manifest.json: what a result came from. Versions, commit, seed, host, cluster and command of each session."""
+"""manifest.json: what a result came from. Versions, commit, seed, host, cluster, command and end of each session."""
 
 import json
 import logging
 import os
 import platform
 import re
+import socket
 import subprocess
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import rlhf_ray
 from rlhf_ray.cluster.libraries import LIBRARIES
@@ -22,8 +24,53 @@ logger = logging.getLogger(__name__)
 
 REDACTED = "[redacted]"
 
+Outcome = Literal["finished", "failed", "interrupted", "terminated"]
 
-def write_manifest(run_dir: Path, config: JobConfig, cluster: Mapping[str, Any], command: Sequence[str]) -> Path:
+
+@dataclass(frozen=True)
+class End:
+    """How a session ended that could say so.
+
+    Attributes:
+        error: that ended it, in words; empty when it was not one.
+    """
+
+    utc: str
+    outcome: Outcome
+    error: str
+
+
+@dataclass(frozen=True)
+class Session:
+    """A start or a resumption of a run, as its manifest tells.
+
+    Attributes:
+        address: of the Ray cluster.
+        board: name of the session's board in that cluster.
+        host, pid: of the driver.
+        steps: of the whole run.
+        end: None while it runs, and when it was killed.
+    """
+
+    name: str
+    job: str
+    started_utc: str
+    address: str
+    board: str
+    host: str
+    pid: int
+    steps: int
+    end: End | None
+
+
+def write_manifest(
+    run_dir: Path,
+    config: JobConfig,
+    cluster: Mapping[str, Any],
+    command: Sequence[str],
+    board: str = "",
+    steps: int = 0,
+) -> Path:
     """Append this session (a start or a resumption) to the manifest's `sessions`, and return the manifest's path.
 
     Args:
@@ -31,6 +78,8 @@ def write_manifest(run_dir: Path, config: JobConfig, cluster: Mapping[str, Any],
         config: of the job.
         cluster: what the cluster has, for JSON.
         command: command line; values of arguments that look like secrets are not written.
+        board: name of the session's board.
+        steps: of the whole run.
 
     Raises:
         DamagedFileError: there is a manifest.json that cannot be read.
@@ -44,10 +93,14 @@ def write_manifest(run_dir: Path, config: JobConfig, cluster: Mapping[str, Any],
             "name": config.name,
             "job": config.job,
             "seed": config.seed,
+            "steps": steps,
+            "board": board,
             "command": redact(command),
             "git": git_state(Path(rlhf_ray.__file__).parent),
             "versions": {"python": platform.python_version(), **{name: _version(name) for name in LIBRARIES}},
+            "pid": os.getpid(),
             "host": {
+                "name": socket.gethostname(),
                 "platform": platform.platform(),
                 "cpus": os.cpu_count(),
                 "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
@@ -55,8 +108,47 @@ def write_manifest(run_dir: Path, config: JobConfig, cluster: Mapping[str, Any],
             "cluster": dict(cluster),
         }
     )
-    replace_file(path, (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode())
+    _write(path, manifest)
     return path
+
+
+def end_session(run_dir: Path, outcome: Outcome, error: str = "") -> None:
+    """Write into the manifest how its last session ended.
+
+    Raises:
+        DamagedFileError: there is no manifest.json that can be read.
+    """
+    path = run_dir / "manifest.json"
+    manifest = _read(path)
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    manifest["sessions"][-1]["end"] = {"utc": now, "outcome": outcome, "error": error}
+    _write(path, manifest)
+
+
+def last_session(run_dir: Path) -> Session:
+    """The newest session of a run.
+
+    Raises:
+        FileNotFoundError: `run_dir` is no folder of a run.
+        DamagedFileError: its manifest.json cannot be read.
+    """
+    path = run_dir / "manifest.json"
+    try:
+        session = _read(path)["sessions"][-1]
+        end = session.get("end")
+        return Session(
+            name=session["name"],
+            job=session["job"],
+            started_utc=session["started_utc"],
+            address=session["cluster"]["gcs_address"],
+            board=session["board"],
+            host=session["host"]["name"],
+            pid=session["pid"],
+            steps=session["steps"],
+            end=None if end is None else End(end["utc"], end["outcome"], end["error"]),
+        )
+    except (KeyError, IndexError) as error:
+        raise DamagedFileError(path, f"its last session has no {error}, as those of this version have") from None
 
 
 def git_state(folder: Path, timeout_s: float = 10.0) -> dict[str, Any] | None:
@@ -135,6 +227,10 @@ def _git(folder: Path, timeout_s: float, *arguments: str) -> str:
         env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"},
     )
     return done.stdout.strip()
+
+
+def _write(path: Path, manifest: dict[str, Any]) -> None:
+    replace_file(path, (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def _read(path: Path) -> dict[str, Any]:

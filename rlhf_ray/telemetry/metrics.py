@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -64,6 +64,7 @@ class MetricsLog:
         name: name of the run in the trackers.
         config: the resolved config, for the trackers.
         resume_step: step of the checkpoint that the run goes on from; None when it starts at its beginning.
+        others: trackers beside those of the config.
 
     Raises:
         MissingTrackerError: a tracker is configured whose package is not installed.
@@ -71,9 +72,15 @@ class MetricsLog:
     """
 
     def __init__(
-        self, run_dir: Path, run: Run, name: str, config: Mapping[str, Any], resume_step: int | None = None
+        self,
+        run_dir: Path,
+        run: Run,
+        name: str,
+        config: Mapping[str, Any],
+        resume_step: int | None = None,
+        others: Sequence[Tracker] = (),
     ) -> None:
-        self._trackers = start_trackers(run_dir, run, name, config, resume_step)
+        self._trackers = [*start_trackers(run_dir, run, name, config, resume_step), *others]
         self._rows = RowFile(run_dir / "metrics.jsonl", resume_step)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:

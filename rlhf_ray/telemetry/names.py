@@ -44,6 +44,7 @@ _ALL = (
     MetricName("response/length_mean", "tokens in a response, mean over the batch"),
     MetricName("response/truncated_fraction", "share of responses that were cut at max_new_tokens"),
     MetricName("mismatch/logprob_abs_mean", "|log-prob of the engine − log-prob of the trainer|, mean over tokens"),
+    MetricName("rollout/weight_version", "version of the weights that the engines sample with after this step"),
     MetricName("staleness/mean", "versions that the sampling policy was behind the trained one, mean over tokens"),
     MetricName(
         "train/loss",

@@ -6,11 +6,12 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 from rlhf_ray.telemetry.errors import DamagedFileError
 from rlhf_ray.telemetry.rows import replace_file
@@ -34,30 +35,87 @@ class Span:
     step: int | None = None
 
 
+@dataclass(frozen=True)
+class OpenSpan:
+    """A piece of work that goes on.
+
+    Attributes:
+        name: of the work.
+        start_s: seconds since the epoch.
+        step: of the run, None outside of steps.
+    """
+
+    name: str
+    start_s: float
+    step: int | None = None
+
+
 class SpanRecorder:
-    """Collects the spans of one process until they are drained. Any thread may record."""
+    """Collects the spans of one process until they are drained. Any thread may record.
+
+    Attributes:
+        idle_since_s: when the last span ended, seconds since the epoch.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._spans: list[Span] = []
+        self._open: list[OpenSpan] = []
+        self.idle_since_s = time.time()
 
     @contextmanager
     def span(self, name: str, step: int | None = None) -> Iterator[None]:
         """Record the body, also when it raises."""
         # The duration comes from a clock that never jumps; only the start is wall time.
         start_s, began = time.time(), time.perf_counter()
+        going_on = OpenSpan(name, start_s, step)
+        with self._lock:
+            self._open.append(going_on)
         try:
             yield
         finally:
             done = Span(name, start_s, start_s + time.perf_counter() - began, step)
             with self._lock:
+                self._open.remove(going_on)  # or one that equals it
                 self._spans.append(done)
+                self.idle_since_s = done.end_s
+
+    def open(self) -> tuple[OpenSpan, ...]:
+        """What goes on right now, in order of its start."""
+        with self._lock:
+            return tuple(self._open)
 
     def drain(self) -> list[Span]:
         """The spans that ended since the last call, in order of their end. Each is handed out once."""
         with self._lock:
             spans, self._spans = self._spans, []
         return spans
+
+
+class Recording(Protocol):
+    """What has a recorder."""
+
+    recorder: SpanRecorder
+
+
+_Self = TypeVar("_Self", bound=Recording)
+_Args = ParamSpec("_Args")
+_Result = TypeVar("_Result")
+_Method = Callable[Concatenate[_Self, _Args], _Result]
+
+
+def in_span(name: str) -> Callable[[_Method[_Self, _Args, _Result]], _Method[_Self, _Args, _Result]]:
+    """Makes each call of a method a span of its object's recorder."""
+
+    def recorded(method: _Method[_Self, _Args, _Result]) -> _Method[_Self, _Args, _Result]:
+        @wraps(method)
+        def call(self: _Self, *args: _Args.args, **kwargs: _Args.kwargs) -> _Result:
+            with self.recorder.span(name):
+                return method(self, *args, **kwargs)
+
+        return call
+
+    return recorded
 
 
 def uncovered_seconds(spans: Iterable[Span], start_s: float, end_s: float) -> float:
@@ -70,6 +128,14 @@ def uncovered_seconds(spans: Iterable[Span], start_s: float, end_s: float) -> fl
         if reached >= end_s:
             return uncovered
     return uncovered + max(0.0, end_s - reached)
+
+
+def covered_seconds(spans: Sequence[Span]) -> float:
+    """Seconds that lie in at least one of the spans."""
+    if not spans:
+        return 0.0
+    start_s, end_s = min(span.start_s for span in spans), max(span.end_s for span in spans)
+    return end_s - start_s - uncovered_seconds(spans, start_s, end_s)
 
 
 _HEAD = b'{"displayTimeUnit":"ms","traceEvents":['

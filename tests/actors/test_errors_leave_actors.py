@@ -12,7 +12,7 @@ import rlhf_ray
 from rlhf_ray.actors.trained import NonFiniteLossError
 from rlhf_ray.actors.waiting import RoleFailure, RoleTimeout
 from rlhf_ray.algorithms.errors import OptionError, SampleError, TensorInputError
-from rlhf_ray.cluster.placement import PlacementError
+from rlhf_ray.cluster.assignment import PlacementError
 from rlhf_ray.models.heads import ModelError
 
 # What runs inside actors; errors of the controller and of `prepare` never leave their process.
@@ -45,7 +45,7 @@ def test_every_exception_with_arguments_of_its_own_can_be_pickled() -> None:
         NonFiniteLossError("policy", "loss", float("inf"), ["a#0"]),
         RoleFailure("policy: update", "its process died"),
         RoleTimeout("policy: update", 3.0, "run.timeouts.update_s"),
-        PlacementError("policy", "no place", 2),
+        PlacementError("policy", "no place", 2, {"10.0.0.1": "has 1 GPU"}),
     ],
     ids=lambda error: type(error).__name__,
 )

@@ -80,7 +80,7 @@ def test_help_imports_nothing_heavy_and_is_quick() -> None:
     code = (
         "import sys\n"
         "from rlhf_ray.cli.app import main\n"
-        "for command in ([], ['prepare'], ['validate'], ['train'], ['export']):\n"
+        "for command in ([], ['prepare'], ['validate'], ['train'], ['export'], ['status']):\n"
         "    try:\n"
         "        main([*command, '--help'])\n"
         "    except SystemExit as ended:\n"
@@ -92,11 +92,11 @@ def test_help_imports_nothing_heavy_and_is_quick() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, check=False)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 0, done.stderr
-    # Processor time, since the machine may be busy with other things; this is for five helps.
+    # Processor time, since the machine may be busy with other things; this is for six helps.
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0
 
 
-@pytest.mark.parametrize("command", ["prepare", "validate", "train", "export"])
+@pytest.mark.parametrize("command", ["prepare", "validate", "train", "export", "status"])
 def test_help_of_each_command_has_examples_of_it(cli: RunCli, command: str) -> None:
     done = cli(command, "--help")
     assert done.exit_code == 0

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from rlhf_ray.cluster.named_paths import named_in
+from rlhf_ray.cluster.named_paths import Named, named_in
 from rlhf_ray.cluster.planner.folders import read_shape
-from rlhf_ray.cluster.preflight.asked import Transfer, disk_need, gigabytes, modules_and_variables, transfers
+from rlhf_ray.cluster.preflight.asked import Transfer, describe_bytes, disk_need, modules_and_variables, transfers
 from rlhf_ray.config.jobs import JobConfig
 from rlhf_ray.config.loading import parse_config
 
@@ -59,6 +59,12 @@ def test_a_model_is_named_once_for_each_role_that_loads_it(model: str) -> None:
     assert ("reference.from", "reference") in named
 
 
+def test_scratch_folders_are_named_with_the_role_that_writes_them(model: str) -> None:
+    engine = {"zero_stage": 3, "offload_parameters": "nvme", "nvme_path": "/nvme"}
+    named = [each for each in named_in(ppo(model, policy={"engine": engine})) if each.kind == "scratch"]
+    assert named == [Named("policy.engine.nvme_path", "/nvme", "scratch", "policy")]
+
+
 def test_checkpoints_hold_weights_master_weights_and_two_moments(model: str) -> None:
     policy = read_shape(model).parameters
     critic = read_shape(model).with_head("scalar").parameters
@@ -99,7 +105,7 @@ def test_modules_and_variables_are_those_of_the_rewards(model: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "shown"), [(12_345_678_900, "12.3 GB"), (1_250_000_000, "1.2 GB"), (269_000_000, "0.27 GB"), (0, "0 GB")]
+    ("size", "shown"), [(12_345_678_900, "12.3 GB"), (1_250_000_000, "1.25 GB"), (269_000_000, "269 MB"), (0, "0 MB")]
 )
-def test_sizes_are_told_in_gigabytes(size: int, shown: str) -> None:
-    assert gigabytes(size) == shown
+def test_sizes_are_told_in_words(size: int, shown: str) -> None:
+    assert describe_bytes(size) == shown

@@ -103,7 +103,7 @@ def test_a_folder_that_is_not_shared_is_told() -> None:
 def test_too_small_a_disk_is_told_with_what_it_is_for() -> None:
     need = DiskNeed(12_000_000_000, "3 checkpoints of 3.8 GB and 2 exports of 0.27 GB")
     assert list(judge_disk("run.dir", "/runs/a", need, 0, {"a": 5_300_000_000, "b": 10**12})) == [
-        "run.dir: node a: 5.3 GB free in /runs/a, but the run needs 12.0 GB (3 checkpoints of 3.8 GB and 2 exports of "
+        "run.dir: node a: 5.30 GB free in /runs/a, but the run needs 12.0 GB (3 checkpoints of 3.8 GB and 2 exports of "
         "0.27 GB): free some, lower run.keep_last, or choose another disk"
     ]
 
@@ -139,7 +139,7 @@ def test_a_link_is_slow_when_what_a_step_sends_would_be_late() -> None:
     broadcast = Broadcast("gloo", "a", 10_000_000, {"b": 1.0, "c": 0.01})
     sync = Transfer("one weight sync", 16_000_000_000, 300.0, "run.timeouts.sync_s")
     assert list(judge_broadcast(broadcast, [sync])) == [
-        "node b: 0.01 GB/s from node a (gloo), so one weight sync (16.0 GB) takes 1,600 s, more than "
+        "node b: 10 MB/s from node a (gloo), so one weight sync (16.0 GB) takes 1,600 s, more than "
         "run.timeouts.sync_s (300): use a faster network (GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME in "
         "placement.ROLE.env names its interface), or raise that limit"
     ]

@@ -1,6 +1,10 @@
 """Rewards as users write them, good and bad."""
 
 import math
+import os
+import tempfile
+import time
+from pathlib import Path
 
 
 def letters(prompts: list[str], responses: list[str]) -> list[float]:
@@ -23,3 +27,14 @@ def gives_too_few(prompts: list[str], responses: list[str]) -> list[float]:
 def gives_too_much(prompts: list[str], responses: list[str]) -> list[float]:
     """Finite, but its square is not."""
     return [1e30] * len(responses)
+
+
+# Where a file lets `gated` go on. Named by the tests' own process, which is in the environment of all that it starts.
+GATE = Path(tempfile.gettempdir()) / f"rlhf-ray-gate-{os.environ.get('RLHF_RAY_TESTS', os.getpid())}"
+
+
+def gated(prompts: list[str], responses: list[str]) -> list[float]:
+    """Scores once there is a file at `GATE`."""
+    while not GATE.exists():
+        time.sleep(0.02)
+    return letters(prompts, responses)

@@ -20,7 +20,7 @@ from rlhf_ray.config.jobs import SFTJob
 from rlhf_ray.controllers import train as train_module
 
 REPOSITORY = Path(__file__).parents[2]
-GONE = "ff" * 28
+GONE = "ab" * 28
 
 PPO = """
 job: ppo
@@ -77,7 +77,10 @@ def test_nodes_that_can_run_the_job_pass_and_keep_no_trace(
 ) -> None:
     done = look()
     assert done.returncode == 0, done.stdout + done.stderr
-    rows = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines()}
+    *table, last = done.stdout.splitlines()
+    assert last.startswith("3 nodes looked at in ")
+    assert last.endswith(" GB/s over gloo")
+    rows = {line.split()[0]: line.split()[1:] for line in table}
     assert rows["nodes"][:2] == ["ok", "3"]
     assert rows["ports"][:2] == ["ok", "6"], "each to both others"
     assert rows["links"][:2] == ["ok", "gloo:"]

@@ -13,6 +13,7 @@ import torch
 from deepspeed.utils import safe_get_full_grad
 
 from rlhf_ray.actors.group import ActorGroup
+from rlhf_ray.actors.watched import actor_class
 from rlhf_ray.actors.worker import Worker
 from rlhf_ray.config.training import Lora, Optimizer, ScoringEngine, TrainingEngine
 from rlhf_ray.engines.level import Level
@@ -189,7 +190,7 @@ def started(*sizes: int) -> Iterator[dict[int, ActorGroup]]:
     made = {}
     for ranks in sizes:
         actors = [
-            ray.remote(TrainingRank).options(num_cpus=0, runtime_env={"env_vars": ENV})
+            actor_class(TrainingRank).options(num_cpus=0, runtime_env={"env_vars": ENV})
             .remote("trainer", rank, ranks, seed=0, deterministic=False)
             for rank in range(ranks)
         ]  # fmt: skip

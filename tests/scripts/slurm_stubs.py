@@ -15,7 +15,10 @@ _STUBS = {
     "bin/scontrol": """
         if [[ $1 == show ]]; then tr , '\\n' <<<"$3"; else echo "$@" >>"$STATE/scontrol"; fi
     """,
-    "bin/getent": 'echo "${HEAD_ADDRESS-10.1.2.3} STREAM $2"',
+    "bin/getent": """
+        [[ -n ${HEAD_ADDRESS-10.1.2.3} ]] || exit 2
+        echo "${HEAD_ADDRESS-10.1.2.3} STREAM $2"
+    """,
     "bin/hostname": "echo 10.9.9.9 172.17.0.1",
     "bin/srun": """
         echo "$@" >"$STATE/srun"
@@ -107,14 +110,18 @@ class SlurmJob:
         path = self.state / name
         return path.read_text().splitlines() if path.exists() else []
 
+    def wait_until(self, name: str, process: subprocess.Popen[str]) -> None:
+        """Wait for a file of the state folder, while the script runs."""
+        deadline = time.monotonic() + 30
+        while not (self.state / name).exists():
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline, f"{name} has not started within 30 s"
+            time.sleep(0.02)
+
     def signalled(self, number: signal.Signals, **environment: str) -> tuple[int, str]:
         """Send the script a signal while the run is on."""
         process = self.start("my.yaml", **environment)
-        deadline = time.monotonic() + 30
-        while not (self.state / "driver").exists():
-            assert process.poll() is None, process.communicate()
-            assert time.monotonic() < deadline, "the run has not started within 30 s"
-            time.sleep(0.02)
+        self.wait_until("driver", process)
         process.send_signal(number)
         return ended(process)
 

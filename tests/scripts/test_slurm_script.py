@@ -4,7 +4,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from slurm_stubs import SlurmJob
+from slurm_stubs import SlurmJob, ended
 
 
 @pytest.fixture
@@ -39,8 +39,9 @@ def test_a_token_of_the_user_is_kept(job: SlurmJob) -> None:
     assert job.wrote("ray-1")[1] == job.wrote("ray-0")[1] == "token mine"
 
 
-def test_a_name_that_stands_for_loopback_is_no_address(job: SlurmJob) -> None:
-    job.run("my.yaml", CODE="0", HEAD_ADDRESS="127.0.1.1")
+@pytest.mark.parametrize("address", ["127.0.1.1", ""], ids=["loopback", "unknown"])
+def test_a_name_without_an_address_that_others_reach_is_not_used(job: SlurmJob, address: str) -> None:
+    assert job.run("my.yaml", CODE="0", HEAD_ADDRESS=address) == (0, "")
     assert "--node-ip-address=10.9.9.9" in job.wrote("ray-0")[0]
     assert "--address=10.9.9.9:6379" in job.wrote("ray-1")[0]
 
@@ -78,6 +79,16 @@ def test_a_run_that_is_told_to_end_is_not_queued_again(job: SlurmJob) -> None:
 def test_a_run_that_finishes_as_its_time_ends_is_not_queued_again(job: SlurmJob) -> None:
     assert job.signalled(signal.SIGUSR1, CODE_AT_TERM="0")[0] == 0
     assert job.wrote("scontrol") == []
+
+
+def test_a_limit_that_comes_before_the_run_starts_is_an_error(job: SlurmJob) -> None:
+    process = job.start("my.yaml", LOST_NODE="1")
+    job.wait_until("ray-0", process)
+    process.send_signal(signal.SIGUSR1)
+    code, stderr = ended(process)
+    assert code == 1
+    assert "give sbatch a longer --time" in stderr
+    assert job.wrote("scontrol") == job.wrote("driver") == []
 
 
 def test_queueing_again_has_a_limit(job: SlurmJob) -> None:

@@ -12,7 +12,8 @@ HEAD = """\
 Made from `rlhf_ray.telemetry.names` by `python tests/telemetry/test_metrics_doc.py`; a test keeps it current.
 
 A run writes one JSON object per step to `metrics.jsonl` in its folder, and the same numbers to TensorBoard, W&B and
-MLflow where they are configured (`run.tensorboard`, `run.wandb`, `run.mlflow`).
+MLflow where they are configured (`run.tensorboard`, `run.wandb`, `run.mlflow`), and to Prometheus, where `a/b` is
+`ray_rlhf_a_b` (docs/operations.md).
 
 - Jobs over a data set (`sft`, `reward_model`, `preference`) log `epoch`, `data/*`, `train/*`, `eval/*`, some of
   `time/*` and `throughput/train_tokens_per_s`. All others belong to `job: ppo`.

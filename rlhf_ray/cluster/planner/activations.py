@@ -5,6 +5,7 @@ What autograd keeps for the backward pass is counted tensor by tensor, as transf
 within the vocabulary head is counted where it is largest.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from rlhf_ray.cluster.planner.shapes import ModelShape
@@ -13,6 +14,8 @@ from rlhf_ray.config.training import Dtype
 ITEMSIZE: dict[Dtype, int] = {"bfloat16": 2, "float32": 4}
 FLOAT32 = 4
 INT64 = 8
+SMALL = 16 * 2**10
+"""Bytes up to which jemalloc's sizes are not worth counting."""
 
 
 @dataclass(frozen=True)
@@ -65,17 +68,29 @@ class PassShape:
 
     def saved_bytes(self, tokens: int) -> int:
         """What autograd keeps of all layers until their backward pass."""
-        shape = self.shape
-        last = self._norm(shape.hidden)
-        if self.checkpointing:
-            return (shape.layers * self.item * shape.hidden + last) * tokens
-        return (sum(count * self.layer_bytes(sparse) for sparse, count in shape.kinds.items()) + last) * tokens
+        return sum(size * count for size, count in self._saved(tokens))
 
-    def layer_bytes(self, sparse: bool) -> int:
-        """What autograd keeps of one layer, for each token."""
-        norms = self.shape.family.norms * self._norm(self.shape.hidden)
+    def held_bytes(self, tokens: int) -> int:
+        """Memory that this takes: on the CPU tensors take the next larger size of jemalloc."""
+        return sum((size_class(size) if self.cpu else size) * count for size, count in self._saved(tokens))
+
+    def _saved(self, tokens: int) -> Iterator[tuple[int, int]]:
+        """Bytes of each tensor, and how many there are of it."""
+        for of_token in self._norm(self.shape.hidden):
+            yield of_token * tokens, 1
+        if self.checkpointing:
+            yield self.item * self.shape.hidden * tokens, self.shape.layers
+            return
+        for sparse, layers in self.shape.kinds.items():
+            for of_token in self.layer_tensors(sparse):
+                yield of_token * tokens, layers
+
+    def layer_tensors(self, sparse: bool) -> list[int]:
+        """What autograd keeps of one layer: bytes of each tensor for each token."""
+        norms = self._norm(self.shape.hidden) * self.shape.family.norms
         feed_forward = self._mixture() if sparse else self._feed_forward("mlp", self.shape.intermediate)
-        return norms + self._attention() + feed_forward + self.item * self.adapter_rank * len(self.adapted)
+        adapters = [self.item * self.adapter_rank] * len(self.adapted)
+        return [*norms, *self._attention(), *feed_forward, *adapters]
 
     def working_bytes(self, tokens: int) -> int:
         """What comes and goes in the backward pass of one layer, beside what autograd kept of it."""
@@ -85,7 +100,7 @@ class PassShape:
         # normalisation, float32 copies of what goes in and comes out.
         feed_forward = 2 * item * widest + 2 * item * shape.hidden
         norm = (4 * FLOAT32 + item) * shape.hidden
-        recomputed = max(map(self.layer_bytes, shape.kinds))
+        recomputed = max(sum(self.layer_tensors(sparse)) for sparse in shape.kinds)
         return (max(feed_forward, norm) + (recomputed if self.checkpointing else 0)) * tokens
 
     def forward_bytes(self, tokens: int) -> int:
@@ -127,43 +142,54 @@ class PassShape:
         """Whether what goes into these linear layers is kept: the gradient of a weight needs it."""
         return not self.adapter_rank or any(layer in self.adapted for layer in layers)
 
-    def _norm(self, width: int) -> int:
-        """Of RMSNorm on `width` numbers: what it squares, in float32, and what its weight multiplies."""
+    def _norm(self, width: int) -> list[int]:
+        """Of RMSNorm on `width` numbers: what it squares, in float32, a factor, and what its weight multiplies."""
         normalised = FLOAT32 if self.shape.family.norm_in_float32 else self.item
-        return (FLOAT32 + (0 if self.adapter_rank else normalised)) * width + FLOAT32
+        return [FLOAT32 * width, FLOAT32, *([] if self.adapter_rank else [normalised * width])]
 
-    def _attention(self) -> int:
+    def _attention(self) -> list[int]:
         shape, item = self.shape, self.item
         queries, keys = shape.heads * shape.head_dim, max(shape.kv_heads, self.sequence_parallel) * shape.head_dim
-        kept = item * (2 * queries + 2 * keys) + FLOAT32 * shape.heads  # queries, result, keys, values, normaliser
+        kept = [item * queries, item * keys, item * keys, item * queries, FLOAT32 * shape.heads]
         if self._keeps_input("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"):
-            kept += item * shape.hidden
+            kept.append(item * shape.hidden)
         if self.cpu and self._keeps_input("self_attn.o_proj"):
-            kept += item * queries  # the result in the order of the tokens
+            kept.append(item * queries)  # the result in the order of the tokens
         if shape.family.qk_norm:
-            kept += (shape.heads + shape.kv_heads) * self._norm(shape.head_dim)
+            for heads in (shape.heads, shape.kv_heads):
+                kept += [heads * of_head for of_head in self._norm(shape.head_dim)]
         return kept
 
-    def _feed_forward(self, name: str, inner: int) -> int:
+    def _feed_forward(self, name: str, inner: int) -> list[int]:
         """Gate, its activation, and what that is multiplied with; then the product."""
-        kept = 3 * inner
+        kept = [self.item * inner] * 3
         if self._keeps_input(f"{name}.gate_proj", f"{name}.up_proj"):
-            kept += self.shape.hidden
+            kept.append(self.item * self.shape.hidden)
         if self._keeps_input(f"{name}.down_proj"):
-            kept += inner
-        return self.item * kept
+            kept.append(self.item * inner)
+        return kept
 
-    def _mixture(self) -> int:
+    def _mixture(self) -> list[int]:
         shape, item, experts = self.shape, self.item, self.shape.experts
         assert experts is not None
-        inputs = 0 if self.adapter_rank else shape.hidden + experts.intermediate
-        routed = item * (shape.hidden + 3 * experts.intermediate + inputs) + item + 3 * INT64
-        router = (
-            FLOAT32 * experts.number + INT64 * experts.per_token + (0 if self.adapter_rank else item * shape.hidden)
-        )
-        shared = 0
+        inner, each = item * experts.intermediate, experts.per_token
+        # Gate and up together, the activation, the result, its weight, and three orders of the tokens.
+        routed = [2 * inner, inner, item * shape.hidden, item, INT64, INT64, INT64]
+        router = [FLOAT32 * experts.number, INT64 * each]
+        if not self.adapter_rank:
+            routed += [item * shape.hidden, inner]
+            router.append(item * shape.hidden)
+        kept = [each * of_token for of_token in routed] + router
         if experts.shared_intermediate:
             # What all experts read is kept once; then the result of the shared one, and its gate.
-            shared = self._feed_forward("mlp.shared_expert", experts.shared_intermediate) + item
-            shared += item * (shape.hidden if self.adapter_rank else 0)
-        return routed * experts.per_token + router + shared
+            kept += [*self._feed_forward("mlp.shared_expert", experts.shared_intermediate), item]
+            kept += [item * shape.hidden] if self.adapter_rank else []
+        return kept
+
+
+def size_class(size: int) -> int:
+    """What jemalloc gives for so many bytes: sizes grow by a quarter of the power of two below."""
+    if size <= SMALL:
+        return size
+    step = 1 << ((size - 1).bit_length() - 3)
+    return -(-size // step) * step

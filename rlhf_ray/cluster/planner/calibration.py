@@ -6,8 +6,10 @@ for a machine; they are never fitted to a job. What a file does not have is take
 """
 
 import os
+from functools import cache
+from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import Field, model_validator
@@ -161,9 +163,9 @@ class Calibration(Section):
     @classmethod
     def _complete(cls, given: object) -> object:
         """Sections that a file leaves out are the device's defaults."""
-        if not isinstance(given, dict) or given.get("device") not in _DEFAULTS:
+        if not isinstance(given, dict) or given.get("device") not in ("cpu", "gpu"):
             return given
-        return {**_DEFAULTS[given["device"]], **given}
+        return {**_default_sections(given["device"]), **given}
 
     @model_validator(mode="after")
     def _measured_are_sections(self) -> Self:
@@ -176,9 +178,17 @@ class Calibration(Section):
         return self
 
 
+@cache
 def defaults(device: Device) -> Calibration:
     """What is assumed where nothing was measured."""
     return Calibration.model_validate({"device": device})
+
+
+@cache
+def _default_sections(device: Device) -> dict[str, Any]:
+    path = files("rlhf_ray.cluster.planner") / "calibrations" / f"{device}.yaml"
+    sections: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return sections
 
 
 def default_place() -> Path:
@@ -238,76 +248,3 @@ def _yaml(calibration: Calibration) -> str:
 
     raw = rounded(calibration.model_dump(mode="json", exclude_none=True))
     return yaml.safe_dump(raw, sort_keys=False, allow_unicode=True)
-
-
-# Of GPUs: relative to data sheets, so that an 8-billion model trains at about two fifths of the peak, as Llama 3 did on
-# H100 (Llama Team 2024, "The Llama 3 Herd of Models", table 4), and decodes at about four fifths of the bandwidth.
-# Of CPUs: measured on two cores of a Xeon with AMX, rounded.
-_DEFAULTS: dict[str, dict[str, object]] = {
-    "gpu": {
-        "scoring": {
-            "products": 1.6,
-            "attention": 2.5,
-            "elementwise": 1.3,
-            "vocabulary": 1.3,
-            "weights": 1.3,
-            "layer_s": 0.0004,
-        },
-        "training": {
-            "products": 1.6,
-            "attention": 3.0,
-            "elementwise": 1.3,
-            "vocabulary": 1.3,
-            "weights": 1.3,
-            "layer_s": 0.001,
-        },
-        "optimizer": {"traffic": 1.3, "step_s": 0.01},
-        "generation": {
-            "weights": 1.25,
-            "products": 1.6,
-            "cache": 1.5,
-            "vocabulary": 1.3,
-            "prompt": 1.8,
-            "sequence_s": 0.00002,
-            "layer_s": 0.0,
-            "step_s": 0.002,
-        },
-        "collectives": {"all_reduce": 1.3, "all_gather": 1.3, "reduce_scatter": 1.3, "call_s": 0.00003},
-        "weight_sync": {"weights": 2.0, "tensor_s": 0.0002, "sync_s": 0.2},
-        "ray": {"call_s": 0.001, "object_store_gb_s": 2.0},
-        "start": {"process_s": 20.0, "engine_s": 60.0, "load_gb_s": 2.0},
-    },
-    "cpu": {
-        "scoring": {
-            "products": 1.6,
-            "attention": 2.5,
-            "elementwise": 1.3,
-            "vocabulary": 1.3,
-            "weights": 1.3,
-            "layer_s": 0.0004,
-        },
-        "training": {
-            "products": 1.6,
-            "attention": 3.0,
-            "elementwise": 1.3,
-            "vocabulary": 1.3,
-            "weights": 1.3,
-            "layer_s": 0.001,
-        },
-        "optimizer": {"traffic": 1.3, "step_s": 0.01},
-        "generation": {
-            "weights": 1.25,
-            "products": 1.6,
-            "cache": 1.5,
-            "vocabulary": 1.3,
-            "prompt": 1.8,
-            "sequence_s": 0.0002,
-            "layer_s": 0.0003,
-            "step_s": 0.002,
-        },
-        "collectives": {"all_reduce": 2.0, "all_gather": 1.3, "reduce_scatter": 2.0, "call_s": 0.0005},
-        "weight_sync": {"weights": 2.0, "tensor_s": 0.0005, "sync_s": 0.05},
-        "ray": {"call_s": 0.001, "object_store_gb_s": 2.0},
-        "start": {"process_s": 15.0, "engine_s": 20.0, "load_gb_s": 1.0},
-    },
-}

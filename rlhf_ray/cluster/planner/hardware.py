@@ -95,7 +95,7 @@ class Machine:
         host_memory: bytes.
         object_store: bytes of host memory that are Ray's object store.
         link, network, disk: bytes a second between devices, to other nodes, and of the local disk.
-        disk_space: bytes.
+        disk_space: bytes; None when it is not known.
     """
 
     node: Node
@@ -108,7 +108,7 @@ class Machine:
     link: float
     network: float
     disk: float
-    disk_space: int
+    disk_space: int | None
 
     @property
     def cpus(self) -> float:
@@ -178,7 +178,7 @@ def _ready() -> Any:
 
 
 def _of_file(file: ClusterFile, stem: str, times: int) -> Hardware:
-    machines = []
+    machines: list[Machine] = []
     for group in file.nodes:
         kind = {**DEVICES, **file.devices}[group.device]
         for _ in range(group.count * times):
@@ -280,7 +280,7 @@ def _machine(node: Node, kind_name: str, devices: int, host: int, store: int) ->
         link=kind.link_gb_s * GB,
         network=group["network_gb_s"].default * GB,
         disk=group["disk_gb_s"].default * GB,
-        disk_space=0,
+        disk_space=None,
     )
 
 

@@ -138,6 +138,7 @@ class Measurements:
             memory=self.memory,
             host=1.0,
             host_memory=self.memory,
+            disk=1.0,
             link=link,
             network=link,
             ahead=self.device == "gpu",

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from rlhf_ray.cluster.planner.footprint import Footprint, Item, Place, always, during, total
+from rlhf_ray.cluster.planner.footprint import PLACES, Footprint, Item, Place, always, during, total
 from rlhf_ray.cluster.planner.hardware import Hardware, Machine
 from rlhf_ray.cluster.planner.processes import ProcessMemory
 from rlhf_ray.cluster.planner.residence import Stage, stages
@@ -41,12 +41,12 @@ class Tenant:
 
 @dataclass(frozen=True)
 class Shelf:
-    """One device's memory, or the host memory of one node.
+    """One device's memory, or the host memory or the local disk of one node.
 
     Attributes:
         node: its name.
-        device: number of the device within the node, None for host memory.
-        kind: name of the device's kind.
+        device: number of the device within the node, None for host memory and disk.
+        kind: name of the device's kind, `host` or `disk`.
         capacity: bytes that processes can have.
         tenants: who takes of it.
     """
@@ -136,7 +136,7 @@ class _Building:
         self, workload: Workload, hardware: Hardware, processes: ProcessMemory, parts: Sequence[Stage]
     ) -> None:
         self._workload, self._hardware, self._processes, self._stages = workload, hardware, processes, parts
-        self._tenants: dict[tuple[str, int | None], list[Tenant]] = {}
+        self._tenants: dict[tuple[str, int | Place], list[Tenant]] = {}
         self._machines: dict[str, Machine] = {machine.node.name: machine for machine in hardware.machines}
         self._alike: dict[tuple[str, int, bool, bool], dict[Place, Tenant]] = {}
         self._engine: EnginePlan | None = None
@@ -147,8 +147,8 @@ class _Building:
         if like not in self._alike:
             self._alike[like] = self._tenant_of(chair)
         for place, tenant in self._alike[like].items():
-            shelf = chair.machine.node.name, chair.device if place == "device" else None
-            self._tenants.setdefault(shelf, []).append(replace(tenant, rank=chair.rank))
+            shelf: int | Place = chair.device if place == "device" and chair.device is not None else place
+            self._tenants.setdefault((chair.machine.node.name, shelf), []).append(replace(tenant, rank=chair.rank))
 
     def add_others(self) -> None:
         """What is there beside the roles: on each node Ray and its store, on the first the controller."""
@@ -178,14 +178,19 @@ class _Building:
             for device in range(machine.devices):
                 tenants = tuple(self._tenants.get((node, device), ()))
                 yield Shelf(node, device, machine.kind_name, machine.device_memory, tenants)
-            host = tuple(self._tenants.get((node, None), ()))
+            host = tuple(self._tenants.get((node, "host"), ()))
             yield Shelf(node, None, "host", int(machine.host_memory * HOST_SHARE), host)
+            disk = tuple(self._tenants.get((node, "disk"), ()))
+            if disk and machine.disk_space is not None:
+                yield Shelf(node, None, "disk", machine.disk_space, disk)
 
     def _tenant_of(self, chair: Chair) -> dict[Place, Tenant]:
         """What one process takes of its device and of its node's host memory."""
         role, footprint = chair.role, self._footprint(chair, cpu=chair.device is None)
         found: dict[Place, Tenant] = {}
-        for place in ("host",) if chair.device is None else ("device", "host"):
+        for place in PLACES.values():
+            if not any(item.place == place for item in footprint.items):
+                continue
             used = tuple(total(self._in_stage(role, footprint, place, stage)) for stage in self._stages)
             # Allocators keep what they once had, unless the process leaves its device.
             leaves = place == "device" and role.seat in self._stages[-1].levels
@@ -251,4 +256,4 @@ class _Building:
     def _keep(self, node: str, role: str, size: int) -> None:
         sizes = (size,) * len(self._stages)
         item = always(role, size, Level.OUT, "host")
-        self._tenants.setdefault((node, None), []).append(Tenant(role, 0, sizes, sizes, (item,)))
+        self._tenants.setdefault((node, "host"), []).append(Tenant(role, 0, sizes, sizes, (item,)))

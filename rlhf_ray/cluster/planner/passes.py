@@ -11,6 +11,7 @@ from rlhf_ray.cluster.planner.work import (
     Sequences,
     Work,
     adapter_parameters,
+    gathered_tensors,
     layers_work,
     parameters,
     scoring_work,
@@ -113,6 +114,8 @@ class Ranks:
         seconds = factors.traffic * traffic / memory
         if engine.offload_optimizer != "none" and rates.ahead:
             seconds += 2 * own * BYTES[engine.dtype] / rates.host
+        if engine.offload_optimizer == "nvme":  # read and written again
+            seconds += 2 * own * _STATE_BYTES / rates.disk
         if engine.zero_stage in (1, 2):
             size = self.trained * BYTES[engine.dtype]
             seconds += self.group.all_gather_s(size, self.constants.collectives, self._buckets)
@@ -153,10 +156,13 @@ class Ranks:
         """ZeRO-3 brings every layer's weights together in each pass, the next ones while a GPU computes."""
         if self.engine.zero_stage != 3:
             return compute
-        calls = passes * gathers * self.shape.layers
-        gathering = self.group.all_gather_s(passes * gathers * self.weight_bytes, self.constants.collectives, calls)
+        size, own = passes * gathers * self.weight_bytes, self.weight_bytes / self.group.ranks
+        calls = passes * gathers * gathered_tensors(self.shape)
+        gathering = self.group.all_gather_s(size, self.constants.collectives, calls)
         if self.engine.offload_parameters != "none" and self.rates.ahead:
-            gathering += passes * gathers * self.weight_bytes / self.group.ranks / self.rates.host
+            gathering += passes * gathers * own / self.rates.host
+        if self.engine.offload_parameters == "nvme":
+            gathering += passes * gathers * own / self.rates.disk
         return max(compute, gathering) if self.rates.ahead else compute + gathering
 
     def _reducing_s(self, passes: int) -> float:
@@ -166,7 +172,7 @@ class Ranks:
         stage, factors = self.engine.zero_stage, self.constants.collectives
         size = self.trained * BYTES[self.engine.dtype]
         if stage == 3:
-            return self.group.reduce_scatter_s(passes * size, factors, passes * self.shape.layers)
+            return self.group.reduce_scatter_s(passes * size, factors, passes * self._buckets)
         times = passes if stage == 2 else 1
         return self.group.all_reduce_s(times * size, factors, times * self._buckets)
 

@@ -12,7 +12,7 @@ from rlhf_ray.cluster.planner.devices import GB
 from rlhf_ray.cluster.planner.lengths import Lengths
 from rlhf_ray.cluster.planner.passes import Ranks
 from rlhf_ray.cluster.planner.seats import Seats, ranks_of
-from rlhf_ray.cluster.planner.timeline import Task
+from rlhf_ray.cluster.planner.timeline import SWITCH, Task
 from rlhf_ray.cluster.planner.work import BYTES, Sequences
 from rlhf_ray.cluster.planner.workload import RolloutRole, Workload
 from rlhf_ray.cluster.sharing import DeviceSharing, Phase
@@ -136,8 +136,7 @@ class _Step:
         before = dict(self._sharing.levels)
         for moves in self._sharing.enter(phase, only):
             after = tuple(
-                self._add("switch", role, self._move_s(role, before[role], level), after)
-                for role, level in moves.items()
+                self._add(SWITCH, role, self._move_s(role, before[role], level), after) for role, level in moves.items()
             )
         return after
 

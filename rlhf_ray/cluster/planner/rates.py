@@ -17,6 +17,7 @@ class Rates:
         memory: bytes a second of its memory.
         host: bytes a second between the device and host memory.
         host_memory: bytes a second of this process's share of host memory.
+        disk: bytes a second of its part of the node's local disk.
         link, network: bytes a second to a process on the same node, and from the node to other nodes.
         ahead: it computes while the next layers are being prepared, as a GPU does.
     """
@@ -26,6 +27,7 @@ class Rates:
     memory: float
     host: float
     host_memory: float
+    disk: float
     link: float
     network: float
     ahead: bool
@@ -52,6 +54,7 @@ def rates_of(machine: Machine, calibration: Calibration, threads: int) -> Rates:
         memory=cores * (measured.memory_gb_s if measured else kind.memory_gb_s) * GB,
         host=kind.host_gb_s * GB,
         host_memory=core * (cores if kind.is_cpu else machine.cpus / max(1, machine.devices)),
+        disk=machine.disk / max(1, machine.devices),
         link=link,
         network=machine.network,
         ahead=not kind.is_cpu,
@@ -65,6 +68,7 @@ class Group:
     Attributes:
         ranks: how many.
         nodes: that they sit on.
+        disk: bytes a second of its part of the node's local disk.
         link, network: bytes a second of a rank to one on its node, and from a node to others.
     """
 

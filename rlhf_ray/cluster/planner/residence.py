@@ -2,12 +2,15 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from rlhf_ray.cluster.planner.footprint import Phase
 from rlhf_ray.cluster.sharing import NEEDS, DeviceSharing
 from rlhf_ray.config.jobs import JobConfig, PPOJob, PreferenceJob
 from rlhf_ray.config.sharing import shared_places
 from rlhf_ray.engines.level import Level
+
+_OfStep = Literal["generate", "score", "update", "sync"]
 
 
 @dataclass(frozen=True)
@@ -43,15 +46,15 @@ def stages(job: JobConfig) -> list[Stage]:
     return found
 
 
-def _parts(job: JobConfig, sharing: DeviceSharing) -> list[tuple[str, Phase, frozenset[str]]]:
+def _parts(job: JobConfig, sharing: DeviceSharing) -> list[tuple[str, _OfStep, frozenset[str]]]:
     there = frozenset(job.places)
     if isinstance(job, PPOJob):
-        phases: tuple[Phase, ...] = ("generate", "score", "update", "sync")
+        phases: tuple[_OfStep, ...] = ("generate", "score", "update", "sync")
         trained = ["critic", "policy"]
     else:
         phases = ("score", "update") if isinstance(job, PreferenceJob) and "reference" in there else ("update",)
         trained = [job.role.name]
-    parts = []
+    parts: list[tuple[str, _OfStep, frozenset[str]]] = []
     for phase in phases:
         if phase == "update":
             turns = sharing.turns(trained)

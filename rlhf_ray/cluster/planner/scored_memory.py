@@ -3,7 +3,7 @@
 from rlhf_ray.cluster.planner.activations import ITEMSIZE, PassShape
 from rlhf_ray.cluster.planner.footprint import PLACES, Item, always, during
 from rlhf_ray.cluster.planner.roles import ScoredRole
-from rlhf_ray.cluster.planner.trained_memory import LIVE_PARAMETERS, PERSISTENT, PREFETCH
+from rlhf_ray.cluster.planner.trained_memory import LIVE_PARAMETERS, PERSISTENT, PREFETCH, swapped_weights
 from rlhf_ray.engines.level import Level
 
 
@@ -29,7 +29,8 @@ def scored_items(role: ScoredRole, *, cpu: bool) -> list[Item]:
     whole = sum(tensor.size * tensor.count for tensor in shape.tensors() if tensor.size <= PERSISTENT) * item
     return [
         always("weights", weights / role.ranks, Level.WEIGHTS, place),
-        always("weights kept whole", whole if role.ranks > 1 or place == "host" else 0, Level.WEIGHTS),
+        always("weights kept whole", whole if role.ranks > 1 or place != "device" else 0, Level.WEIGHTS),
+        *swapped_weights(item * max(tensor.size for tensor in shape.tensors()), role.ranks, place),
         during("gathered weights", gathered, "score"),
         *items,
     ]

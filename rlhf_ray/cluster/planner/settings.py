@@ -31,11 +31,18 @@ class Setting:
         tokens = max(role.batch.longest, int(role.engine.micro_batch_tokens * self.micro_batch))
         if isinstance(role, ScoredRole):
             parameters = role.engine.offload_parameters if self.scoring_stage == 3 else "none"
-            return {"zero_stage": self.scoring_stage, "offload_parameters": parameters, "micro_batch_tokens": tokens}
+            return {
+                "zero_stage": self.scoring_stage,
+                "offload_parameters": parameters,
+                "nvme_path": role.engine.nvme_path if parameters == "nvme" else None,
+                "micro_batch_tokens": tokens,
+            }
+        parameters = role.engine.offload_parameters if self.zero_stage == 3 else "none"
         return {
             "zero_stage": self.zero_stage,
             "offload_optimizer": "cpu" if self.offload_optimizer else "none",
-            "offload_parameters": role.engine.offload_parameters if self.zero_stage == 3 else "none",
+            "offload_parameters": parameters,
+            "nvme_path": role.engine.nvme_path if parameters == "nvme" else None,
             "activation_checkpointing": self.activation_checkpointing,
             "micro_batch_tokens": tokens,
         }

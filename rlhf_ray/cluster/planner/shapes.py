@@ -111,7 +111,7 @@ class ModelShape:
             PlanError: for an architecture that is not known, or a key that is missing or no number.
         """
         read = _Reader(config, model)
-        model_type = config.get("model_type")
+        model_type = str(config.get("model_type"))
         if model_type not in FAMILIES:
             raise PlanError(
                 f"model {model!r}",

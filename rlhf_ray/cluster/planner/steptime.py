@@ -10,7 +10,7 @@ from rlhf_ray.cluster.planner.hardware import Hardware
 from rlhf_ray.cluster.planner.lengths import Lengths
 from rlhf_ray.cluster.planner.ppo_tasks import ppo_tasks
 from rlhf_ray.cluster.planner.seats import Cluster, Seats
-from rlhf_ray.cluster.planner.timeline import Span, covered, run
+from rlhf_ray.cluster.planner.timeline import SWITCH, Span, covered, run
 from rlhf_ray.cluster.planner.workload import Workload, workload_of
 from rlhf_ray.config.jobs import JobConfig, PPOJob
 
@@ -36,7 +36,8 @@ class StepTime:
     Attributes:
         seconds: of the whole.
         phases: seconds from the beginning of a phase to its end, named as in the metrics `time/NAME_s`; in PPO scoring
-            begins while responses are still generated, and the updates of policy and critic overlap.
+            begins while responses are still generated, and the updates of policy and critic overlap. `SWITCH` is the
+            time in which some role comes to its device or leaves it.
         roles: in the order of the job's places.
         response_tokens: that the step generates; 0 in a job over a data set.
     """
@@ -98,15 +99,13 @@ def predict(
 
 
 def _phases(spans: Sequence[Span]) -> dict[str, float]:
-    names = dict.fromkeys(span.task.phase for span in spans)
-    ends = {
-        name: (
-            min(span.begin for span in spans if span.task.phase == name),
-            max(span.end for span in spans if span.task.phase == name),
-        )
-        for name in names
-    }
-    return {name: last - first for name, (first, last) in ends.items()}
+    of_phase: dict[str, list[Span]] = {}
+    for span in spans:
+        of_phase.setdefault(span.task.phase, []).append(span)
+    found = {name: max(s.end for s in mine) - min(s.begin for s in mine) for name, mine in of_phase.items()}
+    if SWITCH in found:  # it comes again and again, between the others
+        found[SWITCH] = covered(of_phase[SWITCH])
+    return found
 
 
 def _role_time(role: str, spans: Sequence[Span], seconds: float) -> RoleTime:

@@ -10,6 +10,10 @@ from dataclasses import dataclass
 _NEVER = float("inf")
 
 
+SWITCH = "switch"
+"""The phase in which roles come to their devices and leave them."""
+
+
 @dataclass(frozen=True)
 class Task:
     """Something that roles do.

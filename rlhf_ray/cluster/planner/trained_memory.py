@@ -9,7 +9,7 @@ from functools import cache
 
 from rlhf_ray.cluster.planner.activations import FLOAT32, ITEMSIZE, PassShape
 from rlhf_ray.cluster.planner.adapters import adapted_layers, adapter_sizes, frozen_bytes
-from rlhf_ray.cluster.planner.footprint import PLACES, Item, Moment, always, during
+from rlhf_ray.cluster.planner.footprint import PLACES, Item, Moment, Place, always, during
 from rlhf_ray.cluster.planner.roles import TrainedRole
 from rlhf_ray.cluster.planner.shapes import ModelShape
 from rlhf_ray.config.training import Lora
@@ -20,11 +20,15 @@ REDUCE_BUCKET = 500_000_000
 LIVE_PARAMETERS = 1_000_000_000
 PREFETCH = 50_000_000
 SUB_GROUP = 1_000_000_000
+SWAP_GROUP = 50_000_000
+SWAP_BUFFERS = 5
 PERSISTENT = 10_000
 
 FLOAT64 = 8
 MOMENTS = 2 * FLOAT32
 """Adam's, of one weight."""
+SWAPPED = 4 * FLOAT32
+"""Of one weight whose state is on a disk, while it is in host memory: gradient, master weight and moments."""
 UPDATE: tuple[Moment, ...] = ("backward", "reduce", "step")
 
 
@@ -59,6 +63,12 @@ class Sizes:
 def trained_items(role: TrainedRole, *, cpu: bool) -> list[Item]:
     """What one rank holds, without the process itself."""
     return _Rank(role, cpu).items()
+
+
+def swapped_weights(largest: int, ranks: int, place: Place) -> list[Item]:
+    """Buffers in host memory of weights that are on a disk; each holds any rank's part of any of them."""
+    size = SWAP_BUFFERS * -(-largest // ranks)
+    return [always("offload buffers", size, place="host")] if place == "disk" else []
 
 
 def pass_shape(role: TrainedRole, *, cpu: bool) -> PassShape:
@@ -101,6 +111,7 @@ class _Rank:
         return [
             always("weights", size / self.ranks, Level.WEIGHTS, place),
             always("weights kept whole", whole if self.ranks > 1 or place != "device" else 0, Level.WEIGHTS),
+            *swapped_weights(self.item * self.sizes.largest, self.ranks, place),
             during("gathered weights", gathered, "score", "backward", "reduce"),
         ]
 
@@ -110,19 +121,28 @@ class _Rank:
         items = [always("optimizer moments", MOMENTS * self.owned, place=self.states)]
         if copies:
             items.insert(0, always("master weights", FLOAT32 * self.owned, place=self.states))
-        if self.states != "device":
-            # Gradients in float32 and updated weights on their way back stay allocated.
-            items.append(always("offload buffers", (FLOAT32 + self.item) * self.owned, place="host"))
-            largest = self.item * self.sizes.largest
-            items += [always("offload buffers", largest, place="host"), always("offload buffers", largest)]
-        return items
+        return [*items, *self._offload_buffers()]
+
+    def _offload_buffers(self) -> list[Item]:
+        """What stays allocated beside a state that is not on the device."""
+        gradients = FLOAT32 * self.owned
+        if self.states == "disk":
+            part = SWAPPED * min(SWAP_GROUP, self.owned)
+            return [always("offload buffers", part, place="host"), always("gradients", gradients, place="disk")]
+        if self.states == "device":
+            return []
+        if self.stage == 3:
+            return [always("offload buffers", gradients, place="host")]
+        # Updated weights on their way back, and one gradient on its way, on both sides.
+        largest = self.item * self.sizes.largest
+        host = gradients + self.item * self.owned + largest
+        return [always("offload buffers", host, place="host"), always("offload buffers", largest)]
 
     def _gradients(self) -> list[Item]:
         role, item, trained = self.role, self.item, self.sizes.trained
         micro_batches = role.batch.micro_batches(self.engine, self.ranks)
         accumulates = micro_batches > 1
-        # A GPU gets the whole bucket; of host memory only what is touched counts.
-        bucket = min(REDUCE_BUCKET, trained) if self.cpu else REDUCE_BUCKET
+        bucket = min(REDUCE_BUCKET, trained)
         flattened = min(max(REDUCE_BUCKET, self.sizes.largest), trained)
         several = trained > REDUCE_BUCKET
         # Of several buckets the first is full while most activations are still there.
@@ -135,23 +155,24 @@ class _Rank:
             ]
         if self.stage == 3:
             return [
-                always("gradients", item * self.owned, place=self.states),
+                always("gradients", item * self.owned, place="device" if self.states == "device" else "host"),
                 always("reduce buffers", item * bucket),
                 during("reduce buffers", item * flattened, *early, "reduce"),
             ]
         part = item * self.owned
-        passing = item * flattened + part if several else max(item * flattened, part)
+        # Host memory that a large block leaves is cut up by small tensors: each of them has a place of its own there.
+        passing = item * flattened + part if several or self.cpu else max(item * flattened, part)
         if self.stage == 1:
             return [
                 during("gradients", item * trained, *whole),
                 during("gradients", part if self.states == "device" else 0, "step"),
-                during("reduce buffers", item * min(bucket, trained) + passing, "reduce"),
+                during("reduce buffers", item * bucket + passing, "reduce"),
             ]
         accumulated = part if accumulates else 0
         return [
             during("gradients", accumulated, "backward", place=self.states),
             during("gradients", part, "step", place=self.states),
-            during("reduce buffers", item * bucket if several or not self.cpu else 0, "backward"),
+            during("reduce buffers", item * bucket, "backward"),
             during("reduce buffers", item * flattened, *early),
             during("reduce buffers", item * bucket + passing + accumulated, "reduce"),
         ]
@@ -165,7 +186,11 @@ class _Rank:
         if self.stage == 0:
             flat = 0 if self.item == FLOAT32 else FLOAT32 * self.owned
         norm = FLOAT64 * min(self.sizes.largest, self.owned) if self.stage else 0
-        return [during("gradients for the step", max(flat, norm), "step")]
+        apart = flat if self.cpu and self.stage else 0
+        return [
+            during("gradients for the step", max(flat, norm), "step"),
+            during("gradients for the step", apart, "reduce"),
+        ]
 
     def _passes(self) -> list[Item]:
         role, how = self.role, pass_shape(self.role, cpu=self.cpu)
@@ -173,7 +198,7 @@ class _Rank:
         head, working = how.head_bytes(pack, backward=True), how.working_bytes(pack.tokens)
         head_gradient = self.item * role.shape.head_parameters if role.lora is None else 0
         items = [
-            during("activations", how.saved_bytes(pack.tokens), "backward"),
+            during("activations", how.held_bytes(pack.tokens), "backward"),
             during("logits and states", max(head, working), "backward"),
             during("gradients", head_gradient if role.shape.head == "vocabulary" else 0, "backward"),
         ]

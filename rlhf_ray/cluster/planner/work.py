@@ -9,6 +9,7 @@ from rlhf_ray.cluster.planner.shapes import ModelShape
 from rlhf_ray.config.training import Dtype, Lora
 
 BYTES: dict[Dtype, int] = {"bfloat16": 2, "float32": 4}
+_SHARDED_FROM = 10_000  # elements of a weight
 
 # Tensors that are read or written for each token in a layer, counted in transformers' Llama; factors of a calibration
 # are relative to these, so that only their proportions matter.
@@ -76,6 +77,12 @@ class Work:
 def parameters(shape: ModelShape) -> int:
     """All weights."""
     return shape.parameters
+
+
+@cache
+def gathered_tensors(shape: ModelShape) -> int:
+    """Weights that ZeRO-3 shards: DeepSpeed keeps small ones whole (`stage3_param_persistence_threshold`)."""
+    return sum(tensor.count for tensor in shape.tensors() if tensor.size > _SHARDED_FROM)
 
 
 @cache

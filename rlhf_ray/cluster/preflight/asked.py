@@ -68,7 +68,7 @@ def disk_need(config: JobConfig) -> DiskNeed:
     if isinstance(config, PreferenceJob) and config.reference.update_every:
         one += read_shape(config.reference_model).parameters * _BYTES[config.reference.engine.dtype]
     count = _checkpoints(config)
-    what = f"{count} checkpoint{'s'[: count > 1]} of {gigabytes(one)}"
+    what = f"{count} checkpoint{'s'[: count > 1]} of {describe_bytes(one)}"
     size = count * one
     if config.run.export:
         section, shape = next(_trained(config))
@@ -76,7 +76,7 @@ def disk_need(config: JobConfig) -> DiskNeed:
         # A new one is written beside the one that is there.
         copies = 2 if count > 1 else 1
         size += copies * exported
-        what += f" and {copies} export{'s'[: copies > 1]} of {gigabytes(exported)}"
+        what += f" and {copies} export{'s'[: copies > 1]} of {describe_bytes(exported)}"
     return DiskNeed(size, what)
 
 
@@ -96,10 +96,11 @@ def transfers(config: JobConfig) -> Iterator[Transfer]:
         yield Transfer(f"one reduction of the {name}'s gradients", size, timeouts.update_s, "run.timeouts.update_s")
 
 
-def gigabytes(size: float) -> str:
-    """`1.25 GB`, with at least two digits that count."""
-    number = size / 1e9
-    return f"{number:,.1f} GB" if number >= 10 else f"{number:.2g} GB"
+def describe_bytes(size: float) -> str:
+    """`12.3 GB`, `1.25 GB`, `269 MB`."""
+    if size >= 10e9:
+        return f"{size / 1e9:,.1f} GB"
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.3g} MB"
 
 
 def _names(config: JobConfig) -> list[str]:

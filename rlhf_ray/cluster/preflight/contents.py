@@ -20,7 +20,7 @@ _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 def check_contents(view: View) -> Iterator[Check]:
     """Have every node look, and compare it with what this process sees."""
-    read = [named for named in named_in(view.config) if named.kind != "folder"]
+    read = [named for named in named_in(view.config) if named.kind in ("model", "data")]
     on_hub = {named.value for named in read if local_path(named) is None and _HUB_NAME.fullmatch(named.value)}
     paths = {named: str(local_path(named) or named.value) for named in read if named.value not in on_hub}
     modules, variables = modules_and_variables(view.config)

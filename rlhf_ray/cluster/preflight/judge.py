@@ -5,7 +5,7 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from rlhf_ray.cluster.preflight.asked import DiskNeed, Transfer, gigabytes
+from rlhf_ray.cluster.preflight.asked import DiskNeed, Transfer, describe_bytes
 from rlhf_ray.cluster.preflight.report import Broadcast
 
 MAX_SKEW_S = 2.0
@@ -110,10 +110,10 @@ def judge_disk(setting: str, folder: str, need: DiskNeed, there: int, free: Mapp
         free: bytes by node.
     """
     missing = need.size - there
-    for left, names in _alike({name: gigabytes(left) if left < missing else "" for name, left in free.items()}):
+    for left, names in _alike({name: describe_bytes(left) if left < missing else "" for name, left in free.items()}):
         yield (
             f"{setting}: {_nodes(names)}: {left} free in {folder}, but the run needs "
-            f"{gigabytes(missing)} ({need.what}): free some, lower run.keep_last, or choose another disk"
+            f"{describe_bytes(missing)} ({need.what}): free some, lower run.keep_last, or choose another disk"
         )
 
 
@@ -155,8 +155,8 @@ def judge_broadcast(broadcast: Broadcast, transfers: Sequence[Transfer]) -> Iter
             seconds = transfer.size / speed
             if seconds > transfer.limit_s:
                 yield (
-                    f"node {node}: {gigabytes(speed)}/s from node {broadcast.source} ({broadcast.backend}), so "
-                    f"{transfer.what} ({gigabytes(transfer.size)}) takes {seconds:,.0f} s, more than "
+                    f"node {node}: {describe_bytes(speed)}/s from node {broadcast.source} ({broadcast.backend}), so "
+                    f"{transfer.what} ({describe_bytes(transfer.size)}) takes {seconds:,.0f} s, more than "
                     f"{transfer.setting} ({transfer.limit_s:g}): use a faster network (GLOO_SOCKET_IFNAME or "
                     "NCCL_SOCKET_IFNAME in placement.ROLE.env names its interface), or raise that limit"
                 )

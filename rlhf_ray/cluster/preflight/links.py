@@ -22,9 +22,13 @@ class LinkProbe:
             return host, int(probe.getsockname()[1])
 
     def broadcast(
-        self, backend: str, rank: int, size: int, host: str, port: int, timeout_s: float
+        self, backend: str, rank: int, size: int, own: str, host: str, port: int, timeout_s: float
     ) -> tuple[int, float]:
-        """Join a group of `size` processes and take part in a broadcast from rank 0.
+        """Join a group of `size` processes, as the ranks of a role do, and take part in a broadcast from rank 0.
+
+        Args:
+            own: address of this node.
+            host, port: of rank 0.
 
         Returns:
             Bytes that were sent, and seconds until they were here. There are as many bytes as the slowest node gets in
@@ -33,6 +37,9 @@ class LinkProbe:
         import torch
         import torch.distributed as dist
 
+        from rlhf_ray.engines.interfaces import use_interface_of
+
+        use_interface_of(own)
         device = torch.device("cuda", 0) if backend == "nccl" else torch.device("cpu")
         limit = timedelta(seconds=timeout_s)
         dist.init_process_group(backend, f"tcp://{host}:{port}", limit, size, rank)

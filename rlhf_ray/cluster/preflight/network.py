@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 
 from rlhf_ray.cluster.planner.errors import PlanError
-from rlhf_ray.cluster.preflight.asked import Transfer, gigabytes, transfers
+from rlhf_ray.cluster.preflight.asked import Transfer, describe_bytes, transfers
 from rlhf_ray.cluster.preflight.judge import Clock, judge_broadcast, judge_clocks, judge_reach
 from rlhf_ray.cluster.preflight.links import LinkProbe
 from rlhf_ray.cluster.preflight.probe import CONNECT_S
@@ -96,8 +96,8 @@ def check_links(view: View, links: Links) -> tuple[Check, list[Broadcast]]:
             broadcasts.append(measured)
             problems += judge_broadcast(measured, limits)
     words = [
-        f"{each.backend}: {gigabytes(each.size)} from {each.source}, {gigabytes(min(each.speeds.values()))}/s to the "
-        f"slowest of {len(each.seconds)}"
+        f"{each.backend}: {describe_bytes(each.size)} from {each.source}, "
+        f"{describe_bytes(min(each.speeds.values()))}/s to the slowest of {len(each.seconds)}"
         for each in broadcasts
     ]
     return Check("links", "; ".join(words), tuple(problems)), broadcasts
@@ -109,7 +109,8 @@ def _broadcast(view: View, backend: str, nodes: Sequence[Node], group: Probes) -
     if source in meeting:
         host, port = meeting[source]
         places = {
-            name: (backend, rank, len(nodes), host, port, _GROUP_S) for rank, name in enumerate([source, *others])
+            name: (backend, rank, len(nodes), view.addresses[name], host, port, _GROUP_S)
+            for rank, name in enumerate([source, *others])
         }
         measured, raised = group.ask("broadcast", places, _GROUP_S)
         if len(measured) == len(nodes):

@@ -76,6 +76,37 @@ class Probes:
         return self.ask(method, dict.fromkeys(self._actors, arguments), limit_s)
 
 
+class OwnProbe(Probes):
+    """A probe in this process, for a cluster that this process started: its workers run the same Python here, so there
+    is nothing that they could see otherwise."""
+
+    def __init__(self, probe: object, node: Node) -> None:
+        super().__init__({node.name: probe}, Deadline(0))
+
+    def ask(
+        self, method: str, arguments: Mapping[str, tuple[Any, ...]], limit_s: float
+    ) -> tuple[dict[str, Any], dict[str, str]]:
+        """As with others, but here."""
+        answers: dict[str, Any] = {}
+        raised: dict[str, str] = {}
+        for name, given in arguments.items():
+            try:
+                answers[name] = getattr(self._actors[name], method)(*given)
+            except OSError as error:
+                raised[name] = _reason(error)
+        return answers, raised
+
+
+@contextmanager
+def node_probes(probe: type, nodes: Sequence[Node], deadline: Deadline) -> Iterator[Probes]:
+    """A probe for each node of the cluster."""
+    if len(nodes) == 1 and ray._private.worker.global_worker.node.is_head():  # which this process started, then
+        yield OwnProbe(probe(), nodes[0])
+    else:
+        with probes(probe, nodes, deadline) as started:
+            yield started
+
+
 @contextmanager
 def probes(probe: type, nodes: Sequence[Node], deadline: Deadline, **options: Any) -> Iterator[Probes]:
     """Start a probe on each node, its class sent by value, since the nodes need not have it."""

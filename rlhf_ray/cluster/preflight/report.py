@@ -67,7 +67,7 @@ class Report:
 
     def __str__(self) -> str:
         nodes = "1 node" if len(self.node_ids) == 1 else f"{len(self.node_ids)} nodes"
-        speed = "".join(f", {min(each.speeds.values()) / 1e9:.2g} GB/s over {each.backend}" for each in self.broadcasts)
+        speed = "".join(f", {min(each.speeds.values()) / 1e9:.2f} GB/s over {each.backend}" for each in self.broadcasts)
         return f"{nodes} looked at in {self.seconds:.1f} s{speed}"
 
     @property

@@ -11,7 +11,7 @@ from rlhf_ray.cluster.preflight.contents import check_contents
 from rlhf_ray.cluster.preflight.network import check_clocks, check_links, check_ports, link_probes
 from rlhf_ray.cluster.preflight.placing import check_placement
 from rlhf_ray.cluster.preflight.probe import NodeProbe
-from rlhf_ray.cluster.preflight.probing import Deadline, Probes, probes
+from rlhf_ray.cluster.preflight.probing import Deadline, Probes, node_probes
 from rlhf_ray.cluster.preflight.report import Check, Report
 from rlhf_ray.cluster.preflight.storage import check_storage
 from rlhf_ray.cluster.preflight.view import View
@@ -30,7 +30,7 @@ def preflight(config: JobConfig) -> Report:
     home = ray.get_runtime_context().get_node_id()
     placement, seats = check_placement(config, nodes)
     with ExitStack() as stack:
-        own = stack.enter_context(probes(NodeProbe, nodes, deadline))
+        own = stack.enter_context(node_probes(NodeProbe, nodes, deadline))
         links = stack.enter_context(link_probes(config, seats, deadline))
         view = View(
             config,

@@ -8,7 +8,7 @@ from typing import Any
 
 from rlhf_ray.cluster.named_paths import named_in
 from rlhf_ray.cluster.planner.errors import PlanError
-from rlhf_ray.cluster.preflight.asked import disk_need, gigabytes
+from rlhf_ray.cluster.preflight.asked import describe_bytes, disk_need
 from rlhf_ray.cluster.preflight.judge import judge_disk, judge_folder, judge_shared
 from rlhf_ray.cluster.preflight.report import Check
 from rlhf_ray.cluster.preflight.view import View
@@ -31,6 +31,8 @@ def check_storage(view: View) -> Iterator[Check]:
             problems += found
             if named.setting == "run.dir":
                 free = free_there
+        elif named.kind == "scratch" and named.role is not None:
+            problems += _try_scratch(view, named.setting, named.value, view.of([named.role]))
     names = ", ".join(node.name for node in writers)
     yield Check("storage", f"{view.config.run.dir} is one folder for {names}", tuple(problems))
     yield _disk(view, free)
@@ -56,6 +58,14 @@ def _try_folder(view: View, setting: str, folder: str, nodes: list[Node]) -> tup
     return free, [*judge_shared(setting, folder, home, blind), *judge_folder(setting, folder, refused)]
 
 
+def _try_scratch(view: View, setting: str, folder: str, nodes: list[Node]) -> list[str]:
+    """Problems of a folder that each node has for itself."""
+    name = f".preflight-{secrets.token_hex(8)}"
+    written, refused = view.probes.ask("write", {node.name: (folder, name, "") for node in nodes}, _ANSWER_S)
+    view.probes.ask("remove", {node: (folder, name, answer["made"]) for node, answer in written.items()}, _ANSWER_S)
+    return list(judge_folder(setting, folder, refused))
+
+
 def _disk(view: View, free: dict[str, int]) -> Check:
     folder = Path(view.config.run.dir).absolute()
     try:
@@ -66,7 +76,7 @@ def _disk(view: View, free: dict[str, int]) -> Check:
         return Check("disk", f"{folder} could not be written", skipped=True)
     there = _size(folder / "checkpoints") + _size(folder / "export")
     problems = judge_disk("run.dir", str(folder), need, there, free)
-    return Check("disk", f"{gigabytes(min(free.values()))} free, {need.what} at most", tuple(problems))
+    return Check("disk", f"{describe_bytes(min(free.values()))} free, {need.what} at most", tuple(problems))
 
 
 def _writing_roles(view: View) -> list[str]:

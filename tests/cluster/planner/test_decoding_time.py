@@ -25,7 +25,7 @@ SHAPE = ModelShape.of(
     },
     "a model",
 )
-RATES = Rates(1e14, 1e13, 1e12, 1e10, 1e11, 1e11, 1e10, ahead=True)
+RATES = Rates(1e14, 1e13, 1e12, 1e10, 1e11, 1e9, 1e11, 1e10, ahead=True)
 FREE = dict.fromkeys(Generation.model_fields, 0.0)
 ONE_A_STEP = Lengths(prompt=100, response=50, longest=50)
 

@@ -23,7 +23,7 @@ from rlhf_ray.config.training import TrainingEngine
 
 FLOPS = {"bfloat16": 2e12, "float32": 2e11}
 MEMORY, LINK = 2e10, 3e9
-RATES = Rates(2e12, 2e11, MEMORY, 1.0, MEMORY, LINK, LINK, ahead=False)
+RATES = Rates(2e12, 2e11, MEMORY, 1.0, MEMORY, 1.0, LINK, LINK, ahead=False)
 KNOWN = defaults("cpu").model_copy(
     update={
         "scoring": defaults("cpu").scoring.model_copy(update={"products": 1.9, "elementwise": 0.7, "attention": 4.0}),

@@ -92,6 +92,26 @@ def test_offload_moves_the_optimizer_to_the_host(make_job: MakeJob) -> None:
     }
 
 
+def test_offload_of_shards_needs_no_way_back_for_weights(make_job: MakeJob) -> None:
+    held = trained(make_job("sft", "policy.engine.zero_stage=3", "policy.engine.offload_optimizer=cpu"))
+    assert held["offload buffers", "host"] == 4 * LLAMA_8B // 8
+    assert held["gradients", "host"] == 2 * LLAMA_8B // 8
+    assert ("offload buffers", "device") not in held
+
+
+def test_offload_to_a_disk_takes_buffers_of_host_memory(make_job: MakeJob) -> None:
+    engine = "policy.engine={zero_stage: 3, offload_optimizer: nvme, offload_parameters: nvme, nvme_path: /nvme}"
+    held = trained(make_job("sft", engine))
+    largest = 128256 * 4096
+    assert held["weights", "disk"] == 2 * LLAMA_8B // 8
+    assert held["optimizer moments", "disk"] == 8 * LLAMA_8B // 8
+    assert held["offload buffers", "host"] == 16 * 50_000_000 + 5 * 2 * largest // 8
+    plan = plan_of(make_job("sft", engine))
+    [disk] = [shelf for shelf in plan.shelves if shelf.kind == "disk"]
+    assert disk.capacity == 27000 * GIB
+    assert disk.held == 8 * sum(size for (_, place), size in held.items() if place == "disk")
+
+
 def test_adapters_alone_have_gradients_and_optimizer_state(make_job: MakeJob) -> None:
     held = trained(make_job("sft", "policy.lora.rank=16"))
     # Into q and o 4096 + 4096, k and v 4096 + 1024, gate, up and down 4096 + 14336, in 32 layers.

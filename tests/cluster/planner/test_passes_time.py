@@ -27,7 +27,7 @@ LAYERS = 32 * (4096 * (4096 + 1024 + 1024 + 4096) + 3 * 4096 * 14336)
 """Weights of the linear layers of Llama 3 8B."""
 SEQUENCES = Sequences.of(64, 256, 768)
 RATES = Rates(
-    bfloat16=1e15, float32=1e14, memory=1e12, host=1e10, host_memory=1e11, link=1e11, network=1e10, ahead=True
+    bfloat16=1e15, float32=1e14, memory=1e12, host=1e10, host_memory=1e11, disk=1e9, link=1e11, network=1e10, ahead=True
 )
 NOTHING = Pass(products=0, attention=0, elementwise=0, vocabulary=0, weights=0, layer_s=0)
 PRODUCTS = NOTHING.model_copy(update={"products": 2.0})
@@ -175,3 +175,11 @@ def test_ranks_that_share_sequences_have_a_part_of_their_tokens_and_exchange_sta
     # A single sequence has one rank to compute it, or four.
     one = Sequences.of(1, 0, 8192)
     assert alone.scoring_s(one) > 3 * shared.scoring_s(one)
+
+
+def test_what_is_on_disks_is_read_and_written_at_their_pace() -> None:
+    def step_s(place: str) -> float:
+        engine = {"zero_stage": 3, "offload_optimizer": place, "nvme_path": "/disk" if place == "nvme" else None}
+        return ranks(4, engine=engine).step_s()
+
+    assert step_s("nvme") - step_s("cpu") == pytest.approx(2 * 12 * SHAPE.parameters / 4 / 1e9)

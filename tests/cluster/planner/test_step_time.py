@@ -135,6 +135,7 @@ def test_engines_that_leave_the_policys_devices_overlap_with_nothing(tmp_path: P
     # The way back of what was there in the step before is part of the phase in which it comes.
     within = sum(step.phases[name] for name in phases if name != "switch")
     assert within <= step.seconds
+    assert 0 < step.phases["switch"] < step.seconds - step.phases["generate"]
     assert step.phases["score"] > 0
     assert idle(step)["rollout"] == pytest.approx(
         1 - (step.phases["generate"] + step.phases["weight_sync"]) / step.seconds

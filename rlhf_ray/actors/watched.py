@@ -1,0 +1,75 @@
+"""What makes an actor answer, while it works, to the question what it works on."""
+
+import os
+from functools import cached_property
+from typing import Any
+
+import psutil
+import ray
+
+from rlhf_ray.telemetry.status import Activity, phase_of
+from rlhf_ray.telemetry.trace import SpanRecorder
+
+_GROUP = "status"
+
+
+class Watched:
+    """An actor that records spans. Its class goes through `actor_class`.
+
+    Attributes:
+        recorder: of its spans.
+    """
+
+    recorder: SpanRecorder
+
+    @ray.method(concurrency_group=_GROUP)
+    def activity(self) -> Activity:
+        """What this process does right now; Ray runs it in a thread of its own, beside the role's work."""
+        phase, since_s = phase_of(self.recorder.open(), self.recorder.idle_since_s)
+        running, waiting, version = self.queue()
+        node, node_id = self._node
+        return Activity(
+            phase=phase,
+            since_s=since_s,
+            node=node,
+            node_id=node_id,
+            pid=os.getpid(),
+            host_bytes=_host_bytes(),
+            device_bytes=self.device_bytes(),
+            running=running,
+            waiting=waiting,
+            version=version,
+        )
+
+    def queue(self) -> tuple[int | None, int | None, int | None]:
+        """Running and waiting requests, and the version of the weights, of a role that samples."""
+        return None, None, None
+
+    def device_bytes(self) -> tuple[int, int] | None:
+        """Device memory in use and in all; None for a role without a device."""
+        return None
+
+    @cached_property
+    def _node(self) -> tuple[str, str]:
+        return ray.util.get_node_ip_address(), ray.get_runtime_context().get_node_id()
+
+
+def actor_class(worker: type) -> Any:
+    """Ray's class of actors of a `Watched` class.
+
+    With a group there, Ray runs the other methods in one thread beside the main one: still one at a time, and in order.
+    The constructor runs in the main thread.
+    """
+    return ray.remote(concurrency_groups={_GROUP: 1})(worker)
+
+
+def _host_bytes() -> int:
+    """Resident memory of this process and of those that it started; pages that they share count for each."""
+    own = psutil.Process()
+    total = 0
+    for process in [own, *own.children(recursive=True)]:
+        try:
+            total += process.memory_info().rss
+        except psutil.NoSuchProcess:  # it ended meanwhile
+            continue
+    return total

@@ -1,0 +1,38 @@
+"""What a vLLM engine tells of itself: its metrics to Prometheus, through Ray, and its queue's length to its owner."""
+
+from typing import Any
+
+import ray.util.metrics
+from vllm.v1.metrics import ray_wrappers
+from vllm.v1.metrics.loggers import StatLoggerBase, StatLoggerFactory
+from vllm.v1.metrics.stats import SchedulerStats
+
+
+class EngineLoad(StatLoggerBase):
+    """Requests of an engine, as its scheduler last counted them.
+
+    Attributes:
+        running: that it works on.
+        waiting: for a place in its batch.
+    """
+
+    def __init__(self, *_: Any) -> None:
+        self.running = 0
+        self.waiting = 0
+
+    def record(self, scheduler_stats: SchedulerStats | None, *_: Any, **__: Any) -> None:
+        """Take what a step of the engine was like."""
+        if scheduler_stats is not None:
+            self.running = scheduler_stats.num_running_reqs
+            self.waiting = scheduler_stats.num_waiting_reqs + scheduler_stats.num_skipped_waiting_reqs
+
+    def log_engine_initialized(self) -> None:
+        """Nothing to tell."""
+
+
+def stat_loggers(load: EngineLoad) -> list[StatLoggerFactory]:
+    """For `AsyncLLM`: vLLM's series (`vllm_num_requests_running` and so on), and `load`."""
+    # vLLM takes Ray's metrics for missing where Ray Serve is not installed, which is not needed for them.
+    if ray_wrappers.ray_metrics is None:
+        ray_wrappers.ray_metrics = ray.util.metrics
+    return [ray_wrappers.RayPrometheusStatLogger, lambda config, index: load]

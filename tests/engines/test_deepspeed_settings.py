@@ -1,0 +1,25 @@
+"""What DeepSpeed is told of an engine."""
+
+import pytest
+from torch import nn
+
+from rlhf_ray.config.training import ScoringEngine, TrainingEngine
+from rlhf_ray.engines.deepspeed_settings import REDUCE_BUCKET, deepspeed_settings
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_gradients_are_reduced_in_a_bucket_no_larger_than_they_are(stage: int) -> None:
+    model = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 7))
+    model[0].requires_grad_(False)
+    engine = TrainingEngine.model_validate({"zero_stage": stage})
+    assert deepspeed_settings(engine, model, None)["zero_optimization"]["reduce_bucket_size"] == 5 * 7 + 7
+
+
+def test_gradients_of_large_models_are_reduced_in_several_buckets() -> None:
+    model = nn.Linear(REDUCE_BUCKET, 2, device="meta")
+    settings = deepspeed_settings(TrainingEngine(), model, None)
+    assert settings["zero_optimization"]["reduce_bucket_size"] == REDUCE_BUCKET
+
+
+def test_a_model_that_scores_has_no_gradients() -> None:
+    assert "reduce_bucket_size" not in deepspeed_settings(ScoringEngine(), nn.Linear(3, 5), None)["zero_optimization"]
