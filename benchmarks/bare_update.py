@@ -10,10 +10,10 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from rlhf_ray.actors.columns import TrainingColumns
 from rlhf_ray.algorithms.moments import Moments, whiten
 from rlhf_ray.config.algorithm import PPO
 from rlhf_ray.config.training import Optimizer, Policy, TrainingEngine
+from rlhf_ray.data.columns import TrainingColumns
 from rlhf_ray.data.minibatches import OptimizerStep
 from rlhf_ray.data.trajectory import TrajectoryBatch, take_rows
 from rlhf_ray.engines.training import DTYPES

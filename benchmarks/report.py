@@ -23,6 +23,7 @@ BENCHMARKS = (
     "lora",
     "plan_accuracy",
     "overhead",
+    "scale",
     "watching",
     "logprob_gap",
     "determinism",

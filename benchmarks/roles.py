@@ -12,7 +12,7 @@ import ray
 import torch
 
 from benchmarks.common import Dtype
-from rlhf_ray.actors.columns import TrainingColumns, assemble
+from rlhf_ray.actors.columns import assemble
 from rlhf_ray.actors.group import ActorGroup, Seating, create_group
 from rlhf_ray.actors.policy import PolicyWorker
 from rlhf_ray.actors.rollout import RolloutGroup, RolloutWorker
@@ -27,6 +27,7 @@ from rlhf_ray.config.rollout import LoraSync, Rollout
 from rlhf_ray.config.run import Timeouts
 from rlhf_ray.config.training import Policy
 from rlhf_ray.controllers.roles import join_collectives
+from rlhf_ray.data.columns import TrainingColumns
 from rlhf_ray.data.cursor import PromptCursor
 from rlhf_ray.data.minibatches import OptimizerStep, plan_update
 from rlhf_ray.data.prompts import load_prompts

@@ -185,7 +185,7 @@ def _bare(setting: Setting, *, alike: bool) -> list[float]:
     for requests in setting.batches:
         began = time.perf_counter()
         outputs = llm.generate(
-            [TokensPrompt(prompt_token_ids=list(request.tokens)) for request in requests],
+            [TokensPrompt(prompt_token_ids=request.tokens.tolist()) for request in requests],
             [params(request) for request in requests],
             use_tqdm=False,
         )

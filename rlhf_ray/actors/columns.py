@@ -1,4 +1,4 @@
-"""Numbers per response token that roles compute, as they travel between actors."""
+"""Numbers per response token: computed by ranks in parts, joined, and taken apart again for training."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,49 +9,11 @@ import torch
 from rlhf_ray.actors.worker import Share
 from rlhf_ray.algorithms.moments import Moments
 from rlhf_ray.algorithms.value_loss import ExplainedVariance
+from rlhf_ray.data.columns import ColumnPart, TrainingColumns
 from rlhf_ray.data.packing import plan_micro_batches
 from rlhf_ray.data.trajectory import Floats, TrajectoryBatch, offsets_of, take_rows
 from rlhf_ray.models.responses import ResponsePack
 from rlhf_ray.platform import platform
-
-
-@dataclass(frozen=True)
-class ColumnPart:
-    """What one rank computed of a column: the responses of `samples`, one after the other.
-
-    Attributes:
-        samples: numbers of the samples within the shard.
-        values: float32 `[response tokens of these samples]`.
-    """
-
-    samples: tuple[int, ...]
-    values: Floats
-
-
-@dataclass(frozen=True)
-class TrainingColumns:
-    """What policy and critic train on, beside the tokens. Each is float32 `[response tokens]` of one shard.
-
-    Attributes:
-        old_logprobs: of the policy before the update.
-        values: of the critic before the update.
-        advantages: before whitening.
-        returns: what the critic learns.
-    """
-
-    old_logprobs: Floats
-    values: Floats
-    advantages: Floats
-    returns: Floats
-
-    @classmethod
-    def concat(cls, parts: Sequence["TrainingColumns"]) -> "TrainingColumns":
-        """Columns of several shards, in order."""
-        return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in cls.__dataclass_fields__))
-
-    def take(self, places: np.ndarray) -> "TrainingColumns":
-        """Some of the places."""
-        return TrainingColumns(*(getattr(self, name)[places] for name in self.__dataclass_fields__))
 
 
 @dataclass(frozen=True)

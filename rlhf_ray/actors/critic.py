@@ -7,15 +7,7 @@ import numpy as np
 import ray
 import torch
 
-from rlhf_ray.actors.columns import (
-    ColumnPart,
-    ShardReport,
-    TrainingColumns,
-    assemble,
-    column_offsets,
-    on_device,
-    response_column,
-)
+from rlhf_ray.actors.columns import ShardReport, assemble, column_offsets, on_device, response_column
 from rlhf_ray.actors.ppo_update import PPOTrainedWorker, token_mean
 from rlhf_ray.actors.trained import Stats, UpdateReport
 from rlhf_ray.actors.waiting import fetch_data
@@ -25,6 +17,7 @@ from rlhf_ray.algorithms.moments import Moments
 from rlhf_ray.algorithms.value_loss import ExplainedVariance, clipped_value_loss
 from rlhf_ray.config import training as config
 from rlhf_ray.config.algorithm import PPO
+from rlhf_ray.data.columns import ColumnPart, TrainingColumns
 from rlhf_ray.data.trajectory import Floats, TrajectoryBatch
 from rlhf_ray.engines.training import DTYPES, TrainingEngine
 from rlhf_ray.models.heads import load_scalar
@@ -51,12 +44,12 @@ class CriticWorker(PPOTrainedWorker):
         self.engine = TrainingEngine(loaded, critic.engine, critic.optimizer, total_steps)
 
     @torch.no_grad()
-    def values(self, batch: TrajectoryBatch) -> ColumnPart:
-        """This rank's share of the values: the return expected before each response token."""
+    def values(self, batch: TrajectoryBatch, part: int = 0, parts: int = 1) -> ColumnPart:
+        """Values of a part of the responses: the return expected before each token."""
         with self.recorder.span("values"):
             return response_column(
                 batch,
-                self.share,
+                self.share_of_part(part, parts),
                 self.critic.engine.micro_batch_tokens,
                 lambda pack: self.engine(pack.packed, pack.positions),
             )
@@ -70,7 +63,7 @@ class CriticWorker(PPOTrainedWorker):
         reference_logprobs: Sequence[ray.ObjectRef],
         values: Sequence[ray.ObjectRef],
     ) -> tuple[TrainingColumns, ShardReport]:
-        """From shaped scores `[samples]` and the ranks' column parts to what is trained on, for one shard."""
+        """From shaped scores `[samples]` and the parts of the columns to what is trained on, for one shard."""
         parts = [fetch_data(refs, "columns of a shard") for refs in (old_logprobs, reference_logprobs, values)]
         with self.recorder.span("advantages"):
             old, reference, value = (assemble(part, batch) for part in parts)

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -14,6 +14,9 @@ from rlhf_ray.actors.watched import actor_class
 from rlhf_ray.cluster.assignment import requests_of
 from rlhf_ray.cluster.placement import Place, reserve
 from rlhf_ray.config.placement import Placed, RolloutPlacement
+
+if TYPE_CHECKING:  # it is a module of groups itself
+    from rlhf_ray.actors.rollout import GeneratedShard
 
 
 @dataclass(frozen=True)
@@ -48,14 +51,19 @@ class Seat:
 class ActorGroup:
     """The ranks of one role. Calls go to all of them; results come back in rank order.
 
+    Args:
+        sequence_parallel: neighbours that share sequences.
+        sharded: weights are spread over all ranks, so that every rank takes part in every pass (ZeRO-3).
+
     Attributes:
         shares: parts that samples are dealt into: one for each rank, or for as many neighbours as share sequences.
     """
 
-    def __init__(self, role: str, actors: Sequence[Any], sequence_parallel: int = 1) -> None:
+    def __init__(self, role: str, actors: Sequence[Any], sequence_parallel: int = 1, *, sharded: bool = False) -> None:
         self.role = role
         self.actors = list(actors)
         self.shares = len(self.actors) // sequence_parallel
+        self._sharded = sharded
 
     def __len__(self) -> int:
         return len(self.actors)
@@ -75,6 +83,20 @@ class ActorGroup:
         per_rank = [arguments for arguments in per_share for _ in range(together)]
         return [getattr(actor, method).remote(*args) for actor, args in zip(self.actors, per_rank, strict=True)]
 
+    def call_on(self, method: str, shard: "GeneratedShard") -> list[ray.ObjectRef]:
+        """Call a method on a shard, on as many ranks as it takes, which take turns by the shard's number.
+
+        The method's arguments are the trajectories, the number of a part of them, and how many parts there are.
+        """
+        parts = parts_of(len(shard.facts.uids), shard.shards, self.shares, sharded=self._sharded)
+        work = range(self.shares) if self._sharded else range(shard.number * parts, (shard.number + 1) * parts)
+        together = len(self.actors) // self.shares
+        return [
+            getattr(actor, method).remote(shard.trajectories, number % parts, parts)
+            for number in work
+            for actor in self.actors[number % self.shares * together :][:together]
+        ]
+
     def call_one(self, rank: int, method: str, *args: Any, num_returns: int = 1) -> Any:
         """Call a method on one rank."""
         return getattr(self.actors[rank % len(self.actors)], method).options(num_returns=num_returns).remote(*args)
@@ -89,6 +111,21 @@ class ActorGroup:
             ray.kill(actor)
 
 
+_PIECES_PER_SHARE = 8
+
+
+def parts_of(samples: int, shards: int, shares: int, *, sharded: bool) -> int:
+    """Parts that a shard of `samples` is cut into, when a step has so many shards.
+
+    There are so many that each share of the ranks gets some pieces of work, which evens out how long they take; but no
+    more, because each is a call that the controller makes and answers: if all ranks worked on each shard, there would
+    be shards × ranks of them. ZeRO-3 needs all ranks in each pass, all with a part or all with the whole.
+    """
+    if sharded:
+        return shares if samples >= shares else 1
+    return min(samples, shares, -(-_PIECES_PER_SHARE * shares // shards))
+
+
 def create_group(
     role: str,
     worker: type,
@@ -96,6 +133,8 @@ def create_group(
     ranks: int,
     arguments: Callable[[int], dict[str, Any]],
     sequence_parallel: int = 1,
+    *,
+    sharded: bool = False,
 ) -> ActorGroup:
     """Start one process for each rank on its bundle. `arguments` gives a rank's constructor arguments.
 
@@ -116,7 +155,7 @@ def create_group(
             "max_restarts": 0,
         }
         actors.append(actor_class(worker).options(**options).remote(**arguments(rank)))
-    return ActorGroup(role, actors, sequence_parallel)
+    return ActorGroup(role, actors, sequence_parallel, sharded=sharded)
 
 
 # Roles on CPU take turns on the same cores: a thread that waits for others of its process must not spin for long on a

@@ -4,15 +4,17 @@ from typing import Any
 
 import torch
 
-from rlhf_ray.actors.columns import ColumnPart, TrainingColumns, on_device, response_column
+from rlhf_ray.actors.columns import on_device, response_column
 from rlhf_ray.actors.ppo_update import PPOTrainedWorker, token_mean
 from rlhf_ray.actors.trained import Stats, UpdateReport, sum_over_ranks
 from rlhf_ray.actors.weight_sync import AdapterSync, EngineClient, WeightSync
+from rlhf_ray.actors.worker import Share
 from rlhf_ray.algorithms.moments import Moments, whiten
 from rlhf_ray.algorithms.policy_loss import PolicyLossInputs, clipped_policy_loss
 from rlhf_ray.config import training as config
 from rlhf_ray.config.algorithm import PPO
 from rlhf_ray.config.rollout import LoraSync
+from rlhf_ray.data.columns import ColumnPart, TrainingColumns
 from rlhf_ray.data.trajectory import TrajectoryBatch
 from rlhf_ray.models.lora import adapters_off
 from rlhf_ray.models.responses import ResponsePack
@@ -36,21 +38,21 @@ class PolicyWorker(PPOTrainedWorker):
         self._whitening: Moments | None = None
         self.load_language_model(policy, total_steps)
 
-    def logprobs(self, batch: TrajectoryBatch) -> ColumnPart:
-        """This rank's share of the responses' log-probs."""
+    def logprobs(self, batch: TrajectoryBatch, part: int = 0, parts: int = 1) -> ColumnPart:
+        """Log-probs of a part of the responses."""
         with self.recorder.span("log-probs"):
-            return self._logprobs(batch)
+            return self._logprobs(batch, self.share_of_part(part, parts))
 
-    def reference_logprobs(self, batch: TrajectoryBatch) -> ColumnPart:
+    def reference_logprobs(self, batch: TrajectoryBatch, part: int = 0, parts: int = 1) -> ColumnPart:
         """The same under the model as it was before training, which it is with its adapters off."""
         with self.recorder.span("reference log-probs"), adapters_off(self.engine.model):
-            return self._logprobs(batch)
+            return self._logprobs(batch, self.share_of_part(part, parts))
 
     @torch.no_grad()
-    def _logprobs(self, batch: TrajectoryBatch) -> ColumnPart:
+    def _logprobs(self, batch: TrajectoryBatch, share: Share) -> ColumnPart:
         return response_column(
             batch,
-            self.share,
+            share,
             self.policy.engine.micro_batch_tokens,
             lambda pack: self.engine(pack.packed, pack.positions, pack.targets, self.temperature, "nothing")[0],
         )

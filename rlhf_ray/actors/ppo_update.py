@@ -7,11 +7,12 @@ from functools import partial
 import ray
 import torch
 
-from rlhf_ray.actors.columns import RankBatch, TrainingColumns
+from rlhf_ray.actors.columns import RankBatch
 from rlhf_ray.actors.trained import Stats, Stopwatch, TrainedWorker, UpdateReport
 from rlhf_ray.actors.waiting import fetch_data
 from rlhf_ray.algorithms.aggregation import token_weights
 from rlhf_ray.config.algorithm import PPO
+from rlhf_ray.data.columns import TrainingColumns
 from rlhf_ray.data.minibatches import OptimizerStep
 from rlhf_ray.models.responses import ResponsePack
 from rlhf_ray.telemetry.metrics import Mean, sum_means

@@ -6,10 +6,11 @@ from pathlib import Path
 import ray
 
 from rlhf_ray.actors.answers import AnswerLogProbs
-from rlhf_ray.actors.columns import ColumnPart, response_column
+from rlhf_ray.actors.columns import response_column
 from rlhf_ray.actors.waiting import fetch_data
 from rlhf_ray.actors.worker import Worker
 from rlhf_ray.config.training import ScoringEngine
+from rlhf_ray.data.columns import ColumnPart
 from rlhf_ray.data.trajectory import TrajectoryBatch
 from rlhf_ray.engines.training import DTYPES, ForwardEngine
 from rlhf_ray.models.heads import load_causal
@@ -34,12 +35,12 @@ class ReferenceWorker(Worker):
         )
         self.engine = ForwardEngine(loaded, engine)
 
-    def logprobs(self, batch: TrajectoryBatch) -> ColumnPart:
-        """This rank's share of the responses' log-probs."""
+    def logprobs(self, batch: TrajectoryBatch, part: int = 0, parts: int = 1) -> ColumnPart:
+        """Log-probs of a part of the responses."""
         with self.recorder.span("log-probs"):
             return response_column(
                 batch,
-                self.share,
+                self.share_of_part(part, parts),
                 self.config.micro_batch_tokens,
                 lambda pack: self.engine(pack.packed, pack.positions, pack.targets, self.temperature, "nothing")[0],
             )

@@ -66,18 +66,19 @@ class RewardModelWorker(Worker):
             )
         )
 
-    def score(self, batch: TrajectoryBatch) -> ScorePart:
-        """This rank's share of the scores."""
+    def score(self, batch: TrajectoryBatch, part: int = 0, parts: int = 1) -> ScorePart:
+        """Scores of a part of the samples."""
+        share = self.share_of_part(part, parts)
         with self.recorder.span("score"):
             if self._tokenizers is not None:
                 batch = self._translate(batch)
             samples: list[int] = []
             scores: list[np.ndarray] = []
-            for micro_batch in micro_batches(batch, self.share, self.part.engine.micro_batch_tokens):
+            for micro_batch in micro_batches(batch, share, self.part.engine.micro_batch_tokens):
                 pack = ResponsePack.of(batch, micro_batch, platform().device)
                 scores.append(self.engine(pack.packed, pack.last).float().cpu().numpy())
                 samples += micro_batch
-            if not self.share.reports:
+            if not share.reports:
                 return ScorePart((), np.empty(0, np.float32))
             together = np.concatenate(scores)
             found = ScorePart(tuple(samples), self._scale.normalise(together) if self._scale else together)

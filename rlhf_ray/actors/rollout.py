@@ -46,6 +46,18 @@ class ShardFacts:
     truncated: NDArray[np.bool_]
     version_lag: int
 
+    @classmethod
+    def of(cls, batch: TrajectoryBatch, version: int) -> "ShardFacts":
+        """Of a shard; `version` is the newest of the policy."""
+        return cls(
+            batch.uids,
+            batch.sample_index,
+            batch.prompt_lengths,
+            batch.response_lengths,
+            batch.truncated,
+            int((version - batch.weight_versions).sum()),
+        )
+
 
 class RolloutWorker(Watched):
     """One vLLM engine in an actor. Its methods run side by side in one event loop."""
@@ -83,14 +95,7 @@ class RolloutWorker(Watched):
         """Sample one shard. `version` is the newest of the policy."""
         with self.recorder.span("generate"):
             batch = TrajectoryBatch.of(await self.engine.generate(prompts, sampling))
-        return batch, ShardFacts(
-            batch.uids,
-            batch.sample_index,
-            batch.prompt_lengths,
-            batch.response_lengths,
-            batch.truncated,
-            int((version - batch.weight_versions).sum()),
-        )
+        return batch, ShardFacts.of(batch, version)
 
     async def hold(self) -> None:
         """Queue prompts without generating."""
@@ -173,11 +178,13 @@ class GeneratedShard:
 
     Attributes:
         number: of the shard within the step.
+        shards: of the step.
         trajectories: reference to its `TrajectoryBatch`.
         facts: its numbers per sample.
     """
 
     number: int
+    shards: int
     trajectories: ray.ObjectRef
     facts: ShardFacts
 
@@ -290,7 +297,7 @@ class RolloutGroup(ActorGroup):
             facts, (number, engine, trajectories) = self._next(running)
             self._count(len(shards), len(waiting), len(running))
             balancer.done(engine, loads[number], len(shards[number]))
-            yield GeneratedShard(number, trajectories, facts)
+            yield GeneratedShard(number, len(shards), trajectories, facts)
 
     def _generate_all_at_once(
         self, shards: Sequence[Sequence[PromptRequest]], version: int, sampling: Sampling
@@ -309,7 +316,7 @@ class RolloutGroup(ActorGroup):
         while running:
             facts, (number, _, trajectories) = self._next(running)
             self._count(len(shards), 0, len(running))
-            yield GeneratedShard(number, trajectories, facts)
+            yield GeneratedShard(number, len(shards), trajectories, facts)
 
     def _count(self, shards: int, waiting: int, generating: int) -> None:
         self.shards = Shards(waiting, generating, shards - waiting - generating)

@@ -1,7 +1,7 @@
 """Waiting for actors: always with a limit, and stopping at the first failure."""
 
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import ray
@@ -55,14 +55,13 @@ def wait_all(refs: Sequence[ray.ObjectRef], timeout_s: float, what: str, setting
         RoleFailure: when an actor died or raised an exception that is not this package's.
         Exception: this package's own exceptions as they were raised in the actor.
     """
-    deadline = time.monotonic() + timeout_s
-    pending = list(dict.fromkeys(refs))
-    while pending:
-        done, pending = ray.wait(pending, num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
-        if not done:
-            raise RoleTimeout(what, timeout_s, setting)
-        fetch(done[0], what)
-    return [fetch(ref, what) for ref in refs]
+    try:
+        with _named_failures(what):
+            # One call for all of them, which raises the first failure while others are still awaited.
+            results: list[Any] = ray.get(list(refs), timeout=timeout_s)
+            return results
+    except GetTimeoutError:
+        raise RoleTimeout(what, timeout_s, setting) from None
 
 
 def fetch(ref: ray.ObjectRef, what: str) -> Any:
@@ -72,7 +71,16 @@ def fetch(ref: ray.ObjectRef, what: str) -> Any:
         As `wait_all`.
     """
     try:
-        return ray.get(ref, timeout=60)
+        with _named_failures(what):
+            return ray.get(ref, timeout=60)
+    except GetTimeoutError as error:
+        raise RoleFailure(what, f"its result could not be fetched: {error}") from None
+
+
+@contextmanager
+def _named_failures(what: str) -> Iterator[None]:
+    try:
+        yield
     except RayTaskError as error:
         cause = error.cause
         if isinstance(cause, Exception) and type(cause).__module__.startswith("rlhf_ray."):
@@ -80,8 +88,8 @@ def fetch(ref: ray.ObjectRef, what: str) -> Any:
         raise RoleFailure(what, f"{type(cause).__name__}: {cause}\n{error}") from None  # Ray's text is the traceback
     except RayActorError as error:
         raise RoleFailure(what, f"its process died. {error}") from None
-    except GetTimeoutError as error:
-        raise RoleFailure(what, f"its result could not be fetched: {error}") from None
+    except GetTimeoutError:
+        raise
     except RayError as error:
         raise RoleFailure(what, str(error)) from None
 

@@ -71,6 +71,10 @@ class Worker(Watched):
         together = self.engine.sequence_parallel
         return Share(self.rank // together, self.world_size // together, reports=self.rank % together == 0)
 
+    def share_of_part(self, part: int, parts: int) -> Share:
+        """A part of some samples, which this rank works on alone or with those that it shares sequences with."""
+        return Share(part, parts, reports=self.share.reports)
+
     def drain_spans(self) -> list[Span]:
         """What this rank did since the last call."""
         return self.recorder.drain()

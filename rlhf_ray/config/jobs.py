@@ -172,10 +172,11 @@ class PPOJob(_Job):
             )
         shards = shard_count(self.samples_per_step, self.rollout.shard_samples)
         for shares in self.shares:
-            if self.samples_per_step // shards < shares.count:
+            if shares.engine.zero_stage == 3 and self.samples_per_step // shards < shares.count:
                 raise ValueError(
                     f"rollout.shard_samples ({self.rollout.shard_samples}) cuts {self.samples_per_step} samples into "
-                    f"shards of {self.samples_per_step // shards}, fewer than {shares}"
+                    f"shards of {self.samples_per_step // shards}, fewer than {shares}, which all work on each shard "
+                    f"because {shares.engine_key}.zero_stage is 3"
                 )
         gpus = {role: self.placement.gpus_of(role) for role in ("policy", "rollout")}
         if (gpus["rollout"] > 0) != (gpus["policy"] > 0):

@@ -64,7 +64,8 @@ class Rollout(Section):
     engine: RolloutEngine = RolloutEngine()
     """The vLLM engines."""
     shard_samples: PositiveInt = 16
-    """Samples that travel and are scored together. Scoring starts when the first shard is complete."""
+    """Samples that travel and are scored together. Scoring starts when the first shard is complete. Some shards for
+    each engine and for each rank that scores even out their work; each costs the controller time."""
     sync_bucket_mib: PositiveInt = 64
     """Most weights in flight at a time when new weights go to the engines."""
     lora_sync: LoraSync = "merged"

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from rlhf_ray.controllers.ppo_roles import PPORoles
 from rlhf_ray.controllers.preflight import PPOInputs
 from rlhf_ray.controllers.run_folder import Checkpointing, RunFolder
 from rlhf_ray.data.cursor import PromptCursor
-from rlhf_ray.data.minibatches import plan_update
+from rlhf_ray.data.minibatches import OptimizerStep, plan_update
 from rlhf_ray.data.requests import PromptRequest, cut_into_shards, requests_for
 from rlhf_ray.data.seeds import derive_seed
 from rlhf_ray.data.trajectory import Floats, TrajectoryBatch
@@ -113,7 +114,7 @@ class PPOController:
         if policy or self.devices.shares("rollout"):
             with record.timing("weight_sync"):
                 self._send_weights()
-        self.kl.update(float(np.mean([kl for report in batch.reports for kl in report.kl])), len(batch.scores))
+        self.kl.update(float(np.concatenate([report.kl for report in batch.reports]).mean()), len(batch.scores))
 
         self.step = step
         self._finish(step, record, batch, policy, critic)
@@ -143,17 +144,16 @@ class PPOController:
 
     def _start_scoring(self, shard: GeneratedShard, record: StepRecord) -> ScoredShard:
         record.scoring_started()
-        roles, trajectories = self.roles, shard.trajectories
         return ScoredShard(
             shard,
             rewards=self._start_rewards(shard),
-            old_logprobs=roles.policy.call("logprobs", trajectories),
-            reference_logprobs=roles.reference_logprobs(trajectories),
-            values=roles.critic.call("values", trajectories),
+            old_logprobs=self.roles.policy.call_on("logprobs", shard),
+            reference_logprobs=self.roles.reference_logprobs(shard),
+            values=self.roles.critic.call_on("values", shard),
         )
 
     def _start_rewards(self, shard: GeneratedShard) -> dict[str, list[ray.ObjectRef]]:
-        return {part.name: part.score(shard.number, shard.trajectories) for part in self.roles.rewards}
+        return {part.name: part.score(shard) for part in self.roles.rewards}
 
     def _advantages(self, scored: list[ScoredShard], shaped: Floats) -> tuple[list[ray.ObjectRef], list[ShardReport]]:
         columns, reports, start = [], [], 0
@@ -190,29 +190,35 @@ class PPOController:
         arguments: dict[str, tuple[Any, ...]] = {"critic": ()}
         if not warming_up:
             arguments["policy"] = (moments if algorithm.whiten_advantages else None,)
+
+        @cache  # planning takes longest here, and critic and policy often have the same plan
+        def plan_for(shares: int, max_tokens: int) -> list[list[OptimizerStep]]:
+            return plan_update(
+                prompt_lengths,
+                response_lengths,
+                epochs=algorithm.epochs,
+                optimizer_steps=algorithm.optimizer_steps,
+                ranks=shares,
+                max_tokens=max_tokens,
+                seed=derive_seed(config.seed, "minibatches", step),
+            )
+
+        shards = ray.put(batch.shards)  # else every rank's call would carry all these references
         running: dict[str, list[ray.ObjectRef]] = {}
         for turn in self.devices.turns(arguments):
             self.devices.enter("update", turn)
             for role in turn:
                 group = getattr(self.roles, role)
-                plan = plan_update(
-                    prompt_lengths,
-                    response_lengths,
-                    epochs=algorithm.epochs,
-                    optimizer_steps=algorithm.optimizer_steps,
-                    ranks=group.shares,
-                    max_tokens=getattr(config, role).engine.micro_batch_tokens,
-                    seed=derive_seed(config.seed, "minibatches", step),
-                )
-                per_rank = [(batch.shards, starts, mine, *arguments[role]) for mine in plan]
+                plan = plan_for(group.shares, getattr(config, role).engine.micro_batch_tokens)
+                per_rank = [(shards, starts, mine, *arguments[role]) for mine in plan]
                 running[role] = group.call_each("update", per_rank)
             try:
                 self._wait(
                     [ref for role in turn for ref in running[role]], f"update of {' and '.join(turn)}", "update_s"
                 )
             except NonFiniteLossError as error:
-                shards = [self._fetch(shard.generated) for shard in batch.scored]
-                raise self.report.save_failure(step, shards, batch.parts, error) from error
+                trajectories = [self._fetch(shard.generated) for shard in batch.scored]
+                raise self.report.save_failure(step, trajectories, batch.parts, error) from error
         reports = {role: self._wait(refs, f"{role}: update", "update_s") for role, refs in running.items()}
         for role, found in reports.items():
             self._check_all_trained(role, found, algorithm.epochs * len(batch.scores))
@@ -271,12 +277,14 @@ class PPOController:
         kl = np.concatenate([report.kl for report in batch.reports])
         rows: list[SampleRow] = []
         for shard in batch.scored:
-            if len(rows) >= kept:
+            wanted = min(kept - len(rows), len(shard.generated.facts.uids))
+            if wanted == 0:
                 break
-            here = slice(len(rows), len(rows) + len(shard.generated.facts.uids))
+            here = slice(len(rows), len(rows) + wanted)
             parts = {name: scores[here] for name, scores in batch.parts.items()}
-            rows += self.report.sample_rows(self._fetch(shard.generated), parts, kl[here])
-        return rows[:kept]
+            first = self._fetch(shard.generated).select(range(wanted))  # decoding a whole shard takes seconds
+            rows += self.report.sample_rows(first, parts, kl[here])
+        return rows
 
     def _fetch(self, shard: GeneratedShard) -> TrajectoryBatch:
         [trajectories] = self._wait([shard.trajectories], "trajectories of a shard", "score_s")

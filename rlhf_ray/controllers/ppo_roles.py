@@ -14,7 +14,7 @@ from rlhf_ray.actors.group import ActorGroup, Seating, create_group
 from rlhf_ray.actors.policy import PolicyWorker
 from rlhf_ray.actors.reference import ReferenceWorker
 from rlhf_ray.actors.reward import RewardModelWorker, TextRewardWorker
-from rlhf_ray.actors.rollout import RolloutGroup, RolloutWorker
+from rlhf_ray.actors.rollout import GeneratedShard, RolloutGroup, RolloutWorker
 from rlhf_ray.actors.waiting import RoleFailure, RoleTimeout, wait_all
 from rlhf_ray.actors.watched import actor_class
 from rlhf_ray.config.jobs import PPOJob
@@ -34,19 +34,19 @@ class RewardPart:
         name: in metrics.
         weight: in the sum.
         group: its actors.
-        collective: all ranks score a shard together; else each worker scores whole shards.
+        is_model: held by ranks, which may share a shard; else each worker scores whole shards.
     """
 
     name: str
     weight: float
     group: ActorGroup
-    collective: bool
+    is_model: bool
 
-    def score(self, shard: int, trajectories: ray.ObjectRef) -> list[ray.ObjectRef]:
+    def score(self, shard: GeneratedShard) -> list[ray.ObjectRef]:
         """Start scoring a shard."""
-        if self.collective:
-            return self.group.call("score", trajectories)
-        return [self.group.call_one(shard, "score", trajectories)]
+        if self.is_model:
+            return self.group.call_on("score", shard)
+        return [self.group.call_one(shard.number, "score", shard.trajectories)]
 
 
 @dataclass(frozen=True)
@@ -70,11 +70,11 @@ class PPORoles:
         """Policy, critic and reference."""
         return [self.policy, self.critic] if self.reference is None else [self.policy, self.critic, self.reference]
 
-    def reference_logprobs(self, trajectories: ray.ObjectRef) -> list[ray.ObjectRef]:
+    def reference_logprobs(self, shard: GeneratedShard) -> list[ray.ObjectRef]:
         """Start to compute the reference's log-probs of a shard."""
         if self.reference is None:
-            return self.policy.call("reference_logprobs", trajectories)
-        return self.reference.call("logprobs", trajectories)
+            return self.policy.call_on("reference_logprobs", shard)
+        return self.reference.call_on("logprobs", shard)
 
 
 @contextmanager
@@ -90,7 +90,15 @@ def ppo_roles(config: PPOJob, inputs: PPOInputs, watch: Watch = unwatched) -> It
         def group(role: str, worker: type, engine: Engine, name: str | None = None) -> ActorGroup:
             count, name = placement.ranks_of(role), name or role  # type: ignore[arg-type]
             identities = identity(name, count, config)
-            created = create_group(name, worker, seating.seats[role], count, identities, engine.sequence_parallel)
+            created = create_group(
+                name,
+                worker,
+                seating.seats[role],
+                count,
+                identities,
+                engine.sequence_parallel,
+                sharded=engine.zero_stage == 3,
+            )
             started.append(created)
             return created
 
@@ -100,7 +108,7 @@ def ppo_roles(config: PPOJob, inputs: PPOInputs, watch: Watch = unwatched) -> It
         if not config.policy_is_reference:
             reference = group("reference", ReferenceWorker, config.reference.engine)
         rewards = tuple(_reward_part(part, group) for part in config.reward)
-        started += [part.group for part in rewards if not part.collective]
+        started += [part.group for part in rewards if not part.is_model]
         engines = create_group(
             "rollout",
             RolloutWorker,
@@ -120,7 +128,7 @@ def ppo_roles(config: PPOJob, inputs: PPOInputs, watch: Watch = unwatched) -> It
             "policy": [policy],
             "critic": [critic],
             "reference": [] if reference is None else [reference],
-            "reward": [part.group for part in rewards if part.collective],
+            "reward": [part.group for part in rewards if part.is_model],
             "rollout": [rollout],
         }
         devices = Devices(config.places, movable, config.run.timeouts, offload_idle=placement.offload_idle)
@@ -148,11 +156,11 @@ def _reward_part(part: Any, group: Any) -> RewardPart:
     name = part_name(part)
     if isinstance(part, ModelReward):
         ranks = group("reward", RewardModelWorker, part.engine, f"reward-{name}")
-        return RewardPart(name, part.weight, ranks, collective=True)
+        return RewardPart(name, part.weight, ranks, is_model=True)
     workers = part.workers if isinstance(part, FunctionReward) else 1
     worker = actor_class(TextRewardWorker).options(num_cpus=0)
     actors = [worker.remote(**arguments_of(f"reward-{name}", rank, workers, 0, False)) for rank in range(workers)]
-    return RewardPart(name, part.weight, ActorGroup(f"reward-{name}", actors), collective=False)
+    return RewardPart(name, part.weight, ActorGroup(f"reward-{name}", actors), is_model=False)
 
 
 def _load_ppo_models(config: PPOJob, inputs: PPOInputs, roles: PPORoles) -> None:
@@ -171,7 +179,7 @@ def _load_ppo_models(config: PPOJob, inputs: PPOInputs, roles: PPORoles) -> None
 
     # Engines take longest, and count what is free on their devices.
     start("rollout")
-    join_collectives([*roles.models, *(p.group for p in roles.rewards if p.collective)], timeouts)
+    join_collectives([*roles.models, *(p.group for p in roles.rewards if p.is_model)], timeouts)
     for role in loads:
         if role != "rollout":
             start(role)

@@ -35,7 +35,7 @@ class Trajectory:
     uid: str
     sample_index: int
     seed: int
-    prompt_tokens: Sequence[int]
+    prompt_tokens: Sequence[int] | Tokens
     response_tokens: Sequence[int]
     engine_logprobs: Sequence[float]
     weight_versions: Sequence[int]
@@ -158,7 +158,9 @@ def offsets_of(lengths: Sequence[int] | NDArray[np.int64]) -> Offsets:
     return np.concatenate([[0], np.cumsum(np.asarray(lengths, np.int64))]).astype(np.int64)
 
 
-def _flat(rows: Sequence[Sequence[int] | Sequence[float]], dtype: type[np.int32] | type[np.float32]) -> NDArray[Any]:
+def _flat(
+    rows: Sequence[Sequence[int] | Sequence[float] | Tokens], dtype: type[np.int32] | type[np.float32]
+) -> NDArray[Any]:
     if not rows:
         return np.empty(0, dtype)
     return np.concatenate([np.asarray(row, dtype) for row in rows])

@@ -54,7 +54,7 @@ class RolloutEngine:
     async def _sample(self, prompt: PromptRequest, sampling: Sampling) -> Trajectory:
         self._requests += 1
         request_id = f"{self._requests}:{prompt.uid}:{prompt.sample_index}"
-        prompt_tokens = TokensPrompt(prompt_token_ids=list(prompt.tokens))
+        prompt_tokens = TokensPrompt(prompt_token_ids=prompt.tokens.tolist())
         try:
             answers = await self._engine.add_request(
                 request_id, prompt_tokens, _sampling_params(sampling, prompt.seed), lora_request=self._adapter

@@ -6,16 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf_ray.actors.columns import (
-    ColumnPart,
-    RankBatch,
-    TrainingColumns,
-    assemble,
-    column_offsets,
-    micro_batches,
-    response_column,
-)
+from rlhf_ray.actors.columns import RankBatch, assemble, column_offsets, micro_batches, response_column
 from rlhf_ray.actors.worker import Share
+from rlhf_ray.data.columns import ColumnPart, TrainingColumns
 from rlhf_ray.data.trajectory import TrajectoryBatch
 from rlhf_ray.models.responses import ResponsePack
 

@@ -181,8 +181,13 @@ CONFLICTS: list[tuple[dict[str, Any], str]] = [
         "or one step could turn β negative",
     ),
     (
-        ppo(rollout={"shard_samples": 1}, placement={"critic": {"ranks": 2}}),
-        "rollout.shard_samples (1) cuts 128 samples into shards of 1, fewer than placement.critic.ranks (2)",
+        ppo(
+            rollout={"shard_samples": 1},
+            placement={"critic": {"ranks": 2}, "policy": {"ranks": 2}},
+            critic={"init_from": "m", "engine": {"zero_stage": 3}},
+        ),
+        "rollout.shard_samples (1) cuts 128 samples into shards of 1, fewer than placement.critic.ranks (2), which all "
+        "work on each shard because critic.engine.zero_stage is 3",
     ),
     (
         ppo(placement={"policy": {"ranks": 3}}, policy={"model": "m", "engine": {"sequence_parallel": 2}}),

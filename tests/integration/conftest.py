@@ -31,8 +31,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def cluster() -> Iterator[None]:
     """A cluster of its own, which the controllers' `ray_session` finds and uses."""
-    # Actors import what the tests define: reward functions and workers.
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
+    # Actors import what the tests define, reward functions and workers, and what benchmarks do.
+    folders = [str(HERE), str(HERE.parents[1]), os.environ.get("PYTHONPATH")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, folders))
     os.environ.update(MARK)
     ray.init(
         address="local",  # else it joins whatever cluster runs on this machine

@@ -3,9 +3,11 @@
 from collections.abc import Sequence
 from typing import cast
 
+import ray
 import torch
 from transformers import AutoModelForCausalLM
 
+from rlhf_ray.actors.rollout import GeneratedShard, ShardFacts
 from rlhf_ray.actors.waiting import wait_all
 from rlhf_ray.config.rollout import Sampling
 from rlhf_ray.controllers.ppo_roles import PPORoles
@@ -21,12 +23,17 @@ def greedy(weights: dict[str, torch.Tensor], model: str, requests: Sequence[Prom
     theirs.load_state_dict(weights, strict=False)
     responses = []
     for request in requests:
-        tokens = list(request.tokens)
+        tokens = request.tokens.tolist()
         for _ in range(GREEDY.max_new_tokens):
             with torch.no_grad():
                 tokens.append(int(theirs(torch.tensor([tokens])).logits[0, -1].argmax()))
         responses.append(tokens[len(request.tokens) :])
     return responses
+
+
+def as_shard(batch: TrajectoryBatch, number: int = 0, shards: int = 1) -> GeneratedShard:
+    """A batch as one of a step's shards."""
+    return GeneratedShard(number, shards, ray.put(batch), ShardFacts.of(batch, 0))
 
 
 def generated(roles: PPORoles, engine: int, requests: Sequence[PromptRequest], version: int) -> TrajectoryBatch:

@@ -29,7 +29,7 @@ from rlhf_ray.models.responses import ResponsePack
 from rlhf_ray.recovery.convert import export_checkpoint
 from rlhf_ray.telemetry.metrics import read_metrics
 from runs import MakeConfig, assert_nothing_is_left, assert_same_run, exported_weights
-from sampling import generated, greedy
+from sampling import as_shard, generated, greedy
 
 IDS = torch.arange(3, 40)[None]
 
@@ -198,7 +198,7 @@ def test_after_a_sync_every_engine_samples_from_the_trainers_model(
 def test_the_reference_is_the_model_before_training(config: PPOJob, inputs: PPOInputs, roles: PPORoles) -> None:
     requests = requests_for(inputs.prompts, PromptCursor(len(inputs.prompts), 0, True).take(6), 1, run_seed=0)
     batch = generated(roles, 0, requests, version=11)
-    found = column(roles.reference_logprobs(ray.put(batch)), batch)
+    found = column(roles.reference_logprobs(as_shard(batch)), batch)
     base = load_causal(config.policy.model, dtype=torch.float32, vocab_chunk_tokens=64)
     pack = ResponsePack.of(batch, range(len(batch)), torch.device("cpu"))
     with torch.no_grad():

@@ -1,4 +1,5 @@
-"""Policy and reference sharded over two ranks with ZeRO-3, two rollout engines: a PPO run, weight sync, and failures.
+"""Policy and reference sharded over two ranks with ZeRO-3, two ranks of the critic, two rollout engines: a PPO run,
+weight sync, and failures.
 
 The actors start once and serve all tests in the order of this file; the last ones leave them unfit for more.
 """
@@ -35,7 +36,7 @@ from rlhf_ray.data.requests import PromptRequest, requests_for
 from rlhf_ray.rewards.errors import RewardError
 from rlhf_ray.telemetry.metrics import read_metrics
 from runs import MakeConfig, assert_nothing_is_left, engine_processes
-from sampling import generated, greedy
+from sampling import as_shard, generated, greedy
 
 ENGINES = 2
 
@@ -54,6 +55,7 @@ def make_config(ppo_config: MakeConfig, wide_model: Path) -> MakeConfig:
             "reference.engine.zero_stage=3",
             "placement.policy.ranks=2",
             f"critic.init_from={wide_model}",
+            "placement.critic.ranks=2",
             "reward=[{function: reward_functions:letters, name: letters}]",
             "rollout.sync_bucket_mib=1",
             f"placement.rollout.engines={ENGINES}",
@@ -155,6 +157,15 @@ def test_after_a_sync_every_engine_samples_from_the_trainers_weights(
     assert roles.rollout.run("version", timeout_s=60, setting="") == [version] * ENGINES
 
 
+def test_one_rank_alone_finds_the_values_that_both_find_together(inputs: PPOInputs, roles: PPORoles) -> None:
+    batch = generated(roles, 0, requests_of(inputs, 6), version=0)
+    together = roles.critic.call_on("values", as_shard(batch, number=1, shards=2))
+    alone = roles.critic.call_on("values", as_shard(batch, number=1, shards=100))
+    assert (len(together), len(alone)) == (2, 1)
+    found, wanted = (assemble(wait_all(refs, 60, "", ""), batch).numpy() for refs in (alone, together))
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("function", "message"),
     [
@@ -210,7 +221,7 @@ def test_a_refused_prompt_is_an_error_also_while_generation_is_held(
     config: PPOJob, inputs: PPOInputs, roles: PPORoles
 ) -> None:
     good = requests_of(inputs, 3)
-    overlong = replace(good[1], tokens=[5] * (config.rollout.engine.max_model_len + 1))
+    overlong = replace(good[1], tokens=np.full(config.rollout.engine.max_model_len + 1, 5, np.int32))
     held = RolloutGroup(roles.rollout.actors, config.rollout, deterministic=True, timeout_s=20.0)
     go_on = partial(roles.rollout.run, "release", 0, 20.0, timeout_s=20, setting="")
     go_on()  # what was queued before does not count

@@ -90,6 +90,17 @@ def test_the_first_failure_ends_the_wait_for_its_peers(pair: ActorGroup) -> None
     assert not done
 
 
+def test_a_failure_from_before_the_wait_ends_it_too(pair: ActorGroup) -> None:
+    pair.run("answer", 0, timeout_s=60, setting="")
+    failed = pair.call_one(1, "refuse")
+    ray.wait([failed], timeout=30)
+    slow = pair.call_one(0, "sleep", 2.0)
+    with pytest.raises(RewardError, match="it is down"):
+        wait([slow, failed])
+    done, _ = ray.wait([slow], timeout=0)
+    assert not done
+
+
 def test_actors_fetch_from_actors(pair: ActorGroup) -> None:
     refs = [ray.put(np.ones(3)), pair.call_one(1, "answer", np.full(2, 2.0))]
     assert wait([pair.call_one(0, "sum_of", refs)]) == [7.0]

@@ -1,0 +1,85 @@
+"""What the controller costs as samples and actors grow: `python -m benchmarks.scale`.
+
+The controller, its run folder, the actors and all that travels between them are real. Models are not there: their
+actors sleep for as long as the work would take on GPUs (`benchmarks/simulation`). One sweep goes over samples, the
+other over actors. Counted are the CPU seconds of the controller's process in a step, as a share of the step's time on
+GPUs. The sweeps cut the sleeps short, which changes nothing in that; a last run keeps to their length, and counts the
+time in which no role is at work.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from benchmarks.common import RESULTS, ROOT, FreshProcess, Machine, Measure, ResultsOption, report, run_command
+from benchmarks.simulation.plot import plot
+from benchmarks.simulation.run import RANKED, Cost, Setup, measure_all
+
+BOUND = 0.02
+PICTURE = ROOT / "docs" / "scale.png"
+
+
+def main(
+    max_samples: Annotated[int, typer.Option(min=512, help="Most samples in a step.")] = 65536,
+    max_ranks: Annotated[int, typer.Option(min=64, help="Most ranks, of four roles together.")] = 128,
+    max_engines: Annotated[int, typer.Option(min=16, help="Most rollout engines.")] = 64,
+    picture: Annotated[Path, typer.Option(metavar="PNG", help="Where the picture goes.")] = PICTURE,
+    results: ResultsOption = RESULTS,
+) -> None:
+    """Controller's time and memory in a step against the number of samples and of actors."""
+    arguments, machine = dict(locals()), Machine.here()
+    ranks = max_ranks // len(RANKED)
+    by_samples = [Setup(max_samples // part, ranks // 4, max_engines // 2) for part in (64, 16, 4, 1)]
+    by_actors = [Setup(max_samples // 4, ranks // part, max_engines // part) for part in (16, 4, 2, 1)]
+    with FreshProcess({}) as process:
+        costs, at_pace = process.call(measure_all, [*by_samples, *by_actors], by_samples[0])
+    samples, actors = costs[: len(by_samples)], costs[len(by_samples) :]
+    plot(samples, actors, BOUND, picture)
+    for subject, measures in (
+        (f"more samples, {by_samples[0].actors} actors", _sweep(samples, [s.samples for s in by_samples], "samples")),
+        (f"more actors, {by_actors[0].samples:,} samples", _sweep(actors, [s.actors for s in by_actors], "actors")),
+        (str(by_samples[0]), _uncovered(at_pace)),
+    ):
+        report("scale", subject, arguments, measures, machine, results)
+
+
+def _sweep(costs: Sequence[Cost], sizes: Sequence[int], what: str) -> list[Measure]:
+    growth = (costs[-1].cpu_s / costs[0].cpu_s) / (sizes[-1] / sizes[0])
+    measures = [
+        Measure(
+            name="controller's CPU time ÷ a step's time, at most",
+            value=100 * max(cost.cpu_s / cost.setup.step.seconds for cost in costs),
+            unit="%",
+            asked=f"at most {100 * BOUND:g} %",
+        ),
+        Measure(name=f"its growth ÷ growth of the {what}", value=growth, asked="at most 1"),
+    ]
+    for cost in costs:
+        at = str(cost.setup)
+        measures += [
+            Measure(name=f"{at}: a step's time", value=cost.setup.step.seconds, unit="s"),
+            Measure(name=f"{at}: controller's CPU time", value=cost.cpu_s, unit="s"),
+            Measure(name=f"{at}: of which its own thread", value=cost.thread_s, unit="s"),
+            Measure(name=f"{at}: controller's memory", value=cost.bytes / 1e6, unit="MB"),
+        ]
+    return measures
+
+
+def _uncovered(cost: Cost) -> list[Measure]:
+    step, idle = cost.row["time/step_s"], cost.row["time/uncovered_s"]
+    return [
+        Measure(
+            name="step time not covered by any role's work",
+            value=100 * idle / step,
+            unit="%",
+            asked=f"at most {100 * BOUND:g} %",
+        ),
+        Measure(name="step", value=step, unit="s"),
+        Measure(name="the least that it can take", value=cost.setup.step.seconds, unit="s"),
+    ]
+
+
+if __name__ == "__main__":
+    run_command(main)

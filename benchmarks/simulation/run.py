@@ -1,0 +1,256 @@
+"""Simulated actors on a local cluster, and PPO steps over them."""
+
+import shutil
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+
+from benchmarks.common import CORES, say
+from benchmarks.resident import forget_most, in_use, most_in_use
+from benchmarks.simulation.pace import Pace
+from benchmarks.simulation.workers import (
+    SimulatedCritic,
+    SimulatedEngine,
+    SimulatedPolicy,
+    SimulatedReference,
+    SimulatedRewardModel,
+)
+from rlhf_ray.actors.devices import Devices
+from rlhf_ray.actors.group import ActorGroup
+from rlhf_ray.actors.rollout import RolloutGroup
+from rlhf_ray.actors.waiting import wait_all
+from rlhf_ray.cluster.planner.calibration import defaults
+from rlhf_ray.cluster.planner.hardware import load_hardware
+from rlhf_ray.cluster.planner.lengths import Lengths
+from rlhf_ray.cluster.planner.steptime import StepTime, predict
+from rlhf_ray.cluster.session import ray_session
+from rlhf_ray.config.jobs import PPOJob
+from rlhf_ray.config.placement import Cluster
+from rlhf_ray.controllers.ppo import PPOController
+from rlhf_ray.controllers.ppo_roles import PPORoles, RewardPart
+from rlhf_ray.controllers.preflight import PPOInputs
+from rlhf_ray.controllers.run_folder import Checkpointing, RunFolder
+from rlhf_ray.data.prompts import PromptSet
+from rlhf_ray.data.trajectory import offsets_of
+from rlhf_ray.telemetry.metrics import Metrics, read_metrics
+
+WORKERS: dict[str, type] = {
+    "policy": SimulatedPolicy,
+    "critic": SimulatedCritic,
+    "reference": SimulatedReference,
+    "reward": SimulatedRewardModel,
+    "rollout": SimulatedEngine,
+}
+RANKED = ("policy", "critic", "reference", "reward")
+MODEL = "meta-llama/Meta-Llama-3-8B"
+LENGTHS = Lengths(prompt=256, response=1024, longest=1536)
+VOCABULARY = 128_256
+SHARDS_PER_ENGINE = 8
+STEPS = 2
+"""Of a run: one to warm up, and the one that counts."""
+_SHORT_STEP_S = 4.0
+_LIMIT_S = 600.0
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What one run is made of.
+
+    Attributes:
+        samples: of a step.
+        ranks: of each of the four roles with ranks.
+        engines: for rollouts.
+    """
+
+    samples: int
+    ranks: int
+    engines: int
+
+    @property
+    def actors(self) -> int:
+        """All of them."""
+        return len(RANKED) * self.ranks + self.engines
+
+    @cached_property
+    def step(self) -> StepTime:
+        """What a real step takes on nodes of eight H100, a GPU for each actor."""
+        nodes = load_hardware("8xh100", times=-(-self.actors // 8) + 1)
+        return predict(ppo_config(self, Path()), nodes, {"gpu": defaults("gpu")}, LENGTHS)
+
+    def __str__(self) -> str:
+        return f"{self.samples:,} samples, {len(RANKED) * self.ranks} ranks, {self.engines} engines"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a step took of the controller's process.
+
+    Attributes:
+        setup: of the run.
+        cpu_s: CPU seconds of all threads, Ray's too.
+        thread_s: of the controller's own thread.
+        bytes: most memory in use, beyond what was when the actors were up.
+        row: its metrics.
+    """
+
+    setup: Setup
+    cpu_s: float
+    thread_s: float
+    bytes: int
+    row: Metrics
+
+
+class SimulatedActors:
+    """Actors of all roles; a run takes as many of them as it wants. They compute nothing, and reserve nothing.
+
+    Attributes:
+        start_bytes: memory of this process when they are up.
+    """
+
+    def __init__(self, ranks: int, engines: int) -> None:
+        self._actors = {
+            role: [
+                ray.remote(worker).options(num_cpus=0).remote(rank)
+                for rank in range(ranks if role in RANKED else engines)
+            ]
+            for role, worker in WORKERS.items()
+        }
+        _wait([actor.drain_spans.remote() for actors in self._actors.values() for actor in actors], "actors to start")
+        self.start_bytes = in_use()
+
+    def roles(self, config: PPOJob, pace: Pace) -> PPORoles:
+        """The roles of a run that works at a pace."""
+        ranks, engines = config.placement.ranks_of("policy"), config.placement.rollout.engines
+        groups = {role: ActorGroup(role, self._actors[role][:ranks]) for role in RANKED}
+        rollout = RolloutGroup(
+            self._actors["rollout"][:engines],
+            config.rollout,
+            deterministic=False,
+            timeout_s=config.run.timeouts.rollout_s,
+        )
+        _wait([ref for group in (*groups.values(), rollout) for ref in group.call("keep", pace)], "keep")
+        connected = groups["policy"].call("connect", rollout.actors, 1, "", 0, 0, config.run.timeouts.sync_s)
+        _wait(connected, "policy: connect")
+        return PPORoles(
+            groups["policy"],
+            groups["critic"],
+            groups["reference"],
+            (RewardPart("score", 1.0, groups["reward"], is_model=True),),
+            rollout,
+            Devices(config.places, {}, config.run.timeouts, offload_idle=False),
+        )
+
+
+class MeasuredController(PPOController):
+    """The controller, and what each step took of its process."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.measured: list[tuple[float, float, int]] = []
+
+    def train_step(self, step: int) -> None:
+        """One PPO step."""
+        forget_most()
+        process, thread = time.process_time(), time.thread_time()
+        super().train_step(step)
+        self.measured.append((time.process_time() - process, time.thread_time() - thread, most_in_use()))
+
+
+def measure_all(setups: Sequence[Setup], slow: Setup) -> tuple[list[Cost], Cost]:
+    """What a step costs in each setup with sleeps cut short, and in one of them at the pace of the real thing."""
+    with ray_session(Cluster(cpus=CORES), "scale"):
+        began = time.perf_counter()
+        actors = SimulatedActors(max(setup.ranks for setup in setups), max(setup.engines for setup in setups))
+        say(f"actors are up after {time.perf_counter() - began:.0f} s")
+        costs = [measure(setup, actors, speed=setup.step.seconds / _SHORT_STEP_S) for setup in setups]
+        return costs, measure(slow, actors, speed=1.0)
+
+
+def measure(setup: Setup, actors: SimulatedActors, speed: float) -> Cost:
+    """What the last step of a run costs; the run is in a folder of its own that is removed afterwards."""
+    folder = Path(tempfile.mkdtemp(prefix="rlhf_ray-benchmark-"))
+    try:
+        cost = run(setup, actors, speed, folder)[-1]
+    finally:
+        shutil.rmtree(folder)
+    say(f"{setup}: {cost.cpu_s:.2f} s of {setup.step.seconds:.0f} s, {cost.bytes / 1e6:.0f} MB")
+    return cost
+
+
+def run(setup: Setup, actors: SimulatedActors, speed: float, folder: Path) -> list[Cost]:
+    """Run PPO steps from their start, `speed` times as fast as in reality; what each costs."""
+    config = ppo_config(setup, folder)
+    inputs = PPOInputs(
+        steps=STEPS,
+        tokenizer=NumbersAsText(),  # type: ignore[arg-type]
+        prompts=_prompts(setup.samples),
+        reference_model=MODEL,
+        critic_model=MODEL,
+        same_tokens=[True],
+    )
+    roles = actors.roles(config, Pace.of(setup.step, config, LENGTHS, speed))
+    with RunFolder(config, STEPS) as run_folder:
+        trained = {"policy": roles.policy, "critic": roles.critic}
+        checkpointing = Checkpointing(run_folder, trained, config.run.timeouts.checkpoint_s)
+        controller = MeasuredController(config, inputs, roles, run_folder, checkpointing)
+        controller.train()
+    return [
+        Cost(setup, cpu, thread, most - actors.start_bytes, row)
+        for (cpu, thread, most), row in zip(controller.measured, read_metrics(folder), strict=True)
+    ]
+
+
+def ppo_config(setup: Setup, folder: Path) -> PPOJob:
+    """The config of a run."""
+    engine = {"micro_batch_tokens": 16384}
+    shard_samples = max(16, setup.samples // (SHARDS_PER_ENGINE * setup.engines))
+    return PPOJob.model_validate(
+        {
+            "job": "ppo",
+            "name": "simulation",
+            "policy": {"model": MODEL, "engine": engine},
+            "critic": {"init_from": MODEL, "engine": engine},
+            "reward": [{"model": MODEL, "name": "score"}],
+            "rollout": {
+                "sampling": {"max_new_tokens": LENGTHS.longest},
+                "engine": {"max_model_len": int(LENGTHS.prompt) + LENGTHS.longest, "max_num_seqs": 256},
+                "shard_samples": shard_samples,
+            },
+            "data": {"prompts": "simulated", "prompts_per_step": setup.samples},
+            "placement": {
+                **{role: {"ranks": setup.ranks, "gpus": 1} for role in RANKED},
+                "rollout": {"engines": setup.engines, "gpus": 1},
+            },
+            "run": {"steps": STEPS, "dir": str(folder), "export": False},
+        }
+    )
+
+
+class NumbersAsText:
+    """Stands in for the tokenizer, which only the written samples need."""
+
+    def decode(self, token_ids: list[int], skip_special_tokens: bool = False, **options: Any) -> str:
+        """The ids, with spaces between them."""
+        return " ".join(map(str, token_ids))
+
+
+def _prompts(count: int) -> PromptSet:
+    tokens = int(LENGTHS.prompt)
+    return PromptSet(
+        uids=tuple(f"prompt-{number}" for number in range(count)),
+        token_ids=np.random.default_rng(0).integers(0, VOCABULARY, count * tokens, np.int32),
+        offsets=offsets_of([tokens] * count),
+        dropped=0,
+        truncated=0,
+    )
+
+
+def _wait(refs: list[ray.ObjectRef], what: str) -> None:
+    wait_all(refs, _LIMIT_S, what, "the limit in benchmarks/simulation/run.py")
