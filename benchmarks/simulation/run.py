@@ -33,9 +33,9 @@ from rlhf_ray.cluster.planner.steptime import StepTime, predict
 from rlhf_ray.cluster.session import ray_session
 from rlhf_ray.config.jobs import PPOJob
 from rlhf_ray.config.placement import Cluster
+from rlhf_ray.controllers.inputs import PPOInputs
 from rlhf_ray.controllers.ppo import PPOController
 from rlhf_ray.controllers.ppo_roles import PPORoles, RewardPart
-from rlhf_ray.controllers.preflight import PPOInputs
 from rlhf_ray.controllers.run_folder import Checkpointing, RunFolder
 from rlhf_ray.data.prompts import PromptSet
 from rlhf_ray.data.trajectory import offsets_of

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_ray.cli.results import note, show
 from rlhf_ray.config.jobs import JobConfig, PPOJob, RewardModelJob, SFTJob
 from rlhf_ray.config.loading import ConfigError
-from rlhf_ray.controllers.preflight import unfit_rows
+from rlhf_ray.controllers.inputs import unfit_rows
 from rlhf_ray.data.comparisons import ComparisonSet, load_comparisons
 from rlhf_ray.data.conversations import ConversationSet, load_conversations
 from rlhf_ray.data.errors import DataError, DataErrors, Findings

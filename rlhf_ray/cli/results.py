@@ -17,7 +17,7 @@ from rlhf_ray.telemetry.progress import QuietConsole
 from rlhf_ray.telemetry.summary import reward_summary
 
 if TYPE_CHECKING:
-    from rlhf_ray.controllers.preflight import EpochInputs, PPOInputs, RowSet
+    from rlhf_ray.controllers.inputs import EpochInputs, PPOInputs, RowSet
     from rlhf_ray.data.prompts import PromptSet
 
 Line = tuple[str, str]

@@ -58,7 +58,7 @@ def print_proposals(found: Sequence[Proposal], lengths: Lengths, known: Sequence
         step = proposal.time
         idle = ", ".join(f"{role.role} {role.idle:.0%}" for role in step.roles)
         console.print(Text(f"{number}. {_seconds(step.seconds)} s a step; idle: {idle}", "bold"), soft_wrap=True)
-        console.print(Text("   " + " ".join(map(quote, proposal.arguments)) or "   as it is"), soft_wrap=True)
+        console.print(Text("   " + (" ".join(map(quote, proposal.arguments)) or "as it is")), soft_wrap=True)
     console.print()
     for line in _assumed(found[0].time, lengths, known):
         console.print(Text(line), soft_wrap=True)

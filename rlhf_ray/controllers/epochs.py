@@ -14,8 +14,8 @@ from rlhf_ray.actors.trained import NonFiniteLossError, UpdateReport
 from rlhf_ray.actors.waiting import wait_all
 from rlhf_ray.config.jobs import EpochJob, SFTJob
 from rlhf_ray.controllers.early_stop import EarlyStop
+from rlhf_ray.controllers.inputs import EpochInputs
 from rlhf_ray.controllers.ppo_report import StepRecord, TrainingDiverged, write_failed_samples
-from rlhf_ray.controllers.preflight import EpochInputs
 from rlhf_ray.controllers.row_sources import LoadedRows, RowSource, Split, StreamedRows
 from rlhf_ray.controllers.run_folder import Checkpointing, RunFolder
 from rlhf_ray.data.packing import plan_micro_batches

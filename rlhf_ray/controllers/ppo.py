@@ -17,9 +17,9 @@ from rlhf_ray.algorithms.kl import KLController
 from rlhf_ray.algorithms.moments import Moments
 from rlhf_ray.algorithms.scores import ScoreShaper
 from rlhf_ray.config.jobs import PPOJob
+from rlhf_ray.controllers.inputs import PPOInputs
 from rlhf_ray.controllers.ppo_report import PPOReport, StepRecord
 from rlhf_ray.controllers.ppo_roles import PPORoles
-from rlhf_ray.controllers.preflight import PPOInputs
 from rlhf_ray.controllers.run_folder import Checkpointing, RunFolder
 from rlhf_ray.data.cursor import PromptCursor
 from rlhf_ray.data.minibatches import OptimizerStep, plan_update

@@ -19,7 +19,7 @@ from rlhf_ray.actors.waiting import RoleFailure, RoleTimeout, wait_all
 from rlhf_ray.actors.watched import actor_class
 from rlhf_ray.config.jobs import PPOJob
 from rlhf_ray.config.rewards import FunctionReward, ModelReward, part_name
-from rlhf_ray.controllers.preflight import PPOInputs
+from rlhf_ray.controllers.inputs import PPOInputs
 from rlhf_ray.controllers.roles import Engine, Watch, arguments_of, identity, join_collectives, unwatched
 from rlhf_ray.engines.rollout_setup import RolloutSetup
 

@@ -12,7 +12,7 @@ from rlhf_ray.actors.trained import UpdateReport
 from rlhf_ray.algorithms.preference.unpaired import RewardShift
 from rlhf_ray.config.jobs import PreferenceJob
 from rlhf_ray.controllers.epochs import EpochController
-from rlhf_ray.controllers.preflight import PreferenceInputs
+from rlhf_ray.controllers.inputs import PreferenceInputs
 from rlhf_ray.controllers.reference_columns import CachedReference, LiveReference, ReferenceCache, plan_answers
 from rlhf_ray.controllers.roles import PreferenceRoles
 from rlhf_ray.controllers.row_sources import Split

@@ -8,7 +8,7 @@ import ray
 from numpy.typing import NDArray
 
 from rlhf_ray.config.jobs import EpochJob
-from rlhf_ray.controllers.preflight import EpochInputs, RowSet
+from rlhf_ray.controllers.inputs import EpochInputs, RowSet
 from rlhf_ray.controllers.run_folder import RunFolder
 from rlhf_ray.data.cursor import PromptCursor
 from rlhf_ray.data.seeds import derive_seed

@@ -11,10 +11,10 @@ from rlhf_ray.cluster.preflight.run import naming_lost_nodes, preflight
 from rlhf_ray.cluster.session import ray_session
 from rlhf_ray.config.jobs import JobConfig, PPOJob, PreferenceJob, RewardModelJob, SFTJob
 from rlhf_ray.controllers.epochs import ENDED, EpochController
+from rlhf_ray.controllers.inputs import EpochInputs, PPOInputs, PreferenceInputs, check
 from rlhf_ray.controllers.ppo import PPOController
 from rlhf_ray.controllers.ppo_roles import ppo_roles
 from rlhf_ray.controllers.preference import PreferenceController
-from rlhf_ray.controllers.preflight import EpochInputs, PPOInputs, PreferenceInputs, check
 from rlhf_ray.controllers.reference_columns import reference_cache
 from rlhf_ray.controllers.reward_model import RewardModelController
 from rlhf_ray.controllers.roles import epoch_role, preference_roles

@@ -302,7 +302,7 @@ def test_validate_finds_reward_functions_in_the_current_folder(
 
 
 def test_schema_only_opens_nothing(cli: RunCli, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "rlhf_ray.controllers.preflight", None)
+    monkeypatch.setitem(sys.modules, "rlhf_ray.controllers.inputs", None)
     done = cli("validate", PPO, "policy.model=/gone", "data.prompts=/gone.jsonl", "--schema-only")
     assert done.exit_code == 0, done.output
     assert done.stdout.splitlines()[-1].startswith("valid, as far as the schema goes")

@@ -1,14 +1,15 @@
 """The fastest placements of a job that fit on a cluster.
 
-Every layout (`layouts.py`) is timed with the fastest settings of its models that fit: ZeRO stage, offload of the
-optimizer, activation checkpointing, tokens of a micro-batch. Which of them fit on the devices of one group of roles
-does not depend on the other groups, so it is found once for a group and its number of devices. The fastest layouts are
-then planned as a whole; the first that fit are the answer.
+The job is a candidate as it is. Every layout (`layouts.py`) is one with the fastest settings of its models that fit:
+ZeRO stage, offload of the optimizer, activation checkpointing, tokens of a micro-batch. Which of them fit on the
+devices of one group of roles does not depend on the other groups, so it is found once for a group and its number of
+devices. The fastest candidates are then planned as a whole; the first that fit are the answer.
 """
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import yaml
@@ -77,7 +78,7 @@ def best_placements(
         proposed = search.job(overrides)
         assert proposed is not None
         plan = plan_memory(proposed, hardware, processes)
-        if plan.fits:
+        if plan.fits and proposed not in (other.job for other in found):
             found.append(Proposal(search.changed(overrides), proposed, time, plan))
     return found
 
@@ -99,9 +100,9 @@ class _Search:
         self._chosen: dict[tuple[object, ...], Overrides | None] = {}
 
     def candidates(self) -> Iterator[tuple[StepTime, Overrides]]:
-        """Every layout that has a place and settings that fit, with the step that it gives."""
-        for layout in layouts(self._job, self._hardware, self._roles[0].shape.heads):
-            overrides = self._complete(layout)
+        """The job as it is and every layout with settings that fit, if it has a place: the step, and what to change."""
+        complete = map(self._complete, layouts(self._job, self._hardware, self._roles[0].shape.heads))
+        for overrides in chain([Overrides()], complete):
             job = None if overrides is None else self.job(overrides)
             cluster = None if job is None else self._cluster(job)
             if overrides is None or job is None or cluster is None:

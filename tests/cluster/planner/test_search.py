@@ -148,6 +148,17 @@ def test_proposals_are_valid_fit_and_come_fastest_first(tmp_path: Path) -> None:
         assert plan_memory(proposal.job, hardware, ProcessMemory()).fits
 
 
+def test_the_job_as_it_is_may_be_the_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hardware = cluster(tmp_path, 4, 40.0)
+    best = search(ppo(tmp_path), hardware, most=1)[0]
+    found = search(best.job, hardware)
+    assert found[0].arguments == []
+    assert found[0].job == best.job
+    assert len({str(proposal.job) for proposal in found}) == len(found) == 5
+    monkeypatch.setattr("rlhf_ray.cluster.planner.search.layouts", lambda *_: [])
+    assert [proposal.job for proposal in search(best.job, hardware)] == [best.job]
+
+
 def test_what_a_role_needs_wherever_it_sits_is_kept(tmp_path: Path) -> None:
     placement = {"policy": {"gpus": 1, "labels": {"zone": "a"}, "env": {"A": "1"}}, "rollout": {"gpus": 1}}
     job, hardware = ppo(tmp_path, placement=placement), cluster(tmp_path, 4, 40.0)

@@ -1,4 +1,4 @@
-"""What can be known to be wrong before any actor starts."""
+"""Inputs of a job, and what can be known to be wrong with them before any actor starts."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager

@@ -11,7 +11,7 @@ import pytest
 
 from rlhf_ray.config.jobs import JobConfig, PPOJob, RewardModelJob, SFTJob
 from rlhf_ray.config.loading import ConfigError, parse_config
-from rlhf_ray.controllers.preflight import EpochInputs, PPOInputs, check
+from rlhf_ray.controllers.inputs import EpochInputs, PPOInputs, check
 from rlhf_ray.data.comparisons import ComparisonSet
 from rlhf_ray.data.prepare import prepare
 from rlhf_ray.data.streaming import ConversationStream
@@ -282,7 +282,7 @@ def test_rows_that_the_loss_of_a_reward_model_cannot_learn_from_are_refused(
     pairs: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = judged([0, 1], [0, 1, 2], [0, 1, 1])
-    monkeypatch.setattr("rlhf_ray.controllers.preflight.load_comparisons", lambda *_, **__: rows)
+    monkeypatch.setattr("rlhf_ray.controllers.inputs.load_comparisons", lambda *_, **__: rows)
     said = (
         "2 of 3 rows, the first of them 'row1', have more than two candidates, but loss.type is 'bradley_terry': set "
         "it to 'softmax', 'plackett_luce' or 'all_pairs'"
