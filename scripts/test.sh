@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Sets up the CPU environment and runs the tests; arguments go to pytest.
-#   scripts/test.sh                          everything
+#   scripts/test.sh                          everything but what is marked as long
+#   scripts/test.sh -m long                  that: offload to a disk, for which DeepSpeed compiles an operator
 #   scripts/test.sh -m "not integration"     unit tests alone: no Ray, DeepSpeed or vLLM
 set -euo pipefail
 

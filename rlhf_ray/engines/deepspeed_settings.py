@@ -32,6 +32,8 @@ def deepspeed_settings(
             part = -(-largest // torch.distributed.get_world_size())
             # Buffers must hold any part; without max_in_cpu the first billion elements would stay in host memory.
             zero["offload_param"] |= {"buffer_size": part, "max_in_cpu": 0}
+            # A weight has a buffer until it is released, and there are five: none is kept for its next use.
+            zero["stage3_max_reuse_distance"] = 0
     settings: dict[str, Any] = {
         # Micro-batches are of any size and number: the boundary is set by hand, sizes here are formal.
         "train_micro_batch_size_per_gpu": 1,

@@ -31,7 +31,8 @@ def saved_weights(folder: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         weights = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in module.items()}
     else:
         weights = _from_shards(folder, dtype)
-    return {name.removeprefix("model."): tensor for name, tensor in weights.items()}
+    # With optimizer state on a disk DeepSpeed saves parameters, elsewhere their data.
+    return {name.removeprefix("model."): tensor.detach() for name, tensor in weights.items()}
 
 
 def _from_shards(folder: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:

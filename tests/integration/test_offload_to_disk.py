@@ -17,6 +17,8 @@ from rlhf_ray.engines.level import Level
 from rlhf_ray.engines.saved_weights import saved_weights
 from training_rank import BUILD_S, Trained, run, started
 
+pytestmark = pytest.mark.long  # DeepSpeed compiles its disk operator: 3 minutes
+
 MICRO_BATCHES = [[[0, 1], [2]], [[3], [4, 5]]]
 
 
