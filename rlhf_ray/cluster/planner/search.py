@@ -101,8 +101,10 @@ class _Search:
 
     def candidates(self) -> Iterator[tuple[StepTime, Overrides]]:
         """The job as it is and every layout with settings that fit, if it has a place: the step, and what to change."""
+        uses_devices = any(placed.placement.gpus > 0 for placed in self._job.places.values())
+        as_it_is = [Overrides()] if uses_devices == self._on_devices else []
         complete = map(self._complete, layouts(self._job, self._hardware, self._roles[0].shape.heads))
-        for overrides in chain([Overrides()], complete):
+        for overrides in chain(as_it_is, complete):
             job = None if overrides is None else self.job(overrides)
             cluster = None if job is None else self._cluster(job)
             if overrides is None or job is None or cluster is None:
