@@ -35,15 +35,16 @@ from benchmarks.common import (
 from rlhf_ray.actors.sft import pack_learnt
 from rlhf_ray.actors.waiting import wait_all
 from rlhf_ray.cluster.session import ray_session
-from rlhf_ray.config.jobs import EpochJob, PPOJob, RewardModelJob
+from rlhf_ray.config.jobs import RewardModelJob, SFTJob
 from rlhf_ray.config.loading import load_config
 from rlhf_ray.config.reward_loss import BradleyTerry
 from rlhf_ray.config.training import Optimizer, TrainingEngine
-from rlhf_ray.controllers.inputs import EpochInputs, check
+from rlhf_ray.controllers.inputs import EpochInputs, RowSet, check
 from rlhf_ray.controllers.roles import epoch_role
 from rlhf_ray.data.comparisons import ComparisonSet
 from rlhf_ray.data.conversations import ConversationSet
 from rlhf_ray.data.packing import plan_micro_batches
+from rlhf_ray.data.streaming import ConversationStream
 from rlhf_ray.models.packed import PackedSequences
 from rlhf_ray.platform import platform
 
@@ -56,10 +57,10 @@ def main(
 ) -> None:
     """Tokens/s of an optimizer step, as a share of a bare torch loop's."""
     arguments, machine = dict(locals()), Machine.here()
-    job, inputs, micro_batches = _first_step(config, overrides or [])
+    job, train, micro_batches = _first_step(config, overrides or [])
     section = job.role.trained
     rows = [row for micro_batch in micro_batches for row in micro_batch]
-    tokens, weight = int(inputs.train.lengths[rows].sum()), int(inputs.train.weights[rows].sum())
+    tokens, weight = int(train.lengths[rows].sum()), int(train.weights[rows].sum())
     threads = job.role.placement.threads or max(1, int(job.role.placement.cpus))
     limit = job.run.timeouts.update_s
     ours: list[float] = []
@@ -76,11 +77,11 @@ def main(
             section.model,
             section.engine,
             section.optimizer,
-            inputs.train,
+            train,
             micro_batches,
             weight,
         )
-        data = [ray.put(inputs.train)]
+        data = [ray.put(train)]
         for number in range(repeats + 1):  # the first is the warm-up
             began = perf_counter()
             [done] = wait_all(group.call("step", data, micro_batches, weight), limit, "step", "run.timeouts.update_s")
@@ -110,22 +111,23 @@ def main(
     )
 
 
-def _first_step(config: Path, overrides: Sequence[str]) -> tuple[EpochJob, EpochInputs, list[list[int]]]:
+def _first_step(config: Path, overrides: Sequence[str]) -> tuple[SFTJob | RewardModelJob, RowSet, list[list[int]]]:
     """The job with one rank and a low learning rate, its data, and the micro-batches of its first rows."""
     job = load_config(config, overrides)
-    if isinstance(job, PPOJob):
-        raise typer.BadParameter("job: ppo has no epochs: see benchmarks.update", param_hint="CONFIG")
+    if not isinstance(job, SFTJob | RewardModelJob):
+        raise typer.BadParameter("job must be sft or reward_model", param_hint="CONFIG")
     if isinstance(job, RewardModelJob) and job.loss != BradleyTerry(type="bradley_terry"):
         raise typer.BadParameter("the bare loop knows plain Bradley–Terry only", param_hint="CONFIG")
     name = job.role.name
     still = (f"placement.{name}.ranks=1", f"{name}.optimizer.lr=1e-8", f"{name}.optimizer.warmup_steps=0")
     job = load_config(config, [*overrides, *still])
-    assert not isinstance(job, PPOJob)
+    assert isinstance(job, SFTJob | RewardModelJob)
     inputs = check(job)
     assert isinstance(inputs, EpochInputs)
+    assert not isinstance(inputs.train, ConversationStream)
     lengths = inputs.train.lengths[: job.role.rows_per_step]
     [plan] = plan_micro_batches(lengths, 1, job.role.trained.engine.micro_batch_tokens)
-    return job, inputs, plan
+    return job, inputs.train, plan
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ def main(
             job = case.job(Path(made), steps)
             hardware = this_machine(None)
             plan = plan_memory(job, hardware, known[hardware.device].memory)
-            step = predict(job, hardware, known, _lengths(job), plan.engine and plan.engine.cached_tokens)
+            step = predict(job, hardware, known, _lengths(job), plan.engine.cached_tokens if plan.engine else None)
             measured = measured_job(job)
         measures = [*_memory(plan, measured.peaks), *_time(step, measured.rows)]
         for measure in measures:

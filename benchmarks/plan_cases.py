@@ -1,7 +1,6 @@
 """Jobs whose memory and step times are predicted and measured: of several models, ZeRO stages, batches and lengths."""
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,7 +51,7 @@ class Case:
         return parse_config({**raw, "name": "plan-accuracy"})
 
 
-def _row(job: str, number: int) -> Mapping[str, str]:
+def _row(job: str, number: int) -> dict[str, str]:
     if job == "sft":
         return {"text": f"{number} {_TEXT}"}
     return {"prompt": "", "chosen": f"{number} {_TEXT}", "rejected": f"{number} Not so good. {_TEXT}"}

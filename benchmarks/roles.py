@@ -22,7 +22,7 @@ from rlhf_ray.algorithms.moments import Moments
 from rlhf_ray.cluster.session import ray_session
 from rlhf_ray.config.algorithm import PPO
 from rlhf_ray.config.data import PromptData
-from rlhf_ray.config.placement import Cluster, RolePlacement, RolloutPlacement
+from rlhf_ray.config.placement import Cluster, Placed, RolePlacement, RolloutPlacement
 from rlhf_ray.config.rollout import LoraSync, Rollout
 from rlhf_ray.config.run import Timeouts
 from rlhf_ray.config.training import Policy
@@ -54,7 +54,7 @@ def rollout_role(
 ) -> Iterator[RolloutGroup]:
     """Rollout engines that are ready to generate."""
     placement = RolloutPlacement(engines=engines, cpus=0, threads=threads)
-    seating = Seating({"rollout": (placement, 1)}, _TIMEOUTS.setup_s, autoscaling=False)
+    seating = Seating({"rollout": Placed(placement, 1)}, _TIMEOUTS.setup_s, autoscaling=False)
     actors = create_group("rollout", RolloutWorker, seating.seats["rollout"], engines, lambda rank: {"rank": rank})
     group = RolloutGroup(actors.actors, rollout, deterministic=False, timeout_s=_TIMEOUTS.rollout_s)
     try:
@@ -70,7 +70,9 @@ def rollout_role(
 @contextmanager
 def policy_role(policy: Policy, *, threads: int, lora_sync: LoraSync = "merged") -> Iterator[ActorGroup]:
     """One rank of the policy, ready to score and train."""
-    seating = Seating({"policy": (RolePlacement(cpus=0, threads=threads), 1)}, _TIMEOUTS.setup_s, autoscaling=False)
+    seating = Seating(
+        {"policy": Placed(RolePlacement(cpus=0, threads=threads), 1)}, _TIMEOUTS.setup_s, autoscaling=False
+    )
     group = create_group(
         "policy",
         PolicyWorker,

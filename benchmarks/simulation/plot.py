@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.simulation.run import Cost
 from rlhf_ray.telemetry.plots import COLOURS, STYLE
@@ -44,7 +44,7 @@ def _seconds(axes: "Axes", costs: Sequence[Cost], x: Sequence[int], bound: float
     axes.set_title("Controller's time in a step")
     axes.set_ylabel("CPU seconds")
     axes.set_yscale("log")
-    lines = (
+    lines: tuple[tuple[list[float], str, dict[str, Any]], ...] = (
         ([bound * cost.setup.step.seconds for cost in costs], f"{bound:.0%} of a real step", {"linestyle": "--"}),
         ([cost.cpu_s for cost in costs], "all threads of its process", {"marker": "o"}),
         ([cost.thread_s for cost in costs], "its own thread", {"marker": "o"}),

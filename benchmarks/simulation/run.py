@@ -189,7 +189,7 @@ def run(setup: Setup, actors: SimulatedActors, speed: float, folder: Path) -> li
     config = ppo_config(setup, folder)
     inputs = PPOInputs(
         steps=STEPS,
-        tokenizer=NumbersAsText(),  # type: ignore[arg-type]
+        tokenizer=NumbersAsText(),
         prompts=_prompts(setup.samples),
         reference_model=MODEL,
         critic_model=MODEL,
