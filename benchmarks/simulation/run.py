@@ -111,23 +111,17 @@ class SimulatedActors:
     """Actors of all roles; a run takes as many of them as it wants. They compute nothing, and reserve nothing.
 
     Attributes:
-        start_bytes: memory of this process when they are up.
+        start_bytes: memory of this process when those of the last run were up.
     """
 
-    def __init__(self, ranks: int, engines: int) -> None:
-        self._actors = {
-            role: [
-                ray.remote(worker).options(num_cpus=0).remote(rank)
-                for rank in range(ranks if role in RANKED else engines)
-            ]
-            for role, worker in WORKERS.items()
-        }
-        _wait([actor.drain_spans.remote() for actors in self._actors.values() for actor in actors], "actors to start")
-        self.start_bytes = in_use()
+    def __init__(self) -> None:
+        self._actors: dict[str, list[Any]] = {role: [] for role in WORKERS}
+        self.start_bytes = 0
 
     def roles(self, config: PPOJob, pace: Pace) -> PPORoles:
         """The roles of a run that works at a pace."""
         ranks, engines = config.placement.ranks_of("policy"), config.placement.rollout.engines
+        self._start(ranks, engines)
         groups = {role: ActorGroup(role, self._actors[role][:ranks]) for role in RANKED}
         rollout = RolloutGroup(
             self._actors["rollout"][:engines],
@@ -146,6 +140,17 @@ class SimulatedActors:
             rollout,
             Devices(config.places, {}, config.run.timeouts, offload_idle=False),
         )
+
+    def _start(self, ranks: int, engines: int) -> None:
+        """Those that are missing, so that a run with few actors and many samples has the memory for itself."""
+        began, started = time.perf_counter(), []
+        for role, actors in self._actors.items():
+            for rank in range(len(actors), ranks if role in RANKED else engines):
+                actors.append(ray.remote(WORKERS[role]).options(num_cpus=0).remote(rank))
+                started.append(actors[-1].drain_spans.remote())
+        _wait(started, "actors to start")
+        say(f"{len(started)} more actors are up after {time.perf_counter() - began:.0f} s")
+        self.start_bytes = in_use()
 
 
 class MeasuredController(PPOController):
@@ -166,11 +171,9 @@ class MeasuredController(PPOController):
 def measure_all(setups: Sequence[Setup], slow: Setup) -> tuple[list[Cost], Cost]:
     """What a step costs in each setup with sleeps cut short, and in one of them at the pace of the real thing."""
     with ray_session(Cluster(cpus=CORES), "scale"):
-        began = time.perf_counter()
-        actors = SimulatedActors(max(setup.ranks for setup in setups), max(setup.engines for setup in setups))
-        say(f"actors are up after {time.perf_counter() - began:.0f} s")
-        costs = [measure(setup, actors, speed=setup.step.seconds / _SHORT_STEP_S) for setup in setups]
-        return costs, measure(slow, actors, speed=1.0)
+        actors = SimulatedActors()
+        at_pace = measure(slow, actors, speed=1.0)
+        return [measure(setup, actors, speed=setup.step.seconds / _SHORT_STEP_S) for setup in setups], at_pace
 
 
 def measure(setup: Setup, actors: SimulatedActors, speed: float) -> Cost:
@@ -180,7 +183,10 @@ def measure(setup: Setup, actors: SimulatedActors, speed: float) -> Cost:
         cost = run(setup, actors, speed, folder)[-1]
     finally:
         shutil.rmtree(folder)
-    say(f"{setup}: {cost.cpu_s:.2f} s of {setup.step.seconds:.0f} s, {cost.bytes / 1e6:.0f} MB")
+    say(
+        f"{setup}: {cost.cpu_s:.2f} s, {cost.thread_s:.2f} s of them in its own thread, of {setup.step.seconds:.0f} s; "
+        f"{cost.bytes / 1e6:.0f} MB"
+    )
     return cost
 
 

@@ -9,8 +9,7 @@ from rlhf_ray.telemetry.names import find_metric
 
 
 def test_simulated_actors_go_through_all_of_a_run(tmp_path: Path) -> None:
-    actors = SimulatedActors(ranks=1, engines=2)
-    costs = run(Setup(samples=64, ranks=1, engines=2), actors, 1000, tmp_path)
+    costs = run(Setup(samples=64, ranks=1, engines=2), SimulatedActors(), 1000, tmp_path)
     rows = read_metrics(tmp_path)
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     for row, cost in zip(rows, costs, strict=True):

@@ -3,7 +3,7 @@
 from rlhf_ray.cluster.planner.activations import ITEMSIZE, PassShape
 from rlhf_ray.cluster.planner.footprint import PLACES, Item, always, during
 from rlhf_ray.cluster.planner.roles import ScoredRole
-from rlhf_ray.cluster.planner.trained_memory import LIVE_PARAMETERS, PERSISTENT, PREFETCH, swapped_weights
+from rlhf_ray.cluster.planner.trained_memory import PERSISTENT, gathered_elements, swapped_weights
 from rlhf_ray.engines.level import Level
 
 
@@ -25,12 +25,13 @@ def scored_items(role: ScoredRole, *, cpu: bool) -> list[Item]:
     if engine.zero_stage == 0:
         return [always("weights", weights, Level.WEIGHTS), *items]
     place = PLACES[engine.offload_parameters]
-    gathered = 0 if role.ranks == 1 else min(shape.parameters, LIVE_PARAMETERS + PREFETCH) * item
+    largest = max(tensor.size for tensor in shape.tensors())
+    gathered = gathered_elements(shape.parameters, largest, role.ranks, place, cpu=cpu) * item
     whole = sum(tensor.size * tensor.count for tensor in shape.tensors() if tensor.size <= PERSISTENT) * item
     return [
         always("weights", weights / role.ranks, Level.WEIGHTS, place),
         always("weights kept whole", whole if role.ranks > 1 or place != "device" else 0, Level.WEIGHTS),
-        *swapped_weights(item * max(tensor.size for tensor in shape.tensors()), role.ranks, place),
+        *swapped_weights(item * largest, role.ranks, place),
         during("gathered weights", gathered, "score"),
         *items,
     ]

@@ -71,6 +71,14 @@ def swapped_weights(largest: int, ranks: int, place: Place) -> list[Item]:
     return [always("offload buffers", size, place="host")] if place == "disk" else []
 
 
+def gathered_elements(weights: int, largest: int, ranks: int, place: Place, *, cpu: bool) -> int:
+    """Elements of sharded weights that are whole on a device at a time; DeepSpeed keeps what it soon needs again."""
+    if ranks == 1 and (place == "device" or cpu):
+        return 0
+    kept = largest if place == "disk" else LIVE_PARAMETERS
+    return min(weights, kept + PREFETCH)
+
+
 def pass_shape(role: TrainedRole, *, cpu: bool) -> PassShape:
     """How its model computes."""
     engine = role.engine
@@ -107,7 +115,7 @@ class _Rank:
             return [always("weights", size, Level.WEIGHTS)]
         place = PLACES[self.engine.offload_parameters]
         whole = self.item * self.sizes.persistent
-        gathered = 0 if self.ranks == 1 else min(self.sizes.all, LIVE_PARAMETERS + PREFETCH) * self.item
+        gathered = gathered_elements(self.sizes.all, self.sizes.largest, self.ranks, place, cpu=self.cpu) * self.item
         return [
             always("weights", size / self.ranks, Level.WEIGHTS, place),
             always("weights kept whole", whole if self.ranks > 1 or place != "device" else 0, Level.WEIGHTS),
