@@ -15,7 +15,7 @@ import typer
 
 from benchmarks.common import RESULTS, ROOT, FreshProcess, Machine, Measure, ResultsOption, report, run_command
 from benchmarks.simulation.plot import plot
-from benchmarks.simulation.run import RANKED, Cost, Setup, measure_all
+from benchmarks.simulation.run import RANKED, Cost, Setup, measure_all, measure_at_pace
 
 BOUND = 0.02
 PICTURE = ROOT / "docs" / "scale.png"
@@ -33,9 +33,13 @@ def main(
     ranks = max_ranks // len(RANKED)
     by_samples = [Setup(max_samples // part, ranks // 4, max_engines // 2) for part in (64, 16, 4, 1)]
     by_actors = [Setup(max_samples // 4, ranks // part, max_engines // part) for part in (16, 4, 2, 1)]
+    # Each in a process of its own: the most actors and the most samples don't fit into one machine's memory together.
     with FreshProcess({}) as process:
-        costs, at_pace = process.call(measure_all, [*by_samples, *by_actors], by_samples[0])
-    samples, actors = costs[: len(by_samples)], costs[len(by_samples) :]
+        at_pace = process.call(measure_at_pace, by_samples[0])
+    with FreshProcess({}) as process:
+        samples = process.call(measure_all, by_samples)
+    with FreshProcess({}) as process:
+        actors = process.call(measure_all, by_actors)
     plot(samples, actors, BOUND, picture)
     for subject, measures in (
         (f"more samples, {by_samples[0].actors} actors", _sweep(samples, [s.samples for s in by_samples], "samples")),

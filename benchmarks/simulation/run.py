@@ -111,7 +111,7 @@ class SimulatedActors:
     """Actors of all roles; a run takes as many of them as it wants. They compute nothing, and reserve nothing.
 
     Attributes:
-        start_bytes: memory of this process when those of the last run were up.
+        start_bytes: memory of this process when those of the first run were up.
     """
 
     def __init__(self) -> None:
@@ -148,9 +148,11 @@ class SimulatedActors:
             for rank in range(len(actors), ranks if role in RANKED else engines):
                 actors.append(ray.remote(WORKERS[role]).options(num_cpus=0).remote(rank))
                 started.append(actors[-1].drain_spans.remote())
+        if not started:
+            return
         _wait(started, "actors to start")
         say(f"{len(started)} more actors are up after {time.perf_counter() - began:.0f} s")
-        self.start_bytes = in_use()
+        self.start_bytes = self.start_bytes or in_use()
 
 
 class MeasuredController(PPOController):
@@ -168,12 +170,17 @@ class MeasuredController(PPOController):
         self.measured.append((time.process_time() - process, time.thread_time() - thread, most_in_use()))
 
 
-def measure_all(setups: Sequence[Setup], slow: Setup) -> tuple[list[Cost], Cost]:
-    """What a step costs in each setup with sleeps cut short, and in one of them at the pace of the real thing."""
+def measure_all(setups: Sequence[Setup]) -> list[Cost]:
+    """What a step costs in each setup with sleeps cut short; smallest first, as memory once taken stays taken."""
     with ray_session(Cluster(cpus=CORES), "scale"):
         actors = SimulatedActors()
-        at_pace = measure(slow, actors, speed=1.0)
-        return [measure(setup, actors, speed=setup.step.seconds / _SHORT_STEP_S) for setup in setups], at_pace
+        return [measure(setup, actors, speed=setup.step.seconds / _SHORT_STEP_S) for setup in setups]
+
+
+def measure_at_pace(setup: Setup) -> Cost:
+    """What a step costs at the pace of the real thing."""
+    with ray_session(Cluster(cpus=CORES), "scale"):
+        return measure(setup, SimulatedActors(), speed=1.0)
 
 
 def measure(setup: Setup, actors: SimulatedActors, speed: float) -> Cost:
