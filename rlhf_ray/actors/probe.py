@@ -109,7 +109,7 @@ class ProbeWorker(PolicyWorker):
         return PassTimes(*(min(column) for column in zip(*rows[1:], strict=True)))
 
     def memory(self) -> int:
-        """Bytes of host memory that this process alone holds, shared pages by their part."""
+        """Bytes of host memory of this process, as in `_memory_of`."""
         return _memory_of([os.getpid()])
 
     def length(self, data: list[ray.ObjectRef]) -> int:
@@ -206,6 +206,6 @@ def _descendants(pid: int) -> list[int]:
 
 
 def _memory_of(pids: Sequence[int]) -> int:
-    """Bytes of some processes, pages that they share with others counted in part (`Pss` of the kernel)."""
+    """Bytes of some processes; pages that they share, as of libraries, count for each."""
     lines = [line for pid in pids for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()]
-    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Rss:"))

@@ -87,7 +87,7 @@ SIZES: dict[Device, Sizes] = {
         copy=256 * MIB,
         collective=64 * MIB,
         stored=64 * MIB,
-        models=(LlamaSize(256, 2, 704, 4096), LlamaSize(512, 10, 1408, 8192), LlamaSize(1024, 4, 2816, 32768)),
+        models=(LlamaSize(256, 2, 704, 4096), LlamaSize(512, 10, 1408, 8192), LlamaSize(1024, 3, 2816, 24576)),
         passes=(Samples(16, 124, 4), Samples(2, 1020, 4), Samples(16, 32, 32), Samples(2, 28, 4)),
         decoding=(Decoding(1, 16), Decoding(8, 16), Decoding(48, 16), Decoding(16, 384)),
     ),
@@ -228,7 +228,7 @@ def _decoding(engine: RolloutGroup, shape: ModelShape, sizes: Sizes) -> list[Dec
 def _generate_s(engine: RolloutGroup, shape: ModelShape, batch: Decoding, length: int) -> float:
     random = np.random.default_rng(batch.sequences)
     shard = [
-        PromptRequest(f"random-{number}", 0, number, random.integers(0, shape.vocab, batch.prompt).tolist())
+        PromptRequest(f"random-{number}", 0, number, random.integers(0, shape.vocab, batch.prompt, np.int32))
         for number in range(batch.sequences)
     ]
     sampling = Sampling(max_new_tokens=length, ignore_eos=True)
