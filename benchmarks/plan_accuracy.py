@@ -69,7 +69,7 @@ def _memory(plan: MemoryPlan, peaks: dict[str, int]) -> list[Measure]:
 
 
 def _lengths(job: JobConfig) -> Lengths:
-    """Rows of the cases are as long as they may be; those of pairs have no prompt."""
+    """Rows of the cases are as long as they may be; those of pairs have hardly a prompt."""
     return lengths_of(job) if isinstance(job, PPOJob) else lengths_of(job, 0, job.data.max_tokens)
 
 

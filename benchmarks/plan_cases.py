@@ -54,7 +54,7 @@ class Case:
 def _row(job: str, number: int) -> dict[str, str]:
     if job == "sft":
         return {"text": f"{number} {_TEXT}"}
-    return {"prompt": "", "chosen": f"{number} {_TEXT}", "rejected": f"{number} Not so good. {_TEXT}"}
+    return {"prompt": "Review:", "chosen": f"{number} {_TEXT}", "rejected": f"{number} Not so good. {_TEXT}"}
 
 
 def _model(name: str, folder: Path) -> Path:
