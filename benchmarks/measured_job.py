@@ -1,7 +1,5 @@
 """A job whose step times and memory are measured, run as `rlhf-ray train` runs it."""
 
-import shutil
-import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -45,16 +43,6 @@ def measured_job(job: JobConfig) -> MeasuredJob:
     with peaks() as found:
         train(job)
     return MeasuredJob(read_metrics(Path(job.run.dir))[1:], dict(found))
-
-
-@contextmanager
-def folder() -> Iterator[Path]:
-    """A folder that is removed afterwards."""
-    made = Path(tempfile.mkdtemp(prefix="rlhf_ray-benchmark-"))
-    try:
-        yield made
-    finally:
-        shutil.rmtree(made)
 
 
 @contextmanager

@@ -7,12 +7,13 @@ without its checkpoint, which was disturbed least. Step times need a calibration
 """
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import typer
 
 from benchmarks.common import RESULTS, Machine, Measure, ResultsOption, report, run_command, say, spread
-from benchmarks.measured_job import folder, measured_job
+from benchmarks.measured_job import measured_job
 from benchmarks.plan_cases import CASES
 from rlhf_ray.cluster.planner.calibration import constants
 from rlhf_ray.cluster.planner.hardware import this_machine
@@ -42,7 +43,7 @@ def main(
         if only and not any(part in name for part in only):
             continue
         machine = Machine.here()
-        with folder() as made:
+        with TemporaryDirectory(prefix="rlhf_ray-benchmark-") as made:
             job = case.job(Path(made), steps)
             hardware = this_machine(None)
             plan = plan_memory(job, hardware, known[hardware.device].memory)

@@ -1,11 +1,10 @@
 """PPO runs whose step times are measured."""
 
 import json
-import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from rlhf_ray.config.jobs import PPOJob
 from rlhf_ray.config.loading import load_config
@@ -48,12 +47,10 @@ def measured_run(config: Path, overrides: Sequence[str]) -> MeasuredRun:
     from rlhf_ray.telemetry.progress import setup_logging
 
     setup_logging()
-    folder = Path(tempfile.mkdtemp(prefix="rlhf_ray-benchmark-"))
-    try:
+    with TemporaryDirectory(prefix="rlhf_ray-benchmark-") as made:
+        folder = Path(made)
         train(load_ppo(config, [*overrides, f"run.dir={folder}"]))
         return MeasuredRun(read_metrics(folder)[1:], _idle_share(folder / "timeline.json"))
-    finally:
-        shutil.rmtree(folder)
 
 
 def _idle_share(timeline: Path) -> float | None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from rlhf_ray.data.prepare import prepare
 from rlhf_ray.data.trajectory import Trajectory, TrajectoryBatch
 from rlhf_ray.models.heads import load_scalar
 from rlhf_ray.models.tiny import build_tiny_model
@@ -33,6 +34,15 @@ def as_reward_model() -> Callable[[Path], Path]:
         return folder
 
     return make
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory, as_reward_model: Callable[[Path], Path]) -> Path:
+    """Folder with the models and data of the tiny examples, and a tiny reward model."""
+    target = tmp_path_factory.mktemp("prepared")
+    prepare(target, only={"tiny"})
+    as_reward_model(target / "models/tiny")
+    return target
 
 
 @pytest.fixture(scope="session")

@@ -1,12 +1,11 @@
 """Simulated actors on a local cluster, and PPO steps over them."""
 
-import shutil
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -185,11 +184,8 @@ def measure_at_pace(setup: Setup) -> Cost:
 
 def measure(setup: Setup, actors: SimulatedActors, speed: float) -> Cost:
     """What the last step of a run costs; the run is in a folder of its own that is removed afterwards."""
-    folder = Path(tempfile.mkdtemp(prefix="rlhf_ray-benchmark-"))
-    try:
-        cost = run(setup, actors, speed, folder)[-1]
-    finally:
-        shutil.rmtree(folder)
+    with TemporaryDirectory(prefix="rlhf_ray-benchmark-") as folder:
+        cost = run(setup, actors, speed, Path(folder))[-1]
     say(
         f"{setup}: {cost.cpu_s:.2f} s, {cost.thread_s:.2f} s of them in its own thread, of {setup.step.seconds:.0f} s; "
         f"{cost.bytes / 1e6:.0f} MB"

@@ -1,13 +1,11 @@
 """Actors that measure what their machine gives: a policy that times its own passes, and pairs that talk."""
 
 import gc
-import os
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 
 import numpy as np
 import ray
@@ -16,6 +14,7 @@ import torch.distributed as dist
 
 from rlhf_ray.actors.policy import PolicyWorker
 from rlhf_ray.actors.rollout import RolloutWorker
+from rlhf_ray.actors.watched import host_bytes
 from rlhf_ray.config.algorithm import PPO
 from rlhf_ray.config.training import Dtype, Policy
 from rlhf_ray.data.trajectory import Trajectory, TrajectoryBatch
@@ -109,8 +108,8 @@ class ProbeWorker(PolicyWorker):
         return PassTimes(*(min(column) for column in zip(*rows[1:], strict=True)))
 
     def memory(self) -> int:
-        """Bytes of host memory of this process, as in `_memory_of`."""
-        return _memory_of([os.getpid()])
+        """Bytes of host memory of this process, as `host_bytes` counts them."""
+        return host_bytes()
 
     def length(self, data: list[ray.ObjectRef]) -> int:
         """Fetch an object."""
@@ -125,7 +124,7 @@ class ProbeRolloutWorker(RolloutWorker):
 
     async def memory(self) -> int:
         """Bytes of host memory of all processes of the engine, as in `ProbeWorker.memory`."""
-        return _memory_of(_descendants(os.getpid()))
+        return host_bytes()
 
 
 class PairWorker:
@@ -196,16 +195,3 @@ def _timed(work: Callable[[], object], seconds: float) -> list[float]:
         work()
         laps.append(clock.lap())
     return laps
-
-
-def _descendants(pid: int) -> list[int]:
-    """A process and all that it and they started."""
-    tasks = Path(f"/proc/{pid}/task").iterdir()
-    children = [int(child) for task in tasks for child in (task / "children").read_text().split()]
-    return [pid, *(found for child in children for found in _descendants(child))]
-
-
-def _memory_of(pids: Sequence[int]) -> int:
-    """Bytes of some processes; pages that they share, as of libraries, count for each."""
-    lines = [line for pid in pids for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()]
-    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Rss:"))

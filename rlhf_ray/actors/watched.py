@@ -34,7 +34,7 @@ class Watched:
             node=node,
             node_id=node_id,
             pid=os.getpid(),
-            host_bytes=_host_bytes(),
+            host_bytes=host_bytes(),
             device_bytes=self.device_bytes(),
             running=running,
             waiting=waiting,
@@ -63,7 +63,7 @@ def actor_class(worker: type) -> Any:
     return ray.remote(concurrency_groups={_GROUP: 1})(worker)
 
 
-def _host_bytes() -> int:
+def host_bytes() -> int:
     """Resident memory of this process and of those that it started; pages that they share count for each."""
     own = psutil.Process()
     total = 0

@@ -69,7 +69,5 @@ def _remove_abandoned(root: Path) -> None:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 # Its process may be removing it at this moment, which it does without waiting for its turn.
                 shutil.rmtree(folder, ignore_errors=True)
-        except BlockingIOError:
-            continue  # its process lives
-        except FileNotFoundError:
-            continue  # its process has just removed it
+        except (BlockingIOError, FileNotFoundError):
+            continue  # its process lives, or has just removed it

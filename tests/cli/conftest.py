@@ -2,14 +2,12 @@
 
 import logging
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner, Result
 
 from rlhf_ray.cli.app import main
 from rlhf_ray.cli.quiet import quiet_libraries
-from rlhf_ray.data.prepare import prepare
 
 RunCli = Callable[..., Result]
 
@@ -23,12 +21,3 @@ def cli(monkeypatch: pytest.MonkeyPatch) -> Iterator[RunCli]:
     yield lambda *arguments: CliRunner().invoke(main, [str(argument) for argument in arguments])
     logger.handlers, logger.level, logger.propagate = before
     quiet_libraries(verbose=True)
-
-
-@pytest.fixture(scope="session")
-def prepared(tmp_path_factory: pytest.TempPathFactory, as_reward_model: Callable[[Path], Path]) -> Path:
-    """Folder with the models and data of the tiny examples, and a tiny reward model."""
-    target = tmp_path_factory.mktemp("prepared")
-    prepare(target, only={"tiny"})
-    as_reward_model(target / "models/tiny")
-    return target

@@ -6,14 +6,12 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-from rlhf_ray.data.prepare import prepare
 
 pytestmark = pytest.mark.integration
 SCRIPT = Path(__file__).parent / "nodes.py"
@@ -21,12 +19,9 @@ LIMIT_S = 240
 
 
 @pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory, as_reward_model: Callable[[Path], Path]) -> list[str]:
+def inputs(prepared: Path) -> list[str]:
     """Model, reward model and prompts."""
-    target = tmp_path_factory.mktemp("nodes")
-    prepare(target, only={"tiny"})
-    model = target / "models/tiny"
-    return [str(model), str(as_reward_model(model)), str(target / "data/tiny_prompts.jsonl")]
+    return [str(prepared / path) for path in ("models/tiny", "models/tiny-reward", "data/tiny_prompts.jsonl")]
 
 
 def environment() -> dict[str, str]:

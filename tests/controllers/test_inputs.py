@@ -13,20 +13,11 @@ from rlhf_ray.config.jobs import JobConfig, PPOJob, RewardModelJob, SFTJob
 from rlhf_ray.config.loading import ConfigError, parse_config
 from rlhf_ray.controllers.inputs import EpochInputs, PPOInputs, check
 from rlhf_ray.data.comparisons import ComparisonSet
-from rlhf_ray.data.prepare import prepare
 from rlhf_ray.data.streaming import ConversationStream
 from rlhf_ray.models.score_scale import ScoreScale, write_scale
 from rlhf_ray.models.tiny import build_tiny_model
 
 MakeConfig = Callable[..., PPOJob | RewardModelJob]
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory, as_reward_model: Callable[[Path], Path]) -> Path:
-    target = tmp_path_factory.mktemp("tiny")
-    prepare(target, only={"tiny"})
-    as_reward_model(target / "models/tiny")
-    return target
 
 
 @pytest.fixture(scope="module")
@@ -36,9 +27,9 @@ def other_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def ppo(tiny: Path) -> MakeConfig:
+def ppo(prepared: Path) -> MakeConfig:
     def make(**sections: Any) -> PPOJob | RewardModelJob:
-        model = str(tiny / "models/tiny")
+        model = str(prepared / "models/tiny")
         raw = {
             "job": "ppo",
             "name": "x",
@@ -46,7 +37,7 @@ def ppo(tiny: Path) -> MakeConfig:
             "critic": {"init_from": model},
             "reward": [{"model": f"{model}-reward", "name": "r"}],
             "rollout": {"engine": {"max_model_len": 64}, "sampling": {"max_new_tokens": 16}},
-            "data": {"prompts": str(tiny / "data/tiny_prompts.jsonl"), "prompts_per_step": 4},
+            "data": {"prompts": str(prepared / "data/tiny_prompts.jsonl"), "prompts_per_step": 4},
             "run": {"dir": "runs/x", "steps": 3},
         }
         return parse_config(raw | sections)
@@ -55,13 +46,13 @@ def ppo(tiny: Path) -> MakeConfig:
 
 
 @pytest.fixture
-def pairs(tiny: Path) -> MakeConfig:
+def pairs(prepared: Path) -> MakeConfig:
     def make(**sections: Any) -> PPOJob | RewardModelJob:
-        data = {name: str(tiny / f"data/tiny_pairs_{name}.jsonl") for name in ("train", "eval")}
+        data = {name: str(prepared / f"data/tiny_pairs_{name}.jsonl") for name in ("train", "eval")}
         raw = {
             "job": "reward_model",
             "name": "x",
-            "reward": {"model": str(tiny / "models/tiny")},
+            "reward": {"model": str(prepared / "models/tiny")},
             "data": {**data, "rows_per_step": 16},
             "run": {"dir": "runs/x", "epochs": 2},
         }
@@ -76,17 +67,17 @@ def problems_of(config: JobConfig) -> list[str]:
     return caught.value.problems
 
 
-def test_a_good_ppo_config_gives_what_the_controller_needs(ppo: MakeConfig, tiny: Path) -> None:
+def test_a_good_ppo_config_gives_what_the_controller_needs(ppo: MakeConfig, prepared: Path) -> None:
     inputs = check(ppo())
     assert isinstance(inputs, PPOInputs)
-    model = str(tiny / "models/tiny")
+    model = str(prepared / "models/tiny")
     assert (inputs.steps, inputs.reference_model, inputs.critic_model) == (3, model, model)
     assert len(inputs.prompts) == 64
     assert inputs.same_tokens == [True]
 
 
-def test_a_causal_model_is_no_reward_model(ppo: MakeConfig, tiny: Path) -> None:
-    [problem] = problems_of(ppo(reward=[{"model": str(tiny / "models/tiny")}]))
+def test_a_causal_model_is_no_reward_model(ppo: MakeConfig, prepared: Path) -> None:
+    [problem] = problems_of(ppo(reward=[{"model": str(prepared / "models/tiny")}]))
     assert problem.startswith("reward.0: model ")
     assert "it is a LlamaForCausalLM, not a reward model: train one with job: reward_model" in problem
 
@@ -123,7 +114,7 @@ def test_every_problem_is_listed_with_its_path(ppo: MakeConfig, tmp_path: Path) 
 
 
 def test_heads_that_cannot_be_dealt_to_the_ranks_are_named(
-    ppo: MakeConfig, pairs: MakeConfig, tiny: Path, as_reward_model: Callable[[Path], Path], tmp_path: Path
+    ppo: MakeConfig, pairs: MakeConfig, prepared: Path, as_reward_model: Callable[[Path], Path], tmp_path: Path
 ) -> None:
     three = str(build_tiny_model(tmp_path / "three", hidden=96))
     four = {"engine": {"sequence_parallel": 4}}
@@ -131,7 +122,7 @@ def test_heads_that_cannot_be_dealt_to_the_ranks_are_named(
         "engine.sequence_parallel: model {!r}: its {} attention heads and 1 key/value heads can't be dealt evenly to 4 "
         "ranks, but to {}"
     )
-    model, scorer = str(tiny / "models/tiny"), str(as_reward_model(tiny / "models/tiny"))
+    model, scorer = str(prepared / "models/tiny"), str(as_reward_model(prepared / "models/tiny"))
     found = problems_of(
         ppo(
             policy={"model": model, **four},
@@ -159,12 +150,12 @@ def test_a_missing_policy_is_named(ppo: MakeConfig, tmp_path: Path) -> None:
 
 
 def test_a_tokenizer_that_does_not_match_the_model_is_named(
-    ppo: MakeConfig, tiny: Path, other_model: Path, tmp_path: Path
+    ppo: MakeConfig, prepared: Path, other_model: Path, tmp_path: Path
 ) -> None:
     mixed = tmp_path / "mixed"
     shutil.copytree(other_model, mixed)
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(tiny / "models/tiny" / name, mixed)
+        shutil.copy(prepared / "models/tiny" / name, mixed)
     found = problems_of(ppo(policy={"model": str(mixed)}))
     assert "token ids up to 511, but its embedding has 400 rows" in found[0]
 
@@ -203,44 +194,44 @@ def test_a_tracker_that_is_not_installed_is_named(ppo: MakeConfig, monkeypatch: 
     assert "run.wandb is set, but the package wandb is not installed" in problem
 
 
-def test_bad_conversations_and_a_missing_model_are_listed(tiny: Path, tmp_path: Path) -> None:
+def test_bad_conversations_and_a_missing_model_are_listed(prepared: Path, tmp_path: Path) -> None:
     path = tmp_path / "chats.jsonl"
     path.write_text('{"text": "A film."}\n{"messages": []}\n')
 
     def sft(model: Path, train: Any) -> SFTJob:
         data = {
             "train": train if isinstance(train, list) else str(train),
-            "eval": str(tiny / "data/tiny_chats_eval.jsonl"),
+            "eval": str(prepared / "data/tiny_chats_eval.jsonl"),
             "rows_per_step": 5,
         }
         sections = {"policy": {"model": str(model)}, "data": data, "run": {"dir": str(tmp_path / "run"), "epochs": 3}}
         return SFTJob.model_validate({"job": "sft", "name": "n", **sections})
 
-    inputs = check(sft(tiny / "models/tiny", tiny / "data/tiny_chats_train.jsonl"))
+    inputs = check(sft(prepared / "models/tiny", prepared / "data/tiny_chats_train.jsonl"))
     assert isinstance(inputs, EpochInputs)
     assert inputs.held_out is not None
     assert (inputs.steps, len(inputs.train), len(inputs.held_out)) == (30, 48, 16)
-    [problem] = problems_of(sft(tiny / "models/tiny", path))
+    [problem] = problems_of(sft(prepared / "models/tiny", path))
     assert problem.startswith("data.train: ")
     assert f"{path}:2: 'messages' is an empty list" in problem
     [problem] = problems_of(sft(tmp_path / "nowhere", path))
     assert problem.startswith("policy.model: ")
-    good = {"path": str(tiny / "data/tiny_chats_train.jsonl"), "weight": 0.5}
-    mixed = check(sft(tiny / "models/tiny", [good, {"path": str(tiny / "data/tiny_chats_eval.jsonl")}]))
+    good = {"path": str(prepared / "data/tiny_chats_train.jsonl"), "weight": 0.5}
+    mixed = check(sft(prepared / "models/tiny", [good, {"path": str(prepared / "data/tiny_chats_eval.jsonl")}]))
     assert isinstance(mixed, EpochInputs)
     assert len(mixed.train) == 24 + 16
-    [problem] = problems_of(sft(tiny / "models/tiny", [good, {"path": str(path)}]))
+    [problem] = problems_of(sft(prepared / "models/tiny", [good, {"path": str(path)}]))
     assert problem.startswith("data.train.1.path: ")
 
 
-def test_a_stream_is_looked_into_before_the_run(tiny: Path, tmp_path: Path) -> None:
+def test_a_stream_is_looked_into_before_the_run(prepared: Path, tmp_path: Path) -> None:
     def streamed(*sources: Path) -> SFTJob:
         data = {"train": [{"path": str(source)} for source in sources], "streaming": True, "shuffle_buffer": 4}
-        sections = {"policy": {"model": str(tiny / "models/tiny")}, "data": data}
+        sections = {"policy": {"model": str(prepared / "models/tiny")}, "data": data}
         run = {"dir": str(tmp_path / "run"), "steps": 7}
         return SFTJob.model_validate({"job": "sft", "name": "n", **sections, "run": run})
 
-    good, bad, partly = tiny / "data/tiny_chats_train.jsonl", tmp_path / "bad.jsonl", tmp_path / "partly.jsonl"
+    good, bad, partly = prepared / "data/tiny_chats_train.jsonl", tmp_path / "bad.jsonl", tmp_path / "partly.jsonl"
     bad.write_text('{"text": ""}\n{\n')
     partly.write_text('{"text": ""}\n{"text": "A film."}\n')
     inputs = check(streamed(good, partly))
@@ -300,9 +291,9 @@ def test_rows_that_the_loss_of_a_reward_model_cannot_learn_from_are_refused(
 
 
 def test_a_reward_can_be_normalised_only_by_a_model_that_has_a_scale(
-    ppo: MakeConfig, tiny: Path, tmp_path: Path
+    ppo: MakeConfig, prepared: Path, tmp_path: Path
 ) -> None:
-    model = shutil.copytree(tiny / "models/tiny-reward", tmp_path / "reward")
+    model = shutil.copytree(prepared / "models/tiny-reward", tmp_path / "reward")
     config = ppo(reward=[{"model": str(model), "normalise": True}])
     assert problems_of(config) == [
         f"reward.0.normalise: the config.json of '{model}' has no score_mean and score_std: export a checkpoint of a "
@@ -312,8 +303,8 @@ def test_a_reward_can_be_normalised_only_by_a_model_that_has_a_scale(
     assert isinstance(check(config), PPOInputs)
 
 
-def test_layers_that_lora_names_are_looked_for(ppo: MakeConfig, tiny: Path) -> None:
-    model = str(tiny / "models/tiny")
+def test_layers_that_lora_names_are_looked_for(ppo: MakeConfig, prepared: Path) -> None:
+    model = str(prepared / "models/tiny")
     problems = problems_of(
         ppo(
             policy={"model": model, "lora": {"targets": ["q_proj", "w1"]}},
@@ -333,15 +324,15 @@ def test_a_missing_model_is_told_once(pairs: MakeConfig, tmp_path: Path) -> None
     assert problem.startswith("reward.model: ")
 
 
-def test_four_bits_need_their_package(pairs: MakeConfig, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_four_bits_need_their_package(pairs: MakeConfig, prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     lora = {"lora": {"base": "nf4"}}
     [problem] = problems_of(
-        pairs(reward={"model": str(tiny / "models/tiny"), **lora}, placement={"reward": {"gpus": 1}})
+        pairs(reward={"model": str(prepared / "models/tiny"), **lora}, placement={"reward": {"gpus": 1}})
     )
     assert problem.startswith("reward.lora: ")
     assert problem.endswith("needs bitsandbytes, which is not installed: pip install 'rlhf_ray[nf4]'")
 
 
-def test_a_good_lora_is_no_problem(ppo: MakeConfig, tiny: Path) -> None:
-    check(ppo(policy={"model": str(tiny / "models/tiny"), "lora": {"targets": ["q_proj"]}}))
+def test_a_good_lora_is_no_problem(ppo: MakeConfig, prepared: Path) -> None:
+    check(ppo(policy={"model": str(prepared / "models/tiny"), "lora": {"targets": ["q_proj"]}}))

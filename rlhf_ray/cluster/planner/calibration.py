@@ -9,17 +9,16 @@ import os
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
 import yaml
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from rlhf_ray.cluster.planner.processes import ProcessMemory
 from rlhf_ray.config.base import NonNegativeFloat, PositiveFloat, PositiveInt, Section
 from rlhf_ray.config.loading import load_section
 
 Device = Literal["cpu", "gpu"]
-Factor = Annotated[float, Field(ge=0, le=1000)]
 
 
 class DeviceRates(Section):
@@ -39,15 +38,15 @@ class DeviceRates(Section):
 class Pass(Section):
     """What a transformer does with one micro-batch."""
 
-    products: Factor
+    products: NonNegativeFloat
     """Products of weights and states: time ÷ time at the peak."""
-    attention: Factor
+    attention: NonNegativeFloat
     """Products of queries, keys and values, likewise; only the half below the diagonal is counted."""
-    elementwise: Factor
+    elementwise: NonNegativeFloat
     """Norms, activations, residuals, rotations: time ÷ time of their reads and writes at the memory's bandwidth."""
-    vocabulary: Factor
+    vocabulary: NonNegativeFloat
     """Softmax over the vocabulary: the same for the logits in float32; its products count as `products`."""
-    weights: Factor
+    weights: NonNegativeFloat
     """Reading weights and writing gradients, once for each: time ÷ time of these bytes at the memory's bandwidth."""
     layer_s: NonNegativeFloat
     """Seconds of each layer that don't depend on its size. A GPU computes meanwhile, a CPU does not."""
@@ -56,7 +55,7 @@ class Pass(Section):
 class OptimizerRates(Section):
     """AdamW."""
 
-    traffic: Factor
+    traffic: NonNegativeFloat
     """Time ÷ time in which memory moves what the step reads and writes: gradients, master weights, moments."""
     step_s: NonNegativeFloat
     """Seconds of each step that don't depend on the size of the model."""
@@ -65,15 +64,15 @@ class OptimizerRates(Section):
 class Generation(Section):
     """A vLLM engine."""
 
-    weights: Factor
+    weights: NonNegativeFloat
     """Reading all weights, once for each token of a sequence: time ÷ time at the memory's bandwidth."""
-    products: Factor
+    products: NonNegativeFloat
     """Products of weights and states, in place of that where they take longer: time ÷ time at the peak."""
-    cache: Factor
+    cache: NonNegativeFloat
     """Reading cached keys and values: time ÷ time at the memory's bandwidth."""
-    vocabulary: Factor
+    vocabulary: NonNegativeFloat
     """Sampling: time ÷ time in which memory moves the logits in float32."""
-    prompt: Factor
+    prompt: NonNegativeFloat
     """Prompts: time ÷ time of their products at the peak."""
     sequence_s: NonNegativeFloat
     """Seconds for each sequence of a step: its sampling, and what is kept of it."""
@@ -86,11 +85,11 @@ class Generation(Section):
 class Collectives(Section):
     """Collectives between the ranks of a role: time ÷ time of the bytes that each rank must send at the bandwidth."""
 
-    all_reduce: Factor
+    all_reduce: NonNegativeFloat
     """Sum, of which every rank gets all."""
-    all_gather: Factor
+    all_gather: NonNegativeFloat
     """Parts that every rank gets all of."""
-    reduce_scatter: Factor
+    reduce_scatter: NonNegativeFloat
     """Sum, of which every rank gets its part."""
     call_s: NonNegativeFloat
     """Seconds of a call without bytes."""
@@ -99,7 +98,7 @@ class Collectives(Section):
 class WeightSync(Section):
     """New weights on their way to the engines."""
 
-    weights: Factor
+    weights: NonNegativeFloat
     """Time of the bytes ÷ their time at the bandwidth between the devices, loading included."""
     tensor_s: NonNegativeFloat
     """Seconds for each weight."""
