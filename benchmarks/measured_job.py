@@ -1,11 +1,15 @@
 """A job whose step times and memory are measured, run as `rlhf-ray train` runs it."""
 
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
+from rlhf_ray.actors.host_memory import held_bytes
 from rlhf_ray.config.jobs import JobConfig
 from rlhf_ray.telemetry.metrics import Metrics
 
@@ -19,7 +23,8 @@ _ROLES = {
     "RewardTrainingWorker": "reward",
     "RolloutWorker": "rollout",
 }
-_INTERVAL_S = 0.25
+_INTERVAL_S = 0.05
+_NEW_PROCESSES_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -47,15 +52,18 @@ def measured_job(job: JobConfig) -> MeasuredJob:
 
 @contextmanager
 def peaks() -> Iterator[dict[str, int]]:
-    """The most memory of a process of each role that runs meanwhile. The kernel keeps each process's own peak; it is
-    looked at until the process ends."""
+    """The most memory that a process of each role holds meanwhile, looked at all the time."""
     found: dict[str, int] = {}
     done = threading.Event()
 
     def watch() -> None:
+        families: list[tuple[str, list[psutil.Process]]] = []
+        looked_for_s = 0.0
         while not done.wait(_INTERVAL_S):
-            for role, peak in _peaks_now().items():
-                found[role] = max(found.get(role, 0), peak)
+            if time.monotonic() - looked_for_s > _NEW_PROCESSES_S:
+                families, looked_for_s = _families(), time.monotonic()
+            for role, family in families:
+                found[role] = max(found.get(role, 0), sum(map(_held, family)))
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
@@ -66,32 +74,26 @@ def peaks() -> Iterator[dict[str, int]]:
         thread.join()
 
 
-def _peaks_now() -> dict[str, int]:
-    found: dict[str, int] = {}
-    children: dict[int, list[int]] = {}
-    actors: dict[int, str] = {}
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
-        try:
-            title = (entry / "cmdline").read_bytes().decode(errors="replace")
-            parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-        except (FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
-            continue
-        children.setdefault(parent, []).append(int(entry.name))
+def _families() -> list[tuple[str, list[psutil.Process]]]:
+    """The processes of each actor that runs, by its role."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        title = " ".join(process.info["cmdline"] or ())
         for worker, role in _ROLES.items():
             if title.startswith(f"ray::{worker}"):
-                actors[int(entry.name)] = role
-    for process, role in actors.items():
-        family = [process, *children.get(process, ())] if role == "rollout" else [process]
-        found[role] = max(found.get(role, 0), sum(map(_peak, family)))
+                found.append((role, [process, *_children(process)] if role == "rollout" else [process]))
     return found
 
 
-def _peak(process: int) -> int:
+def _children(process: psutil.Process) -> list[psutil.Process]:
     try:
-        status = Path(f"/proc/{process}/status").read_text()
-    except (FileNotFoundError, ProcessLookupError):
+        return process.children()
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _held(process: psutil.Process) -> int:
+    try:
+        return held_bytes(process)
+    except psutil.NoSuchProcess:
         return 0
-    lines = dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
-    return int(lines.get("VmHWM", "0").split()[0]) * 1024

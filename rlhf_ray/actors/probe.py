@@ -12,9 +12,9 @@ import ray
 import torch
 import torch.distributed as dist
 
+from rlhf_ray.actors.host_memory import host_bytes
 from rlhf_ray.actors.policy import PolicyWorker
 from rlhf_ray.actors.rollout import RolloutWorker
-from rlhf_ray.actors.watched import host_bytes
 from rlhf_ray.config.algorithm import PPO
 from rlhf_ray.config.training import Dtype, Policy
 from rlhf_ray.data.trajectory import Trajectory, TrajectoryBatch

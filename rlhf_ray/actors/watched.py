@@ -4,9 +4,9 @@ import os
 from functools import cached_property
 from typing import Any
 
-import psutil
 import ray
 
+from rlhf_ray.actors.host_memory import host_bytes
 from rlhf_ray.telemetry.status import Activity, phase_of
 from rlhf_ray.telemetry.trace import SpanRecorder
 
@@ -61,15 +61,3 @@ def actor_class(worker: type) -> Any:
     The constructor runs in the main thread.
     """
     return ray.remote(concurrency_groups={_GROUP: 1})(worker)
-
-
-def host_bytes() -> int:
-    """Resident memory of this process and of those that it started; pages that they share count for each."""
-    own = psutil.Process()
-    total = 0
-    for process in [own, *own.children(recursive=True)]:
-        try:
-            total += process.memory_info().rss
-        except psutil.NoSuchProcess:  # it ended meanwhile
-            continue
-    return total
