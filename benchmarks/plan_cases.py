@@ -17,6 +17,7 @@ SMOLLM = ROOT / "models/smollm2-135m"
 RANDOM_MODELS = {"33m": (384, 8, 1024), "256m": (1024, 16, 2816)}
 
 _TEXT = "The film begins slowly, and then it finds its own voice. " * 400
+_OTHER_TEXT = "Not so good: nobody in it has anything to say, and they say it at length. " * 400
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Case:
 def _row(job: str, number: int) -> dict[str, str]:
     if job == "sft":
         return {"text": f"{number} {_TEXT}"}
-    return {"prompt": "Review:", "chosen": f"{number} {_TEXT}", "rejected": f"{number} Not so good. {_TEXT}"}
+    return {"prompt": "Review:", "chosen": f"{number} {_TEXT}", "rejected": f"{number} {_OTHER_TEXT}"}
 
 
 def _model(name: str, folder: Path) -> Path:

@@ -165,11 +165,11 @@ SHARE_CORES = {"GOMP_SPINCOUNT": "20000"}
 
 # A role on CPU allocates in each step what it freed in the one before. glibc gives such pages back to the system, which
 # clears them anew; in a virtual machine that can take as long as the computing. jemalloc, which Ray brings along, keeps
-# them, large ones too (`oversize_threshold:0`), and in huge pages. What was not used for some seconds stays too, but
+# them, large ones too (`oversize_threshold:0`), and in huge pages. What was not used for a second stays too, but
 # the kernel may take it when memory gets short (`muzzy_decay_ms:-1`); else a process would grow with each of its steps.
 KEEP_MEMORY = {
     "LD_PRELOAD": str(Path(ray.__file__).parent / "core" / "libjemalloc.so"),
-    "MALLOC_CONF": "oversize_threshold:0,dirty_decay_ms:5000,muzzy_decay_ms:-1,metadata_thp:auto,thp:always",
+    "MALLOC_CONF": "oversize_threshold:0,dirty_decay_ms:1000,muzzy_decay_ms:-1,metadata_thp:auto,thp:always",
 }
 
 # Ray shows all GPUs to an actor that reserves none, unless told to hide them.

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from statistics import mean
 
 import numpy as np
 import ray
@@ -56,7 +57,7 @@ class Samples:
 
 @dataclass(frozen=True)
 class PassTimes:
-    """Least seconds of the passes over one micro-batch.
+    """Mean seconds of the passes over one micro-batch.
 
     Attributes:
         scoring: forward, without gradients.
@@ -105,7 +106,7 @@ class ProbeWorker(PolicyWorker):
             training = clock.lap()
             self.engine.step()
             rows.append((scoring, training, clock.lap()))
-        return PassTimes(*(min(column) for column in zip(*rows[1:], strict=True)))
+        return PassTimes(*(mean(column) for column in zip(*rows[1:], strict=True)))
 
     def memory(self) -> int:
         """Bytes of host memory of this process, as `host_bytes` counts them."""

@@ -46,6 +46,7 @@ from rlhf_ray.platform import cores, device_names, machine_name
 logger = logging.getLogger("rlhf_ray")
 
 _REPEATS = 2
+_STATE_BYTES = 14  # of a weight: itself, float32 master, two moments
 _BUCKET_MIB = 64
 _CALLS = 300
 
@@ -65,7 +66,7 @@ class Sizes:
     Attributes:
         product: rows of a square matrix.
         copy, collective, stored: bytes.
-        models: tiny, narrow and deep, wide and flat.
+        models: tiny but for its vocabulary, narrow and deep, wide and flat.
         passes: micro-batches: one that is long in all, long sequences, many scored tokens, and short ones.
         short, long: tokens of responses, whose difference tells the time of a token.
     """
@@ -87,7 +88,7 @@ SIZES: dict[Device, Sizes] = {
         copy=256 * MIB,
         collective=64 * MIB,
         stored=64 * MIB,
-        models=(LlamaSize(256, 2, 704, 4096), LlamaSize(512, 10, 1408, 8192), LlamaSize(1024, 3, 2816, 24576)),
+        models=(LlamaSize(256, 2, 704, 49152), LlamaSize(512, 10, 1408, 8192), LlamaSize(1024, 3, 2816, 24576)),
         passes=(Samples(16, 124, 4), Samples(2, 1020, 4), Samples(16, 32, 32), Samples(2, 28, 4)),
         decoding=(Decoding(1, 16), Decoding(8, 16), Decoding(48, 16), Decoding(16, 384)),
     ),
@@ -154,11 +155,15 @@ def _measure(
         passes: list[PassSeconds] = []
         syncs: list[SyncSeconds] = []
         loads: list[float] = []
+        memory_of = roles.memory
         for model, shape in zip(models, shapes, strict=True):
             logger.info("measuring passes of %.0f million weights", shape.parameters / 1e6)
             loaded = one(policy, "replace_model", _policy(model, sizes))
             loads.append(shape.parameters * BYTES[DTYPE] / loaded / GB)
             passes += _passes(policy, shape, sizes)
+            if model == models[0]:
+                rank = max(0.0, one(policy, "memory") - _STATE_BYTES * shape.parameters)
+                memory_of = memory_of.model_copy(update={"rank_mib": rank / MIB})
             if model in engine_models and len(devices) != 1:  # on its own device a sync is of another kind
                 engine = roles.engines[engine_models.index(model)]
                 syncs.append(SyncSeconds(shape, _sync_s(policy, engine)))
@@ -176,7 +181,7 @@ def _measure(
             collectives=collectives,
             ray=ray_rates,
             start=Start(process_s=roles.process_s, engine_s=roles.engine_s, load_gb_s=max(loads)),
-            memory_of=roles.memory,
+            memory_of=memory_of,
         )
 
 

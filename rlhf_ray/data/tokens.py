@@ -77,12 +77,13 @@ def rows_within_budget(
     report_overlong(source, "rows", f"truncated to their {end}", list(compress(uids, cut)))
     kept = [row for row, is_dropped in enumerate(drop) if not is_dropped]
     if not kept:
-        raise DataError(
-            source,
-            None,
-            f"none of {len(uids)} rows fits data.max_tokens ({config.max_tokens}): raise it, or set data.overlong to "
-            "truncate",
+        cure = (
+            ", or set data.overlong to truncate"
+            if config.overlong == "drop"
+            else ": a row cut to that has nothing to learn from"
         )
+        reason = f"none of {len(uids)} rows fits data.max_tokens ({config.max_tokens}): raise it{cure}"
+        raise DataError(source, None, reason)
     return kept, sum(drop), sum(cut)
 
 

@@ -126,6 +126,11 @@ def test_a_file_without_a_usable_pair_is_an_error(file: Path, tokenizer: PreTrai
         load(file, [{"chosen": GOOD, "rejected": BAD}], tokenizer, max_tokens=2)
 
 
+def test_none_is_told_to_truncate_what_is_truncated(file: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(DataError, match=r"\(1\): raise it: a row cut to that has nothing to learn from"):
+        load(file, [{"chosen": GOOD, "rejected": BAD}], tokenizer, max_tokens=1, overlong="truncate")
+
+
 def test_a_missing_file_names_the_setting_that_named_it(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     config = ComparisonData(train=str(tmp_path / "train.jsonl"), eval=str(tmp_path / "eval.jsonl"))
     with pytest.raises(DataError, match=r"train.jsonl: can't be read .* see data.train"):

@@ -156,7 +156,7 @@ class Calibration(Section):
     start: Start
     """Before the first step."""
     memory: ProcessMemory = ProcessMemory()
-    """Of processes that hold no model yet."""
+    """Of processes, beside their models."""
 
     @model_validator(mode="before")
     @classmethod

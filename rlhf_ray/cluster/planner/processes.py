@@ -6,7 +6,7 @@ MIB = 2**20
 
 
 class ProcessMemory(Section):
-    """What processes take that hold no model yet; `rlhf-ray calibrate` measures those on the host."""
+    """What processes take beside their model; `rlhf-ray calibrate` measures those on the host."""
 
     rank_mib: NonNegativeFloat = 650.0
     """Host memory of a rank that trains or scores."""

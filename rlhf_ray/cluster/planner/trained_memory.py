@@ -168,8 +168,7 @@ class _Rank:
                 during("reduce buffers", item * flattened, *early, "reduce"),
             ]
         part = item * self.owned
-        # Host memory that a large block leaves is cut up by small tensors: each of them has a place of its own there.
-        passing = item * flattened + part if several or self.cpu else max(item * flattened, part)
+        passing = item * flattened + part if several else max(item * flattened, part)
         if self.stage == 1:
             return [
                 during("gradients", item * trained, *whole),
@@ -194,11 +193,7 @@ class _Rank:
         if self.stage == 0:
             flat = 0 if self.item == FLOAT32 else FLOAT32 * self.owned
         norm = FLOAT64 * min(self.sizes.largest, self.owned) if self.stage else 0
-        apart = flat if self.cpu and self.stage else 0
-        return [
-            during("gradients for the step", max(flat, norm), "step"),
-            during("gradients for the step", apart, "reduce"),
-        ]
+        return [during("gradients for the step", max(flat, norm), "step")]
 
     def _passes(self) -> list[Item]:
         role, how = self.role, pass_shape(self.role, cpu=self.cpu)
