@@ -13,7 +13,7 @@ import ray
 import torch
 import torch.distributed as dist
 
-from rlhf_ray.actors.host_memory import host_bytes
+from rlhf_ray.actors.host_memory import give_back, host_bytes
 from rlhf_ray.actors.policy import PolicyWorker
 from rlhf_ray.actors.rollout import RolloutWorker
 from rlhf_ray.config.algorithm import PPO
@@ -109,7 +109,9 @@ class ProbeWorker(PolicyWorker):
         return PassTimes(*(mean(column) for column in zip(*rows[1:], strict=True)))
 
     def memory(self) -> int:
-        """Bytes of host memory of this process, as `host_bytes` counts them."""
+        """Bytes of host memory of this process, as `host_bytes` counts them, without any that it has freed."""
+        gc.collect()
+        give_back()
         return host_bytes()
 
     def length(self, data: list[ray.ObjectRef]) -> int:

@@ -1,8 +1,8 @@
 """Measures what this machine gives, with the actors that a job has: `rlhf-ray calibrate`.
 
 Random models of a few shapes go through the policy's passes, its optimizer, the engines and a weight sync. Each
-measurement has the machine for itself, and of its repetitions the fastest counts, which was disturbed least. Only the
-starts overlap, as they do in a job.
+measurement has the machine for itself; only the starts overlap, as they do in a job. Passes count with their mean, as a
+job has them; of the others the fastest repetition counts, which was disturbed least.
 """
 
 import logging
@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -155,18 +156,22 @@ def _measure(
         passes: list[PassSeconds] = []
         syncs: list[SyncSeconds] = []
         loads: list[float] = []
-        memory_of = roles.memory
+        held = [roles.memory.rank_mib]
         for model, shape in zip(models, shapes, strict=True):
             logger.info("measuring passes of %.0f million weights", shape.parameters / 1e6)
             loaded = one(policy, "replace_model", _policy(model, sizes))
             loads.append(shape.parameters * BYTES[DTYPE] / loaded / GB)
             passes += _passes(policy, shape, sizes)
-            if model == models[0]:
-                rank = max(0.0, one(policy, "memory") - _STATE_BYTES * shape.parameters)
-                memory_of = memory_of.model_copy(update={"rank_mib": rank / MIB})
+            held.append((one(policy, "memory") - _STATE_BYTES * shape.parameters) / MIB)
             if model in engine_models and len(devices) != 1:  # on its own device a sync is of another kind
                 engine = roles.engines[engine_models.index(model)]
                 syncs.append(SyncSeconds(shape, _sync_s(policy, engine)))
+                held.append((one(policy, "memory") - _STATE_BYTES * shape.parameters) / MIB)
+        memory_of = roles.memory
+        if device == "cpu":  # a GPU keeps what training leaves in its own memory
+            # Before the smallest model came, after it was trained, and after it was sent.
+            trainer, sender = (max(0.0, after - before) for before, after in pairwise(held[:3]))
+            memory_of = memory_of.model_copy(update={"trainer_mib": trainer, "sender_mib": sender})
         return Measurements(
             device=device,
             machine=machine_name(),

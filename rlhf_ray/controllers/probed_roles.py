@@ -78,7 +78,9 @@ def probed_roles(gpus: int, threads: int, models: Sequence[Path]) -> Iterator[Pr
         engine_s = time.perf_counter() - began
         groups = [RolloutGroup([actor], rollout, deterministic=False, timeout_s=TIMEOUT_S) for actor in engines.actors]
         weights = read_shape(str(models[0])).parameters * BYTES[DTYPE]
-        memory = ProcessMemory(engine_mib=max(0.0, one(groups[0], "memory") - weights) / MIB)
+        memory = ProcessMemory(
+            rank_mib=one(policy, "memory") / MIB, engine_mib=max(0.0, one(groups[0], "memory") - weights) / MIB
+        )
         yield ProbedRoles(policy, groups, process_s, engine_s, memory)
         wait(engines.call("shutdown"), "rollout: shutdown")
     finally:

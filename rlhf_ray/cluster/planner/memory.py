@@ -225,6 +225,8 @@ class _Building:
             yield always("process", amount("engine_mib" if chair.first else "worker_mib"), Level.OUT, "host")
         else:
             yield always("process", amount("rank_mib"), Level.OUT, "host")
+        if isinstance(role, TrainedRole) and cpu:
+            yield always("process", amount("trainer_mib"), Level.OUT, "host")
         if isinstance(role, TrainedRole) and role.sync_bytes:
             yield always("process", amount("sender_mib"), Level.OUT, "host")
         if cpu:

@@ -10,6 +10,8 @@ class ProcessMemory(Section):
 
     rank_mib: NonNegativeFloat = 650.0
     """Host memory of a rank that trains or scores."""
+    trainer_mib: NonNegativeFloat = 150.0
+    """Host memory that a rank that trains on the CPU takes more: what DeepSpeed and the allocator keep."""
     sender_mib: NonNegativeFloat = 250.0
     """Host memory that a rank of the policy takes more, which has imported vLLM to send weights."""
     engine_mib: NonNegativeFloat = 1500.0

@@ -168,14 +168,14 @@ class _Rank:
                 during("reduce buffers", item * flattened, *early, "reduce"),
             ]
         part = item * self.owned
-        passing = item * flattened + part if several else max(item * flattened, part)
         if self.stage == 1:
             return [
                 during("gradients", item * trained, *whole),
                 during("gradients", part if self.states == "device" else 0, "step"),
-                during("reduce buffers", item * bucket + passing, "reduce"),
+                during("reduce buffers", item * (bucket + flattened) + part, "reduce"),
             ]
         accumulated = part if accumulates else 0
+        passing = item * flattened + part if several else max(item * flattened, part)
         return [
             during("gradients", accumulated, "backward", place=self.states),
             during("gradients", part, "step", place=self.states),
