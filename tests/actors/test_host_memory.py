@@ -45,6 +45,18 @@ def test_an_ended_process_is_an_error() -> None:
         held_bytes(process)
 
 
+def test_what_is_given_back_is_not_held() -> None:
+    code = (
+        "import numpy as np\n"
+        "from rlhf_ray.actors.host_memory import give_back, host_bytes\n"
+        f"rows = [np.ones({SIZE // 4}, np.uint8) for _ in range(16)]\n"
+        "del rows[::2]; before = host_bytes(); give_back(); print(before - host_bytes())\n"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=os.environ | KEEP_MEMORY, capture_output=True, text=True, check=True)
+    assert int(done.stdout) > SIZE
+
+
 def test_what_an_actor_frees_is_soon_the_kernels_to_take() -> None:
     """Arrays of a process on CPU, some freed between others that stay."""
     code = (

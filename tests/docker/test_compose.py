@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import yaml
+from compose_spec import PyOptions
 from docker_files import DOCKER, REPOSITORY, options
 
 TEXT = (DOCKER / "compose.yaml").read_text(encoding="utf-8")
@@ -65,10 +66,7 @@ def test_only_this_machine_reaches_the_dashboard() -> None:
 
 
 def test_file_follows_the_compose_specification() -> None:
-    compose_spec = pytest.importorskip(
-        "compose_spec", reason="compose-spec is not installed (pip install compose-spec)"
-    )
-    merge = compose_spec.PyOptions(apply_merge=True)
+    merge = PyOptions(apply_merge=True)
     merge.from_yaml(TEXT).validate()
     with pytest.raises(ValueError, match="stop_grace_perod"):
         merge.from_yaml(TEXT.replace("stop_grace_period", "stop_grace_perod"))
