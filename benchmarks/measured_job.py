@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 
-from rlhf_ray.actors.host_memory import held_bytes
+from rlhf_ray.actors.host_memory import held_together
 from rlhf_ray.config.jobs import JobConfig
 from rlhf_ray.telemetry.metrics import Metrics
 
@@ -63,7 +63,7 @@ def peaks() -> Iterator[dict[str, int]]:
             if time.monotonic() - looked_for_s > _NEW_PROCESSES_S:
                 families, looked_for_s = _families(), time.monotonic()
             for role, family in families:
-                found[role] = max(found.get(role, 0), sum(map(_held, family)))
+                found[role] = max(found.get(role, 0), held_together(family))
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
@@ -90,10 +90,3 @@ def _children(process: psutil.Process) -> list[psutil.Process]:
         return process.children()
     except psutil.NoSuchProcess:
         return []
-
-
-def _held(process: psutil.Process) -> int:
-    try:
-        return held_bytes(process)
-    except psutil.NoSuchProcess:
-        return 0

@@ -1,11 +1,12 @@
 """Host memory that processes hold."""
 
 import ctypes
+from collections.abc import Iterable
 from pathlib import Path
 
 import psutil
 
-_ALL_ARENAS = b"arena.4096.purge"
+_PURGE_ALL = b"arena.4096.purge"  # jemalloc's word for: of all arenas
 
 
 def held_bytes(process: psutil.Process) -> int:
@@ -22,11 +23,10 @@ def held_bytes(process: psutil.Process) -> int:
     return (int(lines["Rss"].split()[0]) - int(lines["LazyFree"].split()[0])) * 1024
 
 
-def host_bytes() -> int:
-    """What this process holds and those that it started; pages that they share count for each."""
-    own = psutil.Process()
+def held_together(processes: Iterable[psutil.Process]) -> int:
+    """What some processes hold, those that have ended nothing; pages that they share count for each."""
     total = 0
-    for process in [own, *own.children(recursive=True)]:
+    for process in processes:
         try:
             total += held_bytes(process)
         except psutil.NoSuchProcess:  # it ended meanwhile
@@ -34,9 +34,20 @@ def host_bytes() -> int:
     return total
 
 
+def host_bytes() -> int:
+    """What this process holds and those that it started."""
+    own = psutil.Process()
+    return held_together([own, *own.children(recursive=True)])
+
+
 def give_back() -> None:
-    """Have the allocator, where it is jemalloc, give back all that this process has freed."""
+    """Have the allocator, where it is jemalloc, give back all that this process has freed.
+
+    Raises:
+        OSError: it refused.
+    """
     purge = getattr(ctypes.CDLL(None), "mallctl", None)
     if purge is not None:
-        nothing = ctypes.c_size_t(0)
-        purge(_ALL_ARENAS, None, None, None, nothing)
+        error = purge(_PURGE_ALL, None, None, None, ctypes.c_size_t(0))
+        if error:
+            raise OSError(error, f"jemalloc refused {_PURGE_ALL.decode()}")

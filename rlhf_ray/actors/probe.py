@@ -126,7 +126,7 @@ class ProbeRolloutWorker(RolloutWorker):
     """A rollout engine that knows its size."""
 
     async def memory(self) -> int:
-        """Bytes of host memory of all processes of the engine, as in `ProbeWorker.memory`."""
+        """Bytes of host memory of all processes of the engine, as `host_bytes` counts them."""
         return host_bytes()
 
 

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -33,6 +32,7 @@ from rlhf_ray.cluster.planner.measurements import (
     SyncSeconds,
     calibration_of,
 )
+from rlhf_ray.cluster.planner.passes import STATE_BYTES
 from rlhf_ray.cluster.planner.shapes import ModelShape
 from rlhf_ray.cluster.planner.work import BYTES, Sequences
 from rlhf_ray.cluster.session import ray_session
@@ -47,7 +47,6 @@ from rlhf_ray.platform import cores, device_names, machine_name
 logger = logging.getLogger("rlhf_ray")
 
 _REPEATS = 2
-_STATE_BYTES = 14  # of a weight: itself, float32 master, two moments
 _BUCKET_MIB = 64
 _CALLS = 300
 
@@ -156,22 +155,23 @@ def _measure(
         passes: list[PassSeconds] = []
         syncs: list[SyncSeconds] = []
         loads: list[float] = []
-        held = [roles.memory.rank_mib]
+        memory_of = roles.memory
         for model, shape in zip(models, shapes, strict=True):
             logger.info("measuring passes of %.0f million weights", shape.parameters / 1e6)
             loaded = one(policy, "replace_model", _policy(model, sizes))
             loads.append(shape.parameters * BYTES[DTYPE] / loaded / GB)
             passes += _passes(policy, shape, sizes)
-            held.append((one(policy, "memory") - _STATE_BYTES * shape.parameters) / MIB)
+            # By the smallest model; a GPU keeps what training leaves in its own memory.
+            tells_memory = device == "cpu" and model == models[0]
+            if tells_memory:
+                trained = _mib_beside_model(policy, shape)
+                memory_of = memory_of.model_copy(update={"trainer_mib": max(0.0, trained - memory_of.rank_mib)})
             if model in engine_models and len(devices) != 1:  # on its own device a sync is of another kind
                 engine = roles.engines[engine_models.index(model)]
                 syncs.append(SyncSeconds(shape, _sync_s(policy, engine)))
-                held.append((one(policy, "memory") - _STATE_BYTES * shape.parameters) / MIB)
-        memory_of = roles.memory
-        if device == "cpu":  # a GPU keeps what training leaves in its own memory
-            # Before the smallest model came, after it was trained, and after it was sent.
-            trainer, sender = (max(0.0, after - before) for before, after in pairwise(held[:3]))
-            memory_of = memory_of.model_copy(update={"trainer_mib": trainer, "sender_mib": sender})
+            if tells_memory:
+                sent = _mib_beside_model(policy, shape)
+                memory_of = memory_of.model_copy(update={"sender_mib": max(0.0, sent - trained)})
         return Measurements(
             device=device,
             machine=machine_name(),
@@ -188,6 +188,11 @@ def _measure(
             start=Start(process_s=roles.process_s, engine_s=roles.engine_s, load_gb_s=max(loads)),
             memory_of=memory_of,
         )
+
+
+def _mib_beside_model(policy: ActorGroup, shape: ModelShape) -> float:
+    states = (BYTES[DTYPE] + STATE_BYTES) * shape.parameters
+    return (one(policy, "memory") - states) / MIB
 
 
 def _policy(model: Path, sizes: Sizes) -> Policy:

@@ -1,4 +1,4 @@
-"""Every shell script of the repository, by bash's own parser and by ShellCheck where that is installed."""
+"""Every shell script of the repository, by bash's own parser and by ShellCheck."""
 
 import subprocess
 import sys

@@ -22,7 +22,7 @@ from rlhf_ray.config.training import Dtype, Lora, ScoringEngine, TrainingEngine
 # Bytes that a step of AdamW moves for each weight: gradient, its norm and clipping, master weight, two moments, and in
 # bfloat16 the weight itself.
 STEP_TRAFFIC = {"bfloat16": 50, "float32": 40}
-_STATE_BYTES = 12  # of a weight: float32 master, two moments
+STATE_BYTES = 12  # of a weight: float32 master, two moments
 _BUCKET_ELEMENTS = 500_000_000  # of DeepSpeed's reductions in stages 1 and 2
 
 
@@ -82,7 +82,7 @@ class Ranks:
         """Of optimizer state on one device."""
         if not isinstance(self.engine, TrainingEngine) or self.engine.offload_optimizer != "none":
             return 0.0
-        return _STATE_BYTES * self.trained / (self.group.ranks if self.engine.zero_stage else 1)
+        return STATE_BYTES * self.trained / (self.group.ranks if self.engine.zero_stage else 1)
 
     def scoring_s(self, sequences: Sequences) -> float:
         """Seconds of the forward passes over some sequences, shared out over the ranks."""
@@ -115,7 +115,7 @@ class Ranks:
         if engine.offload_optimizer != "none" and rates.ahead:
             seconds += 2 * own * BYTES[engine.dtype] / rates.host
         if engine.offload_optimizer == "nvme":  # read and written again
-            seconds += 2 * own * _STATE_BYTES / rates.disk
+            seconds += 2 * own * STATE_BYTES / rates.disk
         if engine.zero_stage in (1, 2):
             size = self.trained * BYTES[engine.dtype]
             seconds += self.group.all_gather_s(size, self.constants.collectives, self._buckets)
