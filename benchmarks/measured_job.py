@@ -1,8 +1,11 @@
-"""A job whose step times and memory are measured, run as `rlhf-ray train` runs it."""
+"""A job whose memory and step times are measured, run as `rlhf-ray train` runs it.
+
+Memory is looked at all the time, which takes up to half a core: it is measured in the first steps, and time after them.
+"""
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +26,9 @@ _ROLES = {
     "RewardTrainingWorker": "reward",
     "RolloutWorker": "rollout",
 }
+WATCHED_STEPS = 2
+"""The first steps, whose memory counts: in the second one the optimizer has its states from the start."""
+
 _INTERVAL_S = 0.05
 _NEW_PROCESSES_S = 1.0
 
@@ -32,8 +38,8 @@ class MeasuredJob:
     """A run that is over.
 
     Attributes:
-        rows: metrics of its steps but the first, which pays for warming up.
-        peaks: most bytes of memory of one process of each role, for engines of all their processes together.
+        rows: metrics of its steps but the first ones, which pay for warming up and for looking at memory.
+        peaks: most bytes of memory of one process of each role until then, for engines of all their processes together.
     """
 
     rows: list[Metrics]
@@ -41,18 +47,27 @@ class MeasuredJob:
 
 
 def measured_job(job: JobConfig) -> MeasuredJob:
-    """Run a job from its start in its own folder."""
+    """Run a job from its start in its own folder, with more than `WATCHED_STEPS` steps."""
     from rlhf_ray.controllers.train import train
+
+    folder = Path(job.run.dir)
+    with peaks(lambda: len(_rows(folder)) >= WATCHED_STEPS) as found:
+        train(job)
+    return MeasuredJob(_rows(folder)[WATCHED_STEPS:], dict(found))
+
+
+def _rows(folder: Path) -> list[Metrics]:
     from rlhf_ray.telemetry.metrics import read_metrics
 
-    with peaks() as found:
-        train(job)
-    return MeasuredJob(read_metrics(Path(job.run.dir))[1:], dict(found))
+    try:
+        return read_metrics(folder)
+    except FileNotFoundError:  # no step is complete yet
+        return []
 
 
 @contextmanager
-def peaks() -> Iterator[dict[str, int]]:
-    """The most memory that a process of each role holds meanwhile, looked at all the time."""
+def peaks(enough: Callable[[], bool]) -> Iterator[dict[str, int]]:
+    """The most memory that a process of each role holds until it is enough."""
     found: dict[str, int] = {}
     done = threading.Event()
 
@@ -61,6 +76,8 @@ def peaks() -> Iterator[dict[str, int]]:
         looked_for_s = 0.0
         while not done.wait(_INTERVAL_S):
             if time.monotonic() - looked_for_s > _NEW_PROCESSES_S:
+                if enough():
+                    return
                 families, looked_for_s = _families(), time.monotonic()
             for role, family in families:
                 found[role] = max(found.get(role, 0), held_together(family))

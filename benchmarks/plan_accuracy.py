@@ -1,8 +1,8 @@
 """What the planner predicts, against what is measured: `python -m benchmarks.plan_accuracy`.
 
 Each case is a job that runs here for a few steps as `rlhf-ray train` runs it, on rows of the longest that its config
-allows. Predicted is what `rlhf-ray plan` says of this machine. Measured is the peak resident memory of a process of
-each role (`VmHWM`; for an engine of all its processes), as the kernel keeps it; and the fastest step but the first,
+allows. Predicted is what `rlhf-ray plan` says of this machine. Measured is the most memory that a process of each role
+holds in the first two steps (an engine in all its processes), looked at all the time; and the fastest step after them,
 without its checkpoint, which was disturbed least. Step times need a calibration of this machine (`rlhf-ray calibrate`).
 """
 
@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from benchmarks.common import RESULTS, Machine, Measure, ResultsOption, report, run_command, say, spread
-from benchmarks.measured_job import measured_job
+from benchmarks.measured_job import WATCHED_STEPS, measured_job
 from benchmarks.plan_cases import CASES
 from rlhf_ray.cluster.planner.calibration import constants
 from rlhf_ray.cluster.planner.hardware import this_machine
@@ -29,7 +29,9 @@ GIB = 2**30
 
 def main(
     only: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="Cases with this in their name.")] = None,
-    steps: Annotated[int, typer.Option(min=2, help="Steps of each job; the first counts for memory only.")] = 3,
+    steps: Annotated[
+        int, typer.Option(min=WATCHED_STEPS + 1, help=f"Steps of each job; the first {WATCHED_STEPS} count for memory.")
+    ] = WATCHED_STEPS + 2,
     calibration: Annotated[
         Path | None, typer.Option(metavar="FILE", help="By default what was measured on this machine.", exists=True)
     ] = None,
@@ -49,19 +51,19 @@ def main(
             plan = plan_memory(job, hardware, known[hardware.device].memory)
             step = predict(job, hardware, known, _lengths(job), plan.engine.cached_tokens if plan.engine else None)
             measured = measured_job(job)
-        measures = [*_memory(plan, measured.peaks, _unwritten(job, plan, steps)), *_time(step, measured.rows)]
+        measures = [*_memory(plan, measured.peaks, _unwritten(job, plan)), *_time(step, measured.rows)]
         for measure in measures:
             say(f"{name}: {measure}")
         report("plan_accuracy", name, {"steps": steps}, measures, machine, results)
 
 
-def _unwritten(job: JobConfig, plan: MemoryPlan, steps: int) -> dict[str, float]:
+def _unwritten(job: JobConfig, plan: MemoryPlan) -> dict[str, float]:
     """Bytes of the KV cache of an engine on a CPU that so few steps don't write to: until then the kernel gives no
     memory for them."""
     if not isinstance(job, PPOJob) or plan.engine is None:
         return {}
     cache = next(item.size for item in plan.engine.items if item.name == "KV cache")
-    written = steps * job.samples_per_step * job.rollout.engine.max_model_len / job.placement.rollout.engines
+    written = WATCHED_STEPS * job.samples_per_step * job.rollout.engine.max_model_len / job.placement.rollout.engines
     return {"rollout": cache * max(0.0, 1 - written / plan.engine.cached_tokens)}
 
 
