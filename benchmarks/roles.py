@@ -108,30 +108,30 @@ class UpdateBatch:
 
     Attributes:
         batch, columns: of all samples together.
-        shards: references to the same, shard by shard.
-        starts: number of each shard's first sample.
+        portions: references to the same, some samples each.
+        starts: number of each portion's first sample.
     """
 
     batch: TrajectoryBatch
     columns: TrainingColumns
-    shards: list[list[ray.ObjectRef]]
+    portions: list[ray.ObjectRef]
     starts: list[int]
 
     @classmethod
     def of(cls, policy: ActorGroup, batch: TrajectoryBatch, shard_samples: int) -> "UpdateBatch":
-        """Score a batch with the policy, draw random advantages, and put shards of it into Ray's object store."""
+        """Score a batch with the policy, draw random advantages, and put portions of it into Ray's object store."""
         old = policy_logprobs(policy, batch)
         random = np.random.default_rng(SEED)
         advantages = random.standard_normal(len(old)).astype(np.float32)
         nothing = np.zeros_like(old)
         columns = TrainingColumns(old, nothing, advantages, nothing)
         starts = list(range(0, len(batch), shard_samples))
-        shards = []
+        portions = []
         for start in starts:
             end = min(start + shard_samples, len(batch))
             places = np.arange(batch.response_offsets[start], batch.response_offsets[end])
-            shards.append([ray.put(batch.select(range(start, end))), ray.put(columns.take(places))])
-        return cls(batch, columns, shards, starts)
+            portions.append(ray.put((batch.select(range(start, end)), columns.take(places))))
+        return cls(batch, columns, portions, starts)
 
     @property
     def moments(self) -> Moments:
@@ -155,7 +155,7 @@ class UpdateBatch:
 def update(policy: ActorGroup, data: UpdateBatch, optimizer_steps: int, micro_batch_tokens: int) -> UpdateReport:
     """One PPO update, planned here and done by the policy."""
     plan = data.plan(optimizer_steps, micro_batch_tokens)
-    [report] = _wait(policy.call("update", data.shards, data.starts, plan, data.moments), "policy: update")
+    [report] = _wait(policy.call("update", data.portions, data.starts, plan, data.moments), "policy: update")
     return report
 
 

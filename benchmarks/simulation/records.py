@@ -26,14 +26,14 @@ def score_part(samples: tuple[int, ...], scores: np.ndarray) -> Any:
     return ScorePart(samples, scores)
 
 
-def shard_report(tokens: int, kl: np.ndarray) -> Any:
-    """A `ShardReport` of advantages, values and returns that are all 0."""
-    from rlhf_ray.actors.columns import ShardReport
+def portion_report(tokens: int, kl: np.ndarray) -> Any:
+    """A `PortionReport` of advantages, values and returns that are all 0."""
+    from rlhf_ray.actors.columns import PortionReport
     from rlhf_ray.algorithms.moments import Moments
     from rlhf_ray.algorithms.value_loss import ExplainedVariance
 
     zeros = Moments(float(tokens), 0.0, 0.0)
-    return ShardReport(zeros, ExplainedVariance(zeros, zeros), kl, mismatch=0.0)
+    return PortionReport(zeros, ExplainedVariance(zeros, zeros), kl, mismatch=0.0)
 
 
 def update_report(names: tuple[str, ...], steps: int, samples: int, seconds: float) -> Any:

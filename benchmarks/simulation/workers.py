@@ -67,11 +67,11 @@ class SimulatedTrainedRank(SimulatedRank):
     statistics: tuple[str, ...]
 
     def optimize(
-        self, shards: Sequence[list[ray.ObjectRef]], shard_starts: Sequence[int], plan: Sequence[OptimizerStep]
+        self, portions: Sequence[ray.ObjectRef], starts: Sequence[int], plan: Sequence[OptimizerStep]
     ) -> MadeThere:
-        """Fetch all shards, as the real ranks do, and take the steps of the plan."""
+        """Fetch all portions, as the real ranks do, and take the steps of the plan."""
         began = time.perf_counter()
-        data = [fetch_data(refs, "a shard to train on") for refs in shards]
+        data = fetch_data(portions, "samples to train on")
         lengths = np.concatenate([batch.prompt_lengths + batch.response_lengths for batch, _ in data])
         mine = [sample for step in plan for micro_batch in step.micro_batches for sample in micro_batch]
         with self._work("update", float(lengths[mine].sum()) * self.pace.update_s):
@@ -107,9 +107,9 @@ class SimulatedPolicy(SimulatedTrainedRank):
         """Log-probs of a part of the responses."""
         return self._forward("log-probs", batch, part, parts)
 
-    def update(self, shards: Any, shard_starts: Any, plan: Any, whitening: Any) -> MadeThere:
+    def update(self, portions: Any, starts: Any, plan: Any, whitening: Any) -> MadeThere:
         """One PPO update."""
-        return self.optimize(shards, shard_starts, plan)
+        return self.optimize(portions, starts, plan)
 
     def send_weights(self, version: int) -> None:
         """Give every engine the version."""
@@ -131,24 +131,26 @@ class SimulatedCritic(SimulatedTrainedRank):
 
     def advantages(
         self,
-        batch: TrajectoryBatch,
+        trajectories: Sequence[ray.ObjectRef],
         scores: Floats,
         kl_coef: float,
-        old_logprobs: Sequence[ray.ObjectRef],
-        reference_logprobs: Sequence[ray.ObjectRef],
-        values: Sequence[ray.ObjectRef],
-    ) -> tuple[TrainingColumns, MadeThere]:
-        """Fetch all parts of a shard's columns, and return what is trained on."""
-        for refs in (old_logprobs, reference_logprobs, values):
-            fetch_data(refs, "columns of a shard")
+        old_logprobs: Sequence[Sequence[ray.ObjectRef]],
+        reference_logprobs: Sequence[Sequence[ray.ObjectRef]],
+        values: Sequence[Sequence[ray.ObjectRef]],
+    ) -> tuple[tuple[TrajectoryBatch, TrainingColumns], MadeThere]:
+        """Fetch shards and all parts of their columns, and return what is trained on."""
+        batch = TrajectoryBatch.concat(fetch_data(trajectories, "shards"))
+        for column in (old_logprobs, reference_logprobs, values):
+            for parts in column:
+                fetch_data(parts, "columns of a shard")
         tokens = len(batch.response_tokens)
         with self._work("advantages", 0.0):
             columns = TrainingColumns(*(np.zeros(tokens, np.float32) for _ in range(4)))
-        return columns, MadeThere(records.shard_report, tokens, np.zeros(len(batch), np.float32))
+        return (batch, columns), MadeThere(records.portion_report, tokens, np.zeros(len(batch), np.float32))
 
-    def update(self, shards: Any, shard_starts: Any, plan: Any) -> MadeThere:
+    def update(self, portions: Any, starts: Any, plan: Any) -> MadeThere:
         """One PPO update."""
-        return self.optimize(shards, shard_starts, plan)
+        return self.optimize(portions, starts, plan)
 
 
 class SimulatedReference(SimulatedRank):

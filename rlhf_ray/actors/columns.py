@@ -17,8 +17,8 @@ from rlhf_ray.platform import platform
 
 
 @dataclass(frozen=True)
-class ShardReport:
-    """What the controller needs to know of a shard's columns.
+class PortionReport:
+    """What the controller needs to know of a portion's columns.
 
     Attributes:
         advantages: moments, for whitening over the whole batch.
@@ -75,17 +75,17 @@ class RankBatch:
     @classmethod
     def of(
         cls,
-        shards: Sequence[tuple[TrajectoryBatch, TrainingColumns]],
-        shard_starts: Sequence[int],
+        portions: Sequence[tuple[TrajectoryBatch, TrainingColumns]],
+        starts: Sequence[int],
         samples: Sequence[int],
     ) -> "RankBatch":
-        """Take `samples`, by number in the PPO batch; `shard_starts` are the numbers of the shards' first samples."""
+        """Take `samples`, by number in the PPO batch; `starts` are the numbers of the portions' first samples."""
         wanted = np.asarray(sorted(samples), np.int64)
         batches, columns = [], []
-        for (batch, shard_columns), start in zip(shards, shard_starts, strict=True):
+        for (batch, found), start in zip(portions, starts, strict=True):
             rows = wanted[(wanted >= start) & (wanted < start + len(batch))] - start
             batches.append(batch.select(rows.tolist()))
-            columns.append(shard_columns.take(take_rows(batch.response_offsets, rows)))
+            columns.append(found.take(take_rows(batch.response_offsets, rows)))
         return cls(
             TrajectoryBatch.concat(batches),
             TrainingColumns.concat(columns),

@@ -7,7 +7,7 @@ import numpy as np
 import ray
 import torch
 
-from rlhf_ray.actors.columns import ShardReport, assemble, column_offsets, on_device, response_column
+from rlhf_ray.actors.columns import PortionReport, assemble, column_offsets, on_device, response_column
 from rlhf_ray.actors.ppo_update import PPOTrainedWorker, token_mean
 from rlhf_ray.actors.trained import Stats, UpdateReport
 from rlhf_ray.actors.waiting import fetch_data
@@ -56,35 +56,47 @@ class CriticWorker(PPOTrainedWorker):
 
     def advantages(
         self,
-        batch: TrajectoryBatch,
+        trajectories: Sequence[ray.ObjectRef],
         scores: Floats,
         kl_coef: float,
-        old_logprobs: Sequence[ray.ObjectRef],
-        reference_logprobs: Sequence[ray.ObjectRef],
-        values: Sequence[ray.ObjectRef],
-    ) -> tuple[TrainingColumns, ShardReport]:
-        """From shaped scores `[samples]` and the parts of the columns to what is trained on, for one shard."""
-        parts = [fetch_data(refs, "columns of a shard") for refs in (old_logprobs, reference_logprobs, values)]
+        old_logprobs: Sequence[Sequence[ray.ObjectRef]],
+        reference_logprobs: Sequence[Sequence[ray.ObjectRef]],
+        values: Sequence[Sequence[ray.ObjectRef]],
+    ) -> tuple[tuple[TrajectoryBatch, TrainingColumns], PortionReport]:
+        """From some shards and the parts of their columns to one portion of what is trained on.
+
+        Args:
+            scores: shaped, float32 `[samples of all shards]`.
+        """
+        shards = fetch_data(trajectories, "shards")
+        columns_of_shards = [
+            [fetch_data(parts, "columns of a shard") for parts in column]
+            for column in (old_logprobs, reference_logprobs, values)
+        ]
         with self.recorder.span("advantages"):
-            old, reference, value = (assemble(part, batch) for part in parts)
+            batch = TrajectoryBatch.concat(shards)
+            old, reference, value = (
+                torch.cat([assemble(parts, shard) for parts, shard in zip(column, shards, strict=True)])
+                for column in columns_of_shards
+            )
             offsets = column_offsets(batch)
             kl = kl_estimate(old, reference, self.ppo.kl.estimator)
             rewards = shaped_rewards(torch.from_numpy(scores), kl, offsets, kl_coef)
             advantages, returns = gae(rewards, value, offsets, self.ppo.gamma, self.ppo.gae_lambda)
             columns = TrainingColumns(old.numpy(), value.numpy(), advantages.numpy(), returns.numpy())
             engine = torch.tensor(batch.engine_logprobs)
-            report = ShardReport(
+            report = PortionReport(
                 advantages=Moments.of(advantages),
                 explained_variance=ExplainedVariance.of(value, returns),
                 kl=np.add.reduceat((old - reference).numpy(), batch.response_offsets[:-1]),
                 mismatch=float((engine - old).abs().double().sum()),
             )
-            return columns, report
+            return (batch, columns), report
 
-    def update(self, shards: Any, shard_starts: Any, plan: Any) -> UpdateReport:
+    def update(self, portions: Any, starts: Any, plan: Any) -> UpdateReport:
         """One PPO update; see `optimize`."""
         with self.recorder.span("update"):
-            return self.optimize(shards, shard_starts, plan)
+            return self.optimize(portions, starts, plan)
 
     def micro_batch_loss(
         self, pack: ResponsePack, columns: TrainingColumns, weights: torch.Tensor

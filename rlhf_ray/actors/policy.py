@@ -57,11 +57,11 @@ class PolicyWorker(PPOTrainedWorker):
             lambda pack: self.engine(pack.packed, pack.positions, pack.targets, self.temperature, "nothing")[0],
         )
 
-    def update(self, shards: Any, shard_starts: Any, plan: Any, whitening: Moments | None) -> UpdateReport:
+    def update(self, portions: Any, starts: Any, plan: Any, whitening: Moments | None) -> UpdateReport:
         """One PPO update; see `optimize`. Advantages are whitened by `whitening`, the moments of the whole batch."""
         self._whitening = whitening
         with self.recorder.span("update"):
-            return self.optimize(shards, shard_starts, plan)
+            return self.optimize(portions, starts, plan)
 
     def micro_batch_loss(
         self, pack: ResponsePack, columns: TrainingColumns, weights: torch.Tensor

@@ -34,13 +34,13 @@ class PPOTrainedWorker(TrainedWorker):
         return True
 
     def optimize(
-        self, shards: Sequence[list[ray.ObjectRef]], shard_starts: Sequence[int], plan: Sequence[OptimizerStep]
+        self, portions: Sequence[ray.ObjectRef], starts: Sequence[int], plan: Sequence[OptimizerStep]
     ) -> UpdateReport:
         """Take the optimizer steps of this rank's plan.
 
         Args:
-            shards: references to trajectories and `TrainingColumns` of each shard.
-            shard_starts: number of each shard's first sample.
+            portions: references to trajectories with their `TrainingColumns`.
+            starts: number of each portion's first sample.
             plan: this rank's micro-batches.
 
         Raises:
@@ -49,9 +49,7 @@ class PPOTrainedWorker(TrainedWorker):
         """
         watch = Stopwatch()
         mine = {sample for step in plan for micro in step.micro_batches for sample in micro}
-        data = RankBatch.of(
-            [tuple(fetch_data(refs, "a shard to train on")) for refs in shards], shard_starts, sorted(mine)
-        )
+        data = RankBatch.of(fetch_data(portions, "samples to train on"), starts, sorted(mine))
         total: Stats = {}
         lr, steps, samples = 0.0, 0, 0
         for step in plan:

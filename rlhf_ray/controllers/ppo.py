@@ -9,8 +9,8 @@ import numpy as np
 import ray
 import torch
 
-from rlhf_ray.actors.columns import ShardReport
-from rlhf_ray.actors.rollout import GeneratedShard
+from rlhf_ray.actors.columns import PortionReport
+from rlhf_ray.actors.rollout import GeneratedShard, ShardFacts
 from rlhf_ray.actors.trained import NonFiniteLossError, UpdateReport
 from rlhf_ray.actors.waiting import wait_all
 from rlhf_ray.algorithms.kl import KLController
@@ -23,9 +23,9 @@ from rlhf_ray.controllers.ppo_roles import PPORoles
 from rlhf_ray.controllers.run_folder import Checkpointing, RunFolder
 from rlhf_ray.data.cursor import PromptCursor
 from rlhf_ray.data.minibatches import OptimizerStep, plan_update
-from rlhf_ray.data.requests import PromptRequest, cut_into_shards, requests_for
+from rlhf_ray.data.requests import PromptRequest, cut_into_shards, in_order, requests_for
 from rlhf_ray.data.seeds import derive_seed
-from rlhf_ray.data.trajectory import Floats, TrajectoryBatch
+from rlhf_ray.data.trajectory import Floats
 from rlhf_ray.rewards.combine import combine
 from rlhf_ray.telemetry.samples import SampleRow
 
@@ -52,14 +52,18 @@ class Batch:
     """One step's samples, ready to train on; numbers per sample are in shard order.
 
     Attributes:
-        shards: references to trajectories and training columns.
+        facts: of each shard.
+        portions: references to trajectories with their training columns, of some shards in a row each.
+        sizes: samples of each portion.
+        reports: of each portion.
         parts: unweighted scores by each part of the reward, `[samples]`.
         scores: their weighted sum, before shaping, `[samples]`.
     """
 
-    scored: list[ScoredShard]
-    shards: list[list[ray.ObjectRef]]
-    reports: list[ShardReport]
+    facts: list[ShardFacts]
+    portions: list[ray.ObjectRef]
+    sizes: list[int]
+    reports: list[PortionReport]
     parts: dict[str, Floats]
     scores: Floats
 
@@ -137,10 +141,9 @@ class PPOController:
             scores = combine(parts, {part.name: part.weight for part in self.roles.rewards})
             truncated = np.concatenate([shard.generated.facts.truncated for shard in scored])
             shaped = self.scores.shape(torch.from_numpy(scores), torch.from_numpy(truncated)).numpy()
-            columns, reports = self._advantages(scored, shaped)
+            portions, sizes, reports = self._advantages(scored, shaped)
         record.scored()
-        shards = [[shard.generated.trajectories, ref] for shard, ref in zip(scored, columns, strict=True)]
-        return Batch(scored, shards, reports, parts, scores)
+        return Batch([shard.generated.facts for shard in scored], portions, sizes, reports, parts, scores)
 
     def _start_scoring(self, shard: GeneratedShard, record: StepRecord) -> ScoredShard:
         record.scoring_started()
@@ -155,33 +158,36 @@ class PPOController:
     def _start_rewards(self, shard: GeneratedShard) -> dict[str, list[ray.ObjectRef]]:
         return {part.name: part.score(shard) for part in self.roles.rewards}
 
-    def _advantages(self, scored: list[ScoredShard], shaped: Floats) -> tuple[list[ray.ObjectRef], list[ShardReport]]:
-        columns, reports, start = [], [], 0
-        for shard in scored:
-            samples = len(shard.generated.facts.uids)
-            column, report = self.roles.critic.call_one(
-                shard.generated.number,
+    def _advantages(
+        self, scored: list[ScoredShard], shaped: Floats
+    ) -> tuple[list[ray.ObjectRef], list[int], list[PortionReport]]:
+        """Each rank of the critic makes one portion, since every rank that trains fetches all portions."""
+        portions, sizes, reports, start = [], [], [], 0
+        for number, shards in enumerate(in_order(scored, min(len(scored), len(self.roles.critic)))):
+            samples = sum(len(shard.generated.facts.uids) for shard in shards)
+            portion, report = self.roles.critic.call_one(
+                number,
                 "advantages",
-                shard.generated.trajectories,
+                [shard.generated.trajectories for shard in shards],
                 shaped[start : start + samples],
                 self.kl.coef,
-                shard.old_logprobs,
-                shard.reference_logprobs,
-                shard.values,
+                [shard.old_logprobs for shard in shards],
+                [shard.reference_logprobs for shard in shards],
+                [shard.values for shard in shards],
                 num_returns=2,
             )
-            columns.append(column)
+            portions.append(portion)
+            sizes.append(samples)
             reports.append(report)
             start += samples
-        return columns, self._wait(reports, "critic: advantages", "score_s")
+        return portions, sizes, self._wait(reports, "critic: advantages", "score_s")
 
     def _update(self, batch: Batch, step: int) -> tuple[list[UpdateReport], list[UpdateReport]]:
         """Critic and policy train at the same time, on devices that they share one after the other; the policy waits
         out the critic's warm-up."""
-        facts = [shard.generated.facts for shard in batch.scored]
-        prompt_lengths = np.concatenate([f.prompt_lengths for f in facts])
-        response_lengths = np.concatenate([f.response_lengths for f in facts])
-        starts = np.cumsum([0] + [len(f.uids) for f in facts[:-1]]).tolist()
+        prompt_lengths = np.concatenate([facts.prompt_lengths for facts in batch.facts])
+        response_lengths = np.concatenate([facts.response_lengths for facts in batch.facts])
+        starts = np.cumsum([0, *batch.sizes[:-1]]).tolist()
         algorithm, config = self.config.algorithm, self.config
         warming_up = step <= algorithm.critic_warmup_steps
         moments = Moments()
@@ -203,21 +209,21 @@ class PPOController:
                 seed=derive_seed(config.seed, "minibatches", step),
             )
 
-        shards = ray.put(batch.shards)  # else every rank's call would carry all these references
+        portions = ray.put(batch.portions)  # else every rank's call would carry all these references
         running: dict[str, list[ray.ObjectRef]] = {}
         for turn in self.devices.turns(arguments):
             self.devices.enter("update", turn)
             for role in turn:
                 group = getattr(self.roles, role)
                 plan = plan_for(group.shares, getattr(config, role).engine.micro_batch_tokens)
-                per_rank = [(shards, starts, mine, *arguments[role]) for mine in plan]
+                per_rank = [(portions, starts, mine, *arguments[role]) for mine in plan]
                 running[role] = group.call_each("update", per_rank)
             try:
                 self._wait(
                     [ref for role in turn for ref in running[role]], f"update of {' and '.join(turn)}", "update_s"
                 )
             except NonFiniteLossError as error:
-                trajectories = [self._fetch(shard.generated) for shard in batch.scored]
+                trajectories = [self._fetch(portion)[0] for portion in batch.portions]
                 raise self.report.save_failure(step, trajectories, batch.parts, error) from error
         reports = {role: self._wait(refs, f"{role}: update", "update_s") for role, refs in running.items()}
         for role, found in reports.items():
@@ -237,8 +243,7 @@ class PPOController:
         if due:
             with record.timing("checkpoint"):
                 self.checkpointing.save(step)
-        facts = [shard.generated.facts for shard in batch.scored]
-        metrics = self.report.metrics(record, facts, batch.reports, batch.parts, batch.scores, policy, critic)
+        metrics = self.report.metrics(record, batch.facts, batch.reports, batch.parts, batch.scores, policy, critic)
         spans = self.folder.collect_spans(self.roles.groups, self.config.run.timeouts.setup_s)
         metrics |= record.timings(spans)
         metrics["rollout/weight_version"] = float(self.version)
@@ -270,25 +275,25 @@ class PPOController:
         self.devices.enter("score", ["reward"])
         rewarded = RewardedShard(shard, self._start_rewards(shard))
         parts = {part.name: self._collect([rewarded], part.name) for part in self.roles.rewards}
-        return self.report.sample_rows(self._fetch(shard), parts, np.zeros(len(requests), np.float32))
+        return self.report.sample_rows(self._fetch(shard.trajectories), parts, np.zeros(len(requests), np.float32))
 
     def _first_samples(self, batch: Batch) -> list[SampleRow]:
         kept = self.config.run.samples_kept
         kl = np.concatenate([report.kl for report in batch.reports])
         rows: list[SampleRow] = []
-        for shard in batch.scored:
-            wanted = min(kept - len(rows), len(shard.generated.facts.uids))
+        for portion, size in zip(batch.portions, batch.sizes, strict=True):
+            wanted = min(kept - len(rows), size)
             if wanted == 0:
                 break
             here = slice(len(rows), len(rows) + wanted)
             parts = {name: scores[here] for name, scores in batch.parts.items()}
-            first = self._fetch(shard.generated).select(range(wanted))  # decoding a whole shard takes seconds
+            first = self._fetch(portion)[0].select(range(wanted))  # decoding a whole portion takes seconds
             rows += self.report.sample_rows(first, parts, kl[here])
         return rows
 
-    def _fetch(self, shard: GeneratedShard) -> TrajectoryBatch:
-        [trajectories] = self._wait([shard.trajectories], "trajectories of a shard", "score_s")
-        return trajectories
+    def _fetch(self, samples: ray.ObjectRef) -> Any:
+        [fetched] = self._wait([samples], "samples to write down", "score_s")
+        return fetched
 
     def _state(self) -> dict[str, Any]:
         return {

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_ray.actors.columns import ShardReport
+from rlhf_ray.actors.columns import PortionReport
 from rlhf_ray.actors.rollout import ShardFacts
 from rlhf_ray.actors.trained import NonFiniteLossError, UpdateReport
 from rlhf_ray.algorithms.value_loss import ExplainedVariance
@@ -83,7 +83,7 @@ class PPOReport:
         self,
         record: StepRecord,
         facts: Sequence[ShardFacts],
-        shards: Sequence[ShardReport],
+        portions: Sequence[PortionReport],
         parts: Mapping[str, Floats],
         scores: Floats,
         policy: Sequence[UpdateReport],
@@ -94,17 +94,17 @@ class PPOReport:
         prompts = np.concatenate([f.prompt_lengths for f in facts])
         tokens = int(lengths.sum())
         explained = ExplainedVariance()
-        for shard in shards:
-            explained = explained.merge(shard.explained_variance)
+        for portion in portions:
+            explained = explained.merge(portion.explained_variance)
         metrics = {
             "reward/mean": float(scores.mean()),
             "reward/std": float(scores.std()),
             **{f"reward/{name}": float(values.mean()) for name, values in parts.items()},
-            "kl/mean": float(np.concatenate([shard.kl for shard in shards]).mean()),
+            "kl/mean": float(np.concatenate([portion.kl for portion in portions]).mean()),
             "kl/coef": record.kl_coef,
             "response/length_mean": tokens / len(lengths),
             "response/truncated_fraction": float(np.concatenate([f.truncated for f in facts]).mean()),
-            "mismatch/logprob_abs_mean": sum(shard.mismatch for shard in shards) / tokens,
+            "mismatch/logprob_abs_mean": sum(portion.mismatch for portion in portions) / tokens,
             "staleness/mean": sum(f.version_lag for f in facts) / tokens,
             "critic/explained_variance": explained.value,
         }
@@ -152,12 +152,12 @@ class PPOReport:
     def save_failure(
         self,
         step: int,
-        shards: Sequence[TrajectoryBatch],
+        portions: Sequence[TrajectoryBatch],
         parts: Mapping[str, Floats],
         error: NonFiniteLossError,
     ) -> "TrainingDiverged":
         """Write the samples that led to a loss that is no number, and the error to raise."""
-        batch = TrajectoryBatch.concat(shards)
+        batch = TrajectoryBatch.concat(portions)
         named = [f"{uid}#{index}" for uid, index in zip(batch.uids, batch.sample_index, strict=True)]
         prompts, responses = decode_responses(batch, self._tokenizer)
         rows = [

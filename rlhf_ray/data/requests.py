@@ -3,12 +3,15 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TypeVar
 
 from rlhf_ray.config.jobs import shard_count
 from rlhf_ray.data.cursor import PromptTicket, visit_uid
 from rlhf_ray.data.prompts import PromptSet
 from rlhf_ray.data.seeds import sample_seed
 from rlhf_ray.data.trajectory import Tokens
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,10 @@ def requests_for(
 
 def cut_into_shards(requests: Sequence[PromptRequest], shard_samples: int) -> list[list[PromptRequest]]:
     """Shards of at most `shard_samples`, their sizes differing by one at most."""
-    count = shard_count(len(requests), shard_samples)
-    bounds = [round(number * len(requests) / count) for number in range(count + 1)]
-    return [list(requests[start:end]) for start, end in pairwise(bounds)]
+    return in_order(requests, shard_count(len(requests), shard_samples))
+
+
+def in_order(items: Sequence[T], parts: int) -> list[list[T]]:
+    """So many parts of neighbours, their sizes differing by one at most."""
+    bounds = [round(number * len(items) / parts) for number in range(parts + 1)]
+    return [list(items[start:end]) for start, end in pairwise(bounds)]

@@ -30,10 +30,12 @@ def ideal_times(work: Work, rates: Rates, dtype: Dtype, passes: int, layers: int
     """By the name of its factor, what each part of some passes takes at the device's peaks; for `layer_s`, the number
     of layers that are run."""
     peak = rates.flops(dtype)
+    # A CPU computes in float32 and takes as long for a number in either format.
+    number = BYTES[dtype] if rates.ahead else BYTES["bfloat16"]
     return {
         "products": work.products / peak,
         "attention": work.attention / peak,
-        "elementwise": work.elementwise / rates.memory,
+        "elementwise": number * work.elementwise / rates.memory,
         "vocabulary": work.logits / rates.memory,
         "weights": passes * work.weights / rates.memory,
         "layer_s": float(passes * layers),

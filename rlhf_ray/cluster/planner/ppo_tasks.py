@@ -60,7 +60,8 @@ class _Step:
         for _ in range(2):  # roles find their devices as the step before left them
             self._tasks = []
             scored = self._score(self._generate())
-            calls = 2 * self._shards * self._critic.constants.ray.call_s
+            # Each rank of the critic fetches some shards, and three columns of each.
+            calls = 4 * self._shards / self._critic.group.ranks * self._critic.constants.ray.call_s
             advantages = self._add("score", "critic", calls, scored)
             self._sync(self._update((advantages,)))
         return self._tasks

@@ -47,12 +47,12 @@ class Sequences:
 
 @dataclass(frozen=True)
 class Work:
-    """Operations and bytes.
+    """Operations, numbers and bytes.
 
     Attributes:
         products: operations in products of weights and states, those of the vocabulary head too.
         attention: operations in products of queries, keys and values.
-        elementwise: bytes that the other operations of the layers move.
+        elementwise: numbers that the other operations of the layers read and write.
         logits: bytes that the softmax over the vocabulary moves.
         weights: bytes of weights that are read and of gradients that are written, in one micro-batch.
     """
@@ -131,7 +131,7 @@ def layers_work(shape: ModelShape, dtype: Dtype, sequences: Sequences) -> Work:
     return Work(
         products=2 * layer_parameters(shape) * sequences.tokens,
         attention=4 * queries * shape.layers * sequences.pairs,
-        elementwise=moved * shape.layers * sequences.tokens * BYTES[dtype],
+        elementwise=moved * shape.layers * sequences.tokens,
         logits=0,
         weights=(parameters(shape) - shape.embedding_parameters) * BYTES[dtype],
     )

@@ -116,9 +116,10 @@ def _reference(model: str, engine: ScoringEngine, place: RolePlacement, ranks: i
 
 def _trajectory_bytes(prompt: int, response: int) -> int:
     """Of one sample: tokens, the engine's log-probs and weight versions; what roles compute of it, by response token
-    (log-probs of policy and reference, values, then `TrainingColumns`); and some hundred bytes of names and offsets."""
+    (log-probs of policy and reference, values, then `TrainingColumns`); and some hundred bytes of names and offsets.
+    Trajectories are there twice, in shards and in portions, while the critic makes these."""
     arrays, columns = 4 * prompt + 3 * 4 * response, (3 + 4) * 4 * response
-    return arrays + columns + 256
+    return 2 * (arrays + 256) + columns
 
 
 def _preference(job: PreferenceJob) -> Workload:

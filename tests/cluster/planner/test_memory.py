@@ -308,7 +308,7 @@ def test_a_store_that_is_too_small_for_a_step_is_told_of(make_job: MakeJob) -> N
     small = Hardware("small", tuple(_with_store(machine, GIB) for machine in hardware.machines))
     plan = plan_memory(job, small, ProcessMemory())
     assert plan.problems == [
-        "object store: a step's trajectories take 2.8 GiB, but a node's store has 1.0 GiB: Ray would write the rest to "
+        "object store: a step's trajectories take 3.8 GiB, but a node's store has 1.0 GiB: Ray would write the rest to "
         "disk. Lower data.prompts_per_step, or start Ray with a larger --object-store-memory"
     ]
 

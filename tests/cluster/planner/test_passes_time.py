@@ -119,6 +119,16 @@ def test_a_gpu_hides_what_a_cpu_must_wait_for() -> None:
     assert cpu.scoring_s(SEQUENCES) == pytest.approx(gpu.scoring_s(SEQUENCES) + 64 * 32 * 1e-9)
 
 
+def test_numbers_of_float32_take_longer_where_memory_is_what_counts_and_not_on_a_cpu() -> None:
+    factors = NOTHING.model_copy(update={"elementwise": 1.0})
+    for on_gpu, ratio in ((True, 2.0), (False, 1.0)):
+        half, full = (
+            replace(ranks(scoring=factors, engine={"dtype": dtype}), rates=replace(RATES, ahead=on_gpu))
+            for dtype in ("bfloat16", "float32")
+        )
+        assert full.scoring_s(SEQUENCES) == pytest.approx(ratio * half.scoring_s(SEQUENCES))
+
+
 @pytest.mark.parametrize(
     ("stage", "sent"),
     [
