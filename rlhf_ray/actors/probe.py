@@ -108,10 +108,6 @@ class ProbeWorker(PolicyWorker):
             rows.append((scoring, training, clock.lap()))
         return PassTimes(*(mean(column) for column in zip(*rows[1:], strict=True)))
 
-    def use_threads(self, threads: int) -> None:
-        """Compute with so many from here on."""
-        torch.set_num_threads(threads)
-
     def memory(self) -> int:
         """Bytes of host memory of this process, as `host_bytes` counts them, without any that it has freed."""
         gc.collect()

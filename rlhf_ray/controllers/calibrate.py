@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from math import log
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -157,17 +156,11 @@ def _measure(
         syncs: list[SyncSeconds] = []
         loads: list[float] = []
         memory_of = roles.memory
-        threads_power = 1.0
         for model, shape in zip(models, shapes, strict=True):
             logger.info("measuring passes of %.0f million weights", shape.parameters / 1e6)
             loaded = one(policy, "replace_model", _policy(model, sizes))
             loads.append(shape.parameters * BYTES[DTYPE] / loaded / GB)
             passes += _passes(policy, shape, sizes)
-            if device == "cpu" and threads > 1 and model == models[len(models) // 2]:
-                place = len(sizes.passes) // 2
-                threads_power = _threads_power(
-                    policy, shape, sizes.passes[place], threads, passes[place - len(sizes.passes)]
-                )
             # By the smallest model; a GPU keeps what training leaves in its own memory.
             tells_memory = device == "cpu" and model == models[0]
             if tells_memory:
@@ -183,7 +176,6 @@ def _measure(
             device=device,
             machine=machine_name(),
             threads=None if devices else threads,
-            threads_power=threads_power,
             dtype=DTYPE,
             flops=flops,
             memory=memory,
@@ -236,17 +228,6 @@ def _passes(policy: ActorGroup, shape: ModelShape, sizes: Sizes) -> list[PassSec
         sequences = Sequences.of(samples.count, samples.prompt, samples.response)
         points.append(PassSeconds(shape, sequences, found.scoring, found.training, found.step))
     return points
-
-
-def _threads_power(
-    policy: ActorGroup, shape: ModelShape, samples: Samples, threads: int, with_all: PassSeconds
-) -> float:
-    """From the same passes with half of the threads."""
-    one(policy, "use_threads", threads // 2)
-    found: PassTimes = one(policy, "time_passes", samples, shape.vocab, _REPEATS)
-    one(policy, "use_threads", threads)
-    slower = (found.scoring + found.training) / (with_all.scoring + with_all.training)
-    return min(1.0, max(0.1, log(slower) / log(threads / (threads // 2))))
 
 
 def _decoding(engine: RolloutGroup, shape: ModelShape, sizes: Sizes) -> list[DecodeSeconds]:

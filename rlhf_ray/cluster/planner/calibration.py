@@ -22,7 +22,7 @@ Device = Literal["cpu", "gpu"]
 
 
 class DeviceRates(Section):
-    """What one device attains: a GPU, or one thread of a process on a CPU."""
+    """What one device attains: a GPU, or one core of a CPU with all of its node at work."""
 
     bfloat16_tflops: PositiveFloat
     """Matrix products in bfloat16, in 10¹² operations a second."""
@@ -33,8 +33,6 @@ class DeviceRates(Section):
     link_gb_s: PositiveFloat | None = None
     """Broadcasts from one process to another on the same node, in 10⁹ bytes a second. None takes the device's own,
     where there was no second device to measure with."""
-    threads_power: PositiveFloat = 1.0
-    """On a CPU so many threads of a process are to this power times as fast as one."""
 
 
 class Pass(Section):

@@ -105,7 +105,6 @@ class Measurements:
     Attributes:
         machine: in words.
         threads: of a process on a CPU; None for a GPU.
-        threads_power: as in `DeviceRates`.
         dtype: of weights and computing.
         flops: operations a second, by number format.
         memory: bytes a second.
@@ -117,7 +116,6 @@ class Measurements:
     device: Device
     machine: str
     threads: int | None
-    threads_power: float
     dtype: Dtype
     flops: Mapping[Dtype, float]
     memory: float
@@ -155,14 +153,13 @@ class Measurements:
 def calibration_of(found: Measurements) -> Calibration:
     """The factors that explain the measurements best. What could not be measured is left at its default."""
     assumed = defaults(found.device)
-    threads, link = (found.threads or 1) ** found.threads_power, found._link
+    cores, link = found.threads or 1, found._link
     measured = {
         "rates": DeviceRates(
-            bfloat16_tflops=found.flops["bfloat16"] / threads / 1e12,
-            float32_tflops=found.flops["float32"] / threads / 1e12,
-            memory_gb_s=found.memory / threads / GB,
+            bfloat16_tflops=found.flops["bfloat16"] / cores / 1e12,
+            float32_tflops=found.flops["float32"] / cores / 1e12,
+            memory_gb_s=found.memory / cores / GB,
             link_gb_s=None if link is None else link / GB,
-            threads_power=found.threads_power,
         ),
         "scoring": _scoring(found),
         "training": _training(found),

@@ -43,7 +43,7 @@ def rates_of(machine: Machine, calibration: Calibration, threads: int) -> Rates:
     What a calibration measured counts for its kind of device in place of the data sheet.
     """
     kind, measured = machine.kind, calibration.rates
-    cores = threads ** (measured.threads_power if measured else 1.0) if kind.is_cpu else 1
+    cores = threads if kind.is_cpu else 1
     core = DEVICES["CPU"].memory_gb_s * GB
     if kind.is_cpu and measured is not None:
         core = measured.memory_gb_s * GB

@@ -6,7 +6,6 @@ import pytest
 
 from rlhf_ray.cluster.planner.calibration import Calibration, RayRates, Start, defaults
 from rlhf_ray.cluster.planner.decoding import Engine
-from rlhf_ray.cluster.planner.hardware import load_hardware
 from rlhf_ray.cluster.planner.measurements import (
     CollectiveSeconds,
     DecodeSeconds,
@@ -17,7 +16,7 @@ from rlhf_ray.cluster.planner.measurements import (
 )
 from rlhf_ray.cluster.planner.passes import Ranks
 from rlhf_ray.cluster.planner.processes import ProcessMemory
-from rlhf_ray.cluster.planner.rates import Group, Rates, rates_of
+from rlhf_ray.cluster.planner.rates import Group, Rates
 from rlhf_ray.cluster.planner.shapes import ModelShape
 from rlhf_ray.cluster.planner.work import Sequences
 from rlhf_ray.config.training import TrainingEngine
@@ -88,7 +87,6 @@ MEASURED = Measurements(
     device="cpu",
     machine="a known machine",
     threads=2,
-    threads_power=1.0,
     dtype="bfloat16",
     flops=FLOPS,  # type: ignore[arg-type]
     memory=MEMORY,
@@ -126,20 +124,11 @@ def test_times_of_a_model_of_another_size_are_predicted() -> None:
     assert engine(other, found).prompt_s(1000) == pytest.approx(engine(other, KNOWN).prompt_s(1000), rel=0.05)
 
 
-def test_rates_are_those_of_one_thread() -> None:
+def test_rates_are_those_of_one_core() -> None:
     rates = calibration_of(MEASURED).rates
     assert rates is not None
     assert (rates.bfloat16_tflops, rates.float32_tflops) == (1.0, 0.1)
     assert (rates.memory_gb_s, rates.link_gb_s) == (10.0, 3.0)
-
-
-def test_a_process_with_fewer_threads_is_slower_by_a_power_of_them() -> None:
-    measured = calibration_of(replace(MEASURED, threads=4, threads_power=0.5))
-    machine = load_hardware("cpu-16").machines[0]
-    for threads, share in ((4, 1.0), (1, 0.5), (16, 2.0)):
-        rates = rates_of(machine, measured, threads)
-        found = (rates.bfloat16, rates.float32, rates.memory)
-        assert found == pytest.approx((share * 2e12, share * 2e11, share * MEMORY)), threads
 
 
 def test_collectives_are_told_as_times_of_what_ranks_send() -> None:
