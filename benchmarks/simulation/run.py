@@ -51,10 +51,10 @@ RANKED = ("policy", "critic", "reference", "reward")
 MODEL = "meta-llama/Meta-Llama-3-8B"
 LENGTHS = Lengths(prompt=256, response=1024, longest=1536)
 VOCABULARY = 128_256
-SHARDS_PER_ENGINE = 8
+SHARDS_PER_ENGINE = 4
 STEPS = 2
 """Of a run: one to warm up, and the one that counts."""
-_SHORT_STEP_S = 4.0
+_SHORT_STEP_S = 20.0
 _LIMIT_S = 600.0
 
 
