@@ -23,7 +23,7 @@ from rlhf_ray.controllers.ppo_roles import PPORoles
 from rlhf_ray.controllers.run_folder import Checkpointing, RunFolder
 from rlhf_ray.data.cursor import PromptCursor
 from rlhf_ray.data.minibatches import OptimizerStep, plan_update
-from rlhf_ray.data.requests import PromptRequest, cut_into_shards, in_order, requests_for
+from rlhf_ray.data.requests import PromptRequest, cut_evenly, cut_into_shards, requests_for
 from rlhf_ray.data.seeds import derive_seed
 from rlhf_ray.data.trajectory import Floats
 from rlhf_ray.rewards.combine import combine
@@ -163,7 +163,7 @@ class PPOController:
     ) -> tuple[list[ray.ObjectRef], list[int], list[PortionReport]]:
         """Each rank of the critic makes one portion, since every rank that trains fetches all portions."""
         portions, sizes, reports, start = [], [], [], 0
-        for number, shards in enumerate(in_order(scored, min(len(scored), len(self.roles.critic)))):
+        for number, shards in enumerate(cut_evenly(scored, min(len(scored), len(self.roles.critic)))):
             samples = sum(len(shard.generated.facts.uids) for shard in shards)
             portion, report = self.roles.critic.call_one(
                 number,

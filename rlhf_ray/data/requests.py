@@ -45,10 +45,10 @@ def requests_for(
 
 def cut_into_shards(requests: Sequence[PromptRequest], shard_samples: int) -> list[list[PromptRequest]]:
     """Shards of at most `shard_samples`, their sizes differing by one at most."""
-    return in_order(requests, shard_count(len(requests), shard_samples))
+    return cut_evenly(requests, shard_count(len(requests), shard_samples))
 
 
-def in_order(items: Sequence[T], parts: int) -> list[list[T]]:
+def cut_evenly(items: Sequence[T], parts: int) -> list[list[T]]:
     """So many parts of neighbours, their sizes differing by one at most."""
     bounds = [round(number * len(items) / parts) for number in range(parts + 1)]
     return [list(items[start:end]) for start, end in pairwise(bounds)]

@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 
 from rlhf_ray.data.cursor import PromptCursor
 from rlhf_ray.data.prompts import PromptSet
-from rlhf_ray.data.requests import PromptRequest, cut_into_shards, in_order, requests_for, shard_count
+from rlhf_ray.data.requests import PromptRequest, cut_evenly, cut_into_shards, requests_for, shard_count
 from rlhf_ray.data.seeds import sample_seed
 from rlhf_ray.data.trajectory import offsets_of
 
@@ -54,7 +54,7 @@ def test_shards_are_as_few_as_fit() -> None:
 
 @given(count=st.integers(1, 60), parts=st.integers(1, 60))
 def test_parts_in_order_hold_everything_and_are_as_even_as_can_be(count: int, parts: int) -> None:
-    found = in_order(range(count), parts)
+    found = cut_evenly(range(count), parts)
     assert len(found) == parts
     assert [item for part in found for item in part] == list(range(count))
     assert max(map(len, found)) - min(map(len, found)) <= 1
