@@ -54,7 +54,6 @@ class Batch:
     Attributes:
         facts: of each shard.
         portions: references to trajectories with their training columns, of some shards in a row each.
-        sizes: samples of each portion.
         reports: of each portion.
         parts: unweighted scores by each part of the reward, `[samples]`.
         scores: their weighted sum, before shaping, `[samples]`.
@@ -62,7 +61,6 @@ class Batch:
 
     facts: list[ShardFacts]
     portions: list[ray.ObjectRef]
-    sizes: list[int]
     reports: list[PortionReport]
     parts: dict[str, Floats]
     scores: Floats
@@ -141,9 +139,9 @@ class PPOController:
             scores = combine(parts, {part.name: part.weight for part in self.roles.rewards})
             truncated = np.concatenate([shard.generated.facts.truncated for shard in scored])
             shaped = self.scores.shape(torch.from_numpy(scores), torch.from_numpy(truncated)).numpy()
-            portions, sizes, reports = self._advantages(scored, shaped)
+            portions, reports = self._advantages(scored, shaped)
         record.scored()
-        return Batch([shard.generated.facts for shard in scored], portions, sizes, reports, parts, scores)
+        return Batch([shard.generated.facts for shard in scored], portions, reports, parts, scores)
 
     def _start_scoring(self, shard: GeneratedShard, record: StepRecord) -> ScoredShard:
         record.scoring_started()
@@ -158,11 +156,9 @@ class PPOController:
     def _start_rewards(self, shard: GeneratedShard) -> dict[str, list[ray.ObjectRef]]:
         return {part.name: part.score(shard) for part in self.roles.rewards}
 
-    def _advantages(
-        self, scored: list[ScoredShard], shaped: Floats
-    ) -> tuple[list[ray.ObjectRef], list[int], list[PortionReport]]:
+    def _advantages(self, scored: list[ScoredShard], shaped: Floats) -> tuple[list[ray.ObjectRef], list[PortionReport]]:
         """Each rank of the critic makes one portion, since every rank that trains fetches all portions."""
-        portions, sizes, reports, start = [], [], [], 0
+        portions, reports, start = [], [], 0
         for number, shards in enumerate(cut_evenly(scored, min(len(scored), len(self.roles.critic)))):
             samples = sum(len(shard.generated.facts.uids) for shard in shards)
             portion, report = self.roles.critic.call_one(
@@ -177,17 +173,16 @@ class PPOController:
                 num_returns=2,
             )
             portions.append(portion)
-            sizes.append(samples)
             reports.append(report)
             start += samples
-        return portions, sizes, self._wait(reports, "critic: advantages", "score_s")
+        return portions, self._wait(reports, "critic: advantages", "score_s")
 
     def _update(self, batch: Batch, step: int) -> tuple[list[UpdateReport], list[UpdateReport]]:
         """Critic and policy train at the same time, on devices that they share one after the other; the policy waits
         out the critic's warm-up."""
         prompt_lengths = np.concatenate([facts.prompt_lengths for facts in batch.facts])
         response_lengths = np.concatenate([facts.response_lengths for facts in batch.facts])
-        starts = np.cumsum([0, *batch.sizes[:-1]]).tolist()
+        starts = np.cumsum([0, *(len(report.kl) for report in batch.reports[:-1])]).tolist()
         algorithm, config = self.config.algorithm, self.config
         warming_up = step <= algorithm.critic_warmup_steps
         moments = Moments()
@@ -281,8 +276,8 @@ class PPOController:
         kept = self.config.run.samples_kept
         kl = np.concatenate([report.kl for report in batch.reports])
         rows: list[SampleRow] = []
-        for portion, size in zip(batch.portions, batch.sizes, strict=True):
-            wanted = min(kept - len(rows), size)
+        for portion, report in zip(batch.portions, batch.reports, strict=True):
+            wanted = min(kept - len(rows), len(report.kl))
             if wanted == 0:
                 break
             here = slice(len(rows), len(rows) + wanted)
