@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner, Result
@@ -13,11 +14,12 @@ RunCli = Callable[..., Result]
 
 
 @pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch) -> Iterator[RunCli]:
-    """`rlhf-ray` with these arguments; gives exit code, stdout and stderr."""
+def cli(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[RunCli]:
+    """`rlhf-ray` with these arguments, of a user whose cache is empty; gives exit code, stdout and stderr."""
     logger = logging.getLogger("rlhf_ray")
     before = logger.handlers, logger.level, logger.propagate
     monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     yield lambda *arguments: CliRunner().invoke(main, [str(argument) for argument in arguments])
     logger.handlers, logger.level, logger.propagate = before
     quiet_libraries(verbose=True)

@@ -43,9 +43,8 @@ run: {steps: 10, dir: runs/timed}
 
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A job whose data are nowhere, for a user without a calibration, in a process to which nobody named a cluster."""
+    """A job whose data are nowhere, in a process to which nobody named a cluster."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     path = tmp_path / "job.yaml"
     (tmp_path / "config.json").write_text(json.dumps(SMALL))
     path.write_text(CONFIG.replace("MODEL", str(tmp_path / "config.json")))
@@ -129,3 +128,13 @@ def test_a_calibration_in_the_users_cache_counts_for_this_machine_alone(
         save_calibration(defaults("cpu").model_copy(update={"machine": machine}), default_place())
         shown = cli("plan", config, "cluster.cpus=4", "data.prompts_per_step=16", *cpus).stdout
         assert f"constants of CPUs: {told}" in shown
+
+
+def test_a_calibration_of_another_version_in_the_users_cache_is_told_with_the_cure(cli: RunCli, config: Path) -> None:
+    default_place().parent.mkdir(parents=True)
+    default_place().write_text("device: cpu\nspeed: 7\n")
+    result = cli("plan", config, "cluster.cpus=4")
+    assert result.exit_code == 2
+    assert str(default_place()) in result.stderr
+    assert "speed: " in result.stderr
+    assert result.stderr.rstrip().endswith("; `rlhf-ray calibrate` writes the file anew")

@@ -16,7 +16,7 @@ from pydantic import model_validator
 
 from rlhf_ray.cluster.planner.processes import ProcessMemory
 from rlhf_ray.config.base import NonNegativeFloat, PositiveFloat, PositiveInt, Section
-from rlhf_ray.config.loading import load_section
+from rlhf_ray.config.loading import ConfigError, load_section
 
 Device = Literal["cpu", "gpu"]
 
@@ -211,7 +211,11 @@ def constants(path: Path | None, here: str | None) -> dict[Device, Calibration]:
     if path is not None:
         measured = load_calibration(path)
     elif here is not None and default_place().is_file():
-        measured = load_calibration(default_place())
+        try:
+            measured = load_calibration(default_place())
+        except ConfigError as error:  # of another version, perhaps
+            *others, last = error.problems
+            raise ConfigError(error.source, [*others, f"{last}; `rlhf-ray calibrate` writes the file anew"]) from None
         if measured.machine != here:
             return found
     else:

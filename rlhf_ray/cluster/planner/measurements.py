@@ -196,11 +196,7 @@ def _training(found: Measurements) -> Pass:
 
 def _ideal(found: Measurements, point: PassSeconds, *, training: bool) -> dict[str, float]:
     shape, dtype = point.shape, found.dtype
-    work = (
-        training_work(shape, dtype, point.sequences, shape.parameters)
-        if training
-        else scoring_work(shape, dtype, point.sequences)
-    )
+    work = training_work(shape, point.sequences, shape.parameters) if training else scoring_work(shape, point.sequences)
     return ideal_times(work, found.rates, dtype, passes=1, layers=shape.layers)
 
 

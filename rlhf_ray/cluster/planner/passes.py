@@ -37,7 +37,7 @@ def ideal_times(work: Work, rates: Rates, dtype: Dtype, passes: int, layers: int
         "attention": work.attention / peak,
         "elementwise": number * work.elementwise / rates.memory,
         "vocabulary": work.logits / rates.memory,
-        "weights": passes * work.weights / rates.memory,
+        "weights": passes * number * work.weights / rates.memory,
         "layer_s": float(passes * layers),
     }
 
@@ -89,7 +89,7 @@ class Ranks:
     def scoring_s(self, sequences: Sequences) -> float:
         """Seconds of the forward passes over some sequences, shared out over the ranks."""
         share, passes = self._share(sequences)
-        work = scoring_work(self.shape, self.engine.dtype, share)
+        work = scoring_work(self.shape, share)
         compute = self._seconds(work, self.constants.scoring, passes) + self._exchanging_s(share, passes)
         return self._with_gathering(compute, passes, gathers=1)
 
@@ -97,12 +97,12 @@ class Ranks:
         """Seconds of the forward and backward passes of one optimizer step, without the step."""
         assert isinstance(self.engine, TrainingEngine)
         share, passes = self._share(sequences)
-        constants, dtype = self.constants, self.engine.dtype
-        compute = self._seconds(training_work(self.shape, dtype, share, self.trained), constants.training, passes)
+        constants = self.constants
+        compute = self._seconds(training_work(self.shape, share, self.trained), constants.training, passes)
         exchanges = 2
         if self.engine.activation_checkpointing:
             exchanges = 3
-            compute += self._seconds(layers_work(self.shape, dtype, share), constants.scoring, passes)
+            compute += self._seconds(layers_work(self.shape, share), constants.scoring, passes)
         compute += exchanges * self._exchanging_s(share, passes)
         return self._with_gathering(compute, passes, gathers=2) + self._reducing_s(passes)
 

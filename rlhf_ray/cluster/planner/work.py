@@ -54,7 +54,7 @@ class Work:
         attention: operations in products of queries, keys and values.
         elementwise: numbers that the other operations of the layers read and write.
         logits: bytes that the softmax over the vocabulary moves.
-        weights: bytes of weights that are read and of gradients that are written, in one micro-batch.
+        weights: numbers of weights that are read and of gradients that are written, in one micro-batch.
     """
 
     products: float
@@ -92,21 +92,21 @@ def layer_parameters(shape: ModelShape) -> int:
     return shape.active_parameters - shape.embedding_parameters - head
 
 
-def scoring_work(shape: ModelShape, dtype: Dtype, sequences: Sequences) -> Work:
+def scoring_work(shape: ModelShape, sequences: Sequences) -> Work:
     """A forward pass with the head at the scored tokens."""
-    return layers_work(shape, dtype, sequences) + Work(
+    return layers_work(shape, sequences) + Work(
         products=_head_products(shape, sequences),
         attention=0,
         elementwise=0,
         logits=_logit_bytes(shape, sequences),
-        weights=shape.head_parameters * BYTES[dtype],
+        weights=shape.head_parameters,
     )
 
 
-def training_work(shape: ModelShape, dtype: Dtype, sequences: Sequences, trained: int) -> Work:
+def training_work(shape: ModelShape, sequences: Sequences, trained: int) -> Work:
     """A forward and a backward pass: gradients of states, and of weights unless these are frozen beside adapters. The
     vocabulary head makes its logits twice."""
-    layers, head = layers_work(shape, dtype, sequences), _head_products(shape, sequences)
+    layers, head = layers_work(shape, sequences), _head_products(shape, sequences)
     times = 3 if trained >= parameters(shape) else 2
     again = head if shape.head == "vocabulary" else 0
     return Work(
@@ -114,11 +114,11 @@ def training_work(shape: ModelShape, dtype: Dtype, sequences: Sequences, trained
         attention=3 * layers.attention,
         elementwise=3 * layers.elementwise,
         logits=2 * _logit_bytes(shape, sequences),
-        weights=(2 * parameters(shape) + trained) * BYTES[dtype],
+        weights=2 * parameters(shape) + trained,
     )
 
 
-def layers_work(shape: ModelShape, dtype: Dtype, sequences: Sequences) -> Work:
+def layers_work(shape: ModelShape, sequences: Sequences) -> Work:
     """The forward pass of the layers alone, which activation checkpointing repeats: two operations for each weight and
     token (Kaplan et al. 2020, table 1), four for each pair of tokens and element of a query."""
     queries = shape.heads * shape.head_dim
@@ -133,7 +133,7 @@ def layers_work(shape: ModelShape, dtype: Dtype, sequences: Sequences) -> Work:
         attention=4 * queries * shape.layers * sequences.pairs,
         elementwise=moved * shape.layers * sequences.tokens,
         logits=0,
-        weights=(parameters(shape) - shape.embedding_parameters) * BYTES[dtype],
+        weights=parameters(shape) - shape.embedding_parameters,
     )
 
 
