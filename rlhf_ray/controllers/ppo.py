@@ -274,7 +274,6 @@ class PPOController:
 
     def _first_samples(self, batch: Batch) -> list[SampleRow]:
         kept = self.config.run.samples_kept
-        kl = np.concatenate([report.kl for report in batch.reports])
         rows: list[SampleRow] = []
         for portion, report in zip(batch.portions, batch.reports, strict=True):
             wanted = min(kept - len(rows), len(report.kl))
@@ -283,7 +282,7 @@ class PPOController:
             here = slice(len(rows), len(rows) + wanted)
             parts = {name: scores[here] for name, scores in batch.parts.items()}
             first = self._fetch(portion)[0].select(range(wanted))  # decoding a whole portion takes seconds
-            rows += self.report.sample_rows(first, parts, kl[here])
+            rows += self.report.sample_rows(first, parts, report.kl[:wanted])
         return rows
 
     def _fetch(self, samples: ray.ObjectRef) -> Any:

@@ -24,7 +24,7 @@ class ColumnPart:
 
 @dataclass(frozen=True)
 class TrainingColumns:
-    """What policy and critic train on, beside the tokens. Each is float32 `[response tokens]` of one shard.
+    """What policy and critic train on, beside the tokens. Each is float32 `[response tokens]` of some shards in a row.
 
     Attributes:
         old_logprobs: of the policy before the update.
