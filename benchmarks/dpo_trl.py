@@ -5,8 +5,9 @@ policy's. TRL's is an optimizer step of its `DPOTrainer` on the same pairs of to
 optimizer and both models in memory. One side comes after the other, since both at once fill 24 GB. The learning rate is
 so low that every repetition does the same; that the gradient norms agree shows that it is the same on both sides.
 
-TRL has what serves it best: PyTorch's fused attention, no gradient checkpointing, and micro-batches that are collated
-before its clock starts. `--trl-pairs` sets their size: more pairs are more padding, fewer are more passes. A job in
+TRL has transformers' own choice of attention, PyTorch's fused kernel, no gradient checkpointing, and micro-batches that
+are collated before its clock starts. `--trl-pairs` sets their size: more pairs are more padding, fewer are more passes.
+With `--trl-attention eager` it has all scores in memory, which can be faster on a CPU as long as they are few. A job in
 bfloat16 computes in it and updates float32 weights, and so does TRL, by autocast, unless it is told otherwise.
 `--trl-bfloat16-weights` tells it otherwise: faster, and an update that is small beside its weight is lost.
 """
@@ -20,7 +21,7 @@ from queue import SimpleQueue
 from statistics import median
 from tempfile import TemporaryDirectory
 from time import perf_counter
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -67,6 +68,7 @@ def main(
     trl_bfloat16_weights: Annotated[
         bool, typer.Option("--trl-bfloat16-weights", help="TRL without float32 weights.")
     ] = False,
+    trl_attention: Annotated[Literal["sdpa", "eager"], typer.Option(help="TRL's, as transformers names it.")] = "sdpa",
     repeats: RepeatsOption = 3,
     results: ResultsOption = RESULTS,
 ) -> None:
@@ -87,7 +89,7 @@ def main(
         side = OurSide(job, data, roles)
         ours = [_told("ours", number, side.step()) for number in turns]
     with FreshProcess(process_env(threads)) as process:
-        settings = TRLSettings(_beta(job.algorithm), trl_pairs, trl_bfloat16_weights, len(turns))
+        settings = TRLSettings(_beta(job.algorithm), trl_pairs, trl_bfloat16_weights, trl_attention, len(turns))
         process.call(_start_trl, threads, job.policy, settings, _token_ids(data))
         theirs = [_told("TRL", number, process.call(_step_trl)) for number in turns]
     rate, rate_trl = (pairs / median(step.seconds for step in steps[1:]) for steps in (ours, theirs))
@@ -97,7 +99,13 @@ def main(
     own = _products(sizes, packed, answers)
     report(
         "dpo_trl",
-        f"{config.name}, {dtype}" + (", TRL without float32 weights" if trl_bfloat16_weights else ""),
+        ", ".join(
+            [
+                f"{config.name}, {dtype}",
+                *(["TRL without float32 weights"] if trl_bfloat16_weights else []),
+                *([f"TRL with {trl_attention} attention"] if trl_attention != "sdpa" else []),
+            ]
+        ),
         arguments,
         [
             Measure(name="DPO pairs/s ÷ TRL's DPOTrainer", value=rate / rate_trl, asked="at least 2"),
@@ -239,12 +247,14 @@ class TRLSettings:
     Attributes:
         pairs_per_pass: divides the number of pairs.
         bfloat16_weights: have no float32 weights beside.
+        attention: as transformers names it.
         steps: optimizer steps of the run.
     """
 
     beta: float
     pairs_per_pass: int
     bfloat16_weights: bool
+    attention: str
     steps: int
 
 
@@ -278,8 +288,11 @@ class TRLSide:
                     side._answers.put(BareReport(float(logs["grad_norm"]), self._seconds))
 
         def load() -> Any:
-            dtype = torch.bfloat16 if settings.bfloat16_weights else torch.float32
-            return AutoModelForCausalLM.from_pretrained(policy.model, dtype=dtype, attn_implementation="sdpa")
+            return AutoModelForCausalLM.from_pretrained(
+                policy.model,
+                dtype=torch.bfloat16 if settings.bfloat16_weights else torch.float32,
+                attn_implementation=settings.attention,
+            )
 
         self._scratch = TemporaryDirectory()
         optimizer = policy.optimizer

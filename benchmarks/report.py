@@ -16,6 +16,7 @@ BENCHMARKS = (
     "update",
     "epochs",
     "dpo_trl",
+    "attention",
     "dpo_memory",
     "zero3_loading",
     "sequence_parallel",

@@ -27,7 +27,7 @@ class Platform:
     device: torch.device
     collectives: Literal["nccl", "gloo"]
     weight_transfer: tuple[TransferBackend, TransferBackend]
-    attention: Literal["varlen_flash", "bucketed_sdpa"]
+    attention: Literal["varlen_flash", "bucketed"]
     deepspeed: Literal["cuda", "cpu"]
 
 
@@ -36,7 +36,7 @@ def platform() -> Platform:
     """The platform of this process. Ray shows an actor only the GPU that was reserved for it."""
     if torch.cuda.is_available():
         return Platform(torch.device("cuda", 0), "nccl", ("nccl", "ipc"), "varlen_flash", "cuda")
-    return Platform(torch.device("cpu"), "gloo", ("gloo", "gloo"), "bucketed_sdpa", "cpu")
+    return Platform(torch.device("cpu"), "gloo", ("gloo", "gloo"), "bucketed", "cpu")
 
 
 def device_names() -> list[str]:

@@ -1,8 +1,8 @@
 """Causal attention over packed sequences, registered with transformers under one name.
 
 On GPU it is PyTorch's variable-length flash attention. On CPU sequences of similar length are brought into
-one batch, padded at their ends: under a causal mask no real query sees the padding, so no mask is built at
-all and PyTorch's fused kernel runs without an L×L matrix.
+one batch, padded at their ends: under a causal mask no real query sees the padding, so no mask of lengths is
+built. PyTorch's fused kernel takes it in float32, `blockwise_attention` in bfloat16, both without an L×L matrix.
 """
 
 import math
@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
+from rlhf_ray.models.blockwise_attention import causal_attention
 from rlhf_ray.models.sequence_parallel import SequenceParallel
 from rlhf_ray.platform import platform
 
@@ -139,14 +140,21 @@ def _bucketed(
     scaling: float | None,
 ) -> torch.Tensor:
     buckets = _buckets(tuple(cu_seqlens.tolist()), prefixes)
-    gqa = query.shape[1] != key.shape[1]
     parts = []
     for rows, length in zip(buckets.rows, buckets.lengths, strict=True):
         q, k, v = (states.index_select(0, rows).unflatten(0, (-1, length)) for states in (query, key, value))
-        q, k, v = (states.transpose(1, 2) for states in (q, k, v))
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=gqa)
-        parts.append(out.transpose(1, 2).flatten(0, 1))
+        parts.append(_causal(q, k, v, scaling).flatten(0, 1))
     return torch.cat(parts).index_select(0, buckets.places)
+
+
+def _causal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None) -> torch.Tensor:
+    """`[sequences, length, heads, size]`, as its arguments."""
+    if query.dtype == torch.bfloat16:
+        return causal_attention(query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling)
+    query, key, value = (states.transpose(1, 2) for states in (query, key, value))
+    gqa = query.shape[1] != key.shape[1]
+    out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=gqa)
+    return out.transpose(1, 2)
 
 
 @lru_cache(maxsize=64)

@@ -85,6 +85,17 @@ def test_the_models_own_scaling_is_used(lengths: list[int]) -> None:
     assert_equal(lengths, heads=2, kv_heads=1, scaling=0.3)
 
 
+@pytest.mark.parametrize("lengths", [[5], [4, 4, 4], [1, 2, 3, 5, 8, 130, 128], [70] * 5], ids=str)
+@pytest.mark.parametrize("scaling", [None, 0.7])
+def test_bfloat16_equals_padded_attention(lengths: list[int], scaling: float | None) -> None:
+    parts = tuple(part.detach().bfloat16().requires_grad_() for part in states(lengths, heads=4, kv_heads=2, seed=1))
+    mine, wanted = packed(parts, lengths, scaling), padded(parts, lengths, scaling)
+    pairs = [(mine, wanted), *zip(gradients(mine, parts), gradients(wanted, parts), strict=True)]
+    for got, want in pairs:
+        assert got.dtype == torch.bfloat16
+        assert (got - want).norm() < 0.01 * want.norm()
+
+
 def test_a_sequence_does_not_see_its_neighbours() -> None:
     parts = states([6, 6, 6], heads=2, kv_heads=2, seed=1)
     before = packed(parts, [6, 6, 6]).detach()
