@@ -1,12 +1,12 @@
 """Causal attention in bfloat16 on CPUs, put together from batched products over blocks of queries.
 
-PyTorch's fused kernel for CPUs has a small part of the speed of oneDNN's batched products in bfloat16. Here the queries
-of a block meet all keys up to its end in one product for all sequences and heads. As in FlashAttention (Dao et al. 2022,
-arXiv:2205.14135) the weights of a block are dropped, and made again in the backward pass.
+Where PyTorch's fused kernel for CPUs multiplies, oneDNN's batched products in bfloat16 are several times as fast. So
+the queries of a block meet all keys up to its end in one product for all sequences and heads. As in FlashAttention (Dao
+et al. 2022, arXiv:2205.14135) the weights of a block are dropped, and made again in the backward pass.
 
-A product comes out rounded, with an error relative to its size. What is to be subtracted from a row of products, such as
-the peak of its scores, is therefore subtracted inside of the product, by a further column of its factors: large weights
-then come from small numbers, and no digits cancel.
+A product comes out rounded, with an error relative to its size. What is to be subtracted from a row of products, such
+as the peak of its scores, is therefore subtracted inside of the product, by further columns of its factors: large
+weights then come from small numbers, and no digits cancel.
 """
 
 from collections.abc import Iterator
@@ -106,7 +106,8 @@ def _peaks(queries: torch.Tensor, keys: torch.Tensor, block: slice) -> torch.Ten
 def _weights(
     queries: torch.Tensor, peaks: torch.Tensor, keys: torch.Tensor, scale: float, block: slice
 ) -> torch.Tensor:
-    """exp(scale · (QKᵀ − peak)), 0 for later keys."""
+    """exp(scale · (QKᵀ − peak)), 0 for later keys. Numbers alike in both passes, as what is summed up must be what is
+    multiplied."""
     weights = _less(queries, peaks, keys, scale).exp_()
     weights.view(-1, block.stop - block.start, block.stop).tril_(block.start)
     return weights
