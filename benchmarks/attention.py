@@ -11,7 +11,6 @@ from time import perf_counter
 from typing import Annotated
 
 import torch
-import torch.nn.functional as F
 import typer
 
 from benchmarks.common import (
@@ -28,6 +27,7 @@ from benchmarks.common import (
     run_command,
     spread,
 )
+from rlhf_ray.models.attention import fused_attention
 from rlhf_ray.models.blockwise_attention import causal_attention
 
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -71,20 +71,22 @@ def _compare(
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     *states, grad = (torch.randn(shape).bfloat16() for shape in shapes)
-    _, wanted = _passes(_fused, [part.float() for part in states], grad.float())
-    sides: dict[str, Attention] = {"ours": partial(causal_attention, scale=shapes[0][-1] ** -0.5), "fused": _fused}
+    _, wanted = _passes(fused_attention, [part.float() for part in states], grad.float())
+    ours = partial(causal_attention, scale=shapes[0][-1] ** -0.5)
+    sides: dict[str, Attention] = {"ours": ours, "fused": fused_attention}
     times: dict[str, tuple[list[float], list[float]]] = {side: ([], []) for side in sides}
-    errors = {}
+    found = {}
     for turn in range(repeats + 1):
         for side, attention in sides.items():
-            seconds, found = _passes(attention, states, grad)
+            seconds, found[side] = _passes(attention, states, grad)
             if turn:  # the first is the warm-up
                 for series, value in zip(times[side], seconds, strict=True):
                     series.append(value)
-            errors[side] = max(
-                float((got.float() - exact).norm() / exact.norm()) for got, exact in zip(found, wanted, strict=True)
-            )
-    return times, errors
+    return times, {side: _error(results, wanted) for side, results in found.items()}
+
+
+def _error(results: list[torch.Tensor], wanted: list[torch.Tensor]) -> float:
+    return max(float((got.float() - exact).norm() / exact.norm()) for got, exact in zip(results, wanted, strict=True))
 
 
 def _passes(
@@ -97,11 +99,6 @@ def _passes(
     middle = perf_counter()
     gradients = torch.autograd.grad(out, (query, key, value), grad)
     return (middle - start, perf_counter() - middle), [out.detach(), *gradients]
-
-
-def _fused(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    query, key, value = (part.transpose(1, 2) for part in (query, key, value))
-    return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True).transpose(1, 2)
 
 
 if __name__ == "__main__":

@@ -151,6 +151,13 @@ def _causal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling
     """`[sequences, length, heads, size]`, as its arguments."""
     if query.dtype == torch.bfloat16:
         return causal_attention(query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling)
+    return fused_attention(query, key, value, scaling)
+
+
+def fused_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None = None
+) -> torch.Tensor:
+    """What `blockwise_attention.causal_attention` computes, by PyTorch's own kernel."""
     query, key, value = (states.transpose(1, 2) for states in (query, key, value))
     gqa = query.shape[1] != key.shape[1]
     out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=gqa)

@@ -85,13 +85,18 @@ def _blocks(query: torch.Tensor) -> Iterator[slice]:
 
 def _rows(states: torch.Tensor, heads: int) -> torch.Tensor:
     """`[sequences, places, heads, size]` as `[sequences * heads of keys, rows, size]`."""
-    return states.unflatten(2, (heads, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3).flatten(0, 1)
+    return _grouped(states, heads).flatten(2, 3).flatten(0, 1)
 
 
 def _put(rows: torch.Tensor, states: torch.Tensor, heads: int) -> None:
     """Write what `_rows` would give of `states`."""
-    places = states.unflatten(2, (heads, -1)).permute(0, 2, 3, 1, 4)
+    places = _grouped(states, heads)
     places.copy_(rows.view(places.shape))
+
+
+def _grouped(states: torch.Tensor, heads: int) -> torch.Tensor:
+    """A view `[sequences, heads of keys, heads of queries for each, places, size]`."""
+    return states.unflatten(2, (heads, -1)).permute(0, 2, 3, 1, 4)
 
 
 def _peaks(queries: torch.Tensor, keys: torch.Tensor, block: slice) -> torch.Tensor:

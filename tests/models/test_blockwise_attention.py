@@ -34,25 +34,23 @@ def with_gradients(attend: Any, parts: Any, scale: float) -> list[torch.Tensor]:
     return [out.detach(), *torch.autograd.grad((out * weight).sum(), parts)]
 
 
+def assert_equals_what_is_written_out(parts: Any) -> None:
+    for got, wanted in zip(
+        with_gradients(causal_attention, parts, 0.3), with_gradients(written_out, parts, 0.3), strict=True
+    ):
+        torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10)
+
+
 # A block has 128 queries.
 @pytest.mark.parametrize("length", [1, 2, 127, 128, 129, 256, 300])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(3, 3), (6, 2), (4, 1)])
 def test_it_is_softmax_attention_with_its_gradients(length: int, heads: int, kv_heads: int) -> None:
-    parts = states(length, heads, kv_heads)
-    for got, wanted in zip(
-        with_gradients(causal_attention, parts, 0.3), with_gradients(written_out, parts, 0.3), strict=True
-    ):
-        torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10)
+    assert_equals_what_is_written_out(states(length, heads, kv_heads))
 
 
 def test_values_may_have_another_size() -> None:
     query, key, value = states(140, heads=4, kv_heads=2)
-    value = value[..., :5].detach().requires_grad_()
-    parts = (query, key, value)
-    for got, wanted in zip(
-        with_gradients(causal_attention, parts, 0.3), with_gradients(written_out, parts, 0.3), strict=True
-    ):
-        torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10)
+    assert_equals_what_is_written_out((query, key, value[..., :5].detach().requires_grad_()))
 
 
 @pytest.mark.parametrize("factor", [1.0, 8.0])
