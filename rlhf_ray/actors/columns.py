@@ -13,7 +13,7 @@ from rlhf_ray.data.columns import ColumnPart, TrainingColumns
 from rlhf_ray.data.packing import plan_micro_batches
 from rlhf_ray.data.trajectory import Floats, TrajectoryBatch, offsets_of, take_rows
 from rlhf_ray.models.responses import ResponsePack
-from rlhf_ray.platform import platform
+from rlhf_ray.platform import platform, to_device
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,11 @@ def response_column(
     samples: list[int] = []
     values: list[torch.Tensor] = []
     for micro_batch in micro_batches(batch, share, max_tokens):
-        values.append(forward(ResponsePack.of(batch, micro_batch, platform().device)).float().cpu())
+        values.append(forward(ResponsePack.of(batch, micro_batch, platform().device)).float())
         samples += micro_batch
     if not share.reports:
         return ColumnPart((), np.empty(0, np.float32))
-    return ColumnPart(tuple(samples), torch.cat(values).numpy())
+    return ColumnPart(tuple(samples), torch.cat(values).cpu().numpy())
 
 
 def micro_batches(batch: TrajectoryBatch, share: Share, max_tokens: int) -> list[list[int]]:
@@ -106,7 +106,7 @@ class RankBatch:
 
 def on_device(column: Floats) -> torch.Tensor:
     """A column of a micro-batch where the model is."""
-    return torch.from_numpy(np.ascontiguousarray(column)).to(platform().device)
+    return to_device(torch.from_numpy(np.ascontiguousarray(column)))
 
 
 def column_offsets(batch: TrajectoryBatch) -> torch.Tensor:

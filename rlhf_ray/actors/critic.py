@@ -8,8 +8,9 @@ import ray
 import torch
 
 from rlhf_ray.actors.columns import PortionReport, assemble, column_offsets, on_device, response_column
+from rlhf_ray.actors.device_means import MicroStats
 from rlhf_ray.actors.ppo_update import PPOTrainedWorker, token_mean
-from rlhf_ray.actors.trained import Stats, UpdateReport
+from rlhf_ray.actors.trained import UpdateReport
 from rlhf_ray.actors.waiting import fetch_data
 from rlhf_ray.algorithms.advantages import gae, shaped_rewards
 from rlhf_ray.algorithms.kl import kl_estimate
@@ -100,7 +101,7 @@ class CriticWorker(PPOTrainedWorker):
 
     def micro_batch_loss(
         self, pack: ResponsePack, columns: TrainingColumns, weights: torch.Tensor
-    ) -> tuple[torch.Tensor, Stats]:
+    ) -> tuple[torch.Tensor, MicroStats]:
         """Clipped value loss."""
         values = self.engine(pack.packed, pack.positions)
         out = clipped_value_loss(values, on_device(columns.values), on_device(columns.returns), self.ppo.value_clip)

@@ -13,7 +13,7 @@ from rlhf_ray.actors.waiting import wait_all
 from rlhf_ray.actors.watched import actor_class
 from rlhf_ray.cluster.assignment import requests_of
 from rlhf_ray.cluster.placement import Place, reserve
-from rlhf_ray.config.placement import Placed, RolloutPlacement
+from rlhf_ray.config.placement import DEFAULT_THREADS, Placed, RolloutPlacement
 
 if TYPE_CHECKING:  # it is a module of groups itself
     from rlhf_ray.actors.rollout import GeneratedShard
@@ -213,7 +213,7 @@ class Seating:
                 cpus=_share(place.cpus * (1 if span else workers), sum(groups.values())),
                 gpus=0.0 if span else _share(place.gpus * workers, counted),
                 threads=placement.threads or place.threads or max(1, int(place.cpus)),
-                env=placement.env,
+                env=({} if placement.threads or place.threads else {DEFAULT_THREADS: "1"}) | placement.env,
                 span=span,
             )
 

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from rlhf_ray.actors.columns import on_device, response_column
+from rlhf_ray.actors.device_means import MicroStats
 from rlhf_ray.actors.ppo_update import PPOTrainedWorker, token_mean
 from rlhf_ray.actors.trained import Stats, UpdateReport, sum_over_ranks
 from rlhf_ray.actors.weight_sync import AdapterSync, EngineClient, WeightSync
@@ -65,7 +66,7 @@ class PolicyWorker(PPOTrainedWorker):
 
     def micro_batch_loss(
         self, pack: ResponsePack, columns: TrainingColumns, weights: torch.Tensor
-    ) -> tuple[torch.Tensor, Stats]:
+    ) -> tuple[torch.Tensor, MicroStats]:
         """Clipped policy loss."""
         logprobs, entropy = self.engine(pack.packed, pack.positions, pack.targets, self.temperature)
         advantages = on_device(columns.advantages)

@@ -8,6 +8,7 @@ import ray
 import torch
 
 from rlhf_ray.actors.columns import RankBatch
+from rlhf_ray.actors.device_means import DeviceMean, MicroStats, StepNumbers
 from rlhf_ray.actors.trained import Stats, Stopwatch, TrainedWorker, UpdateReport
 from rlhf_ray.actors.waiting import fetch_data
 from rlhf_ray.algorithms.aggregation import token_weights
@@ -15,6 +16,7 @@ from rlhf_ray.config.algorithm import PPO
 from rlhf_ray.data.columns import TrainingColumns
 from rlhf_ray.data.minibatches import OptimizerStep
 from rlhf_ray.models.responses import ResponsePack
+from rlhf_ray.platform import to_device
 from rlhf_ray.telemetry.metrics import Mean, sum_means
 
 
@@ -26,7 +28,7 @@ class PPOTrainedWorker(TrainedWorker):
     @abstractmethod
     def micro_batch_loss(
         self, pack: ResponsePack, columns: TrainingColumns, weights: torch.Tensor
-    ) -> tuple[torch.Tensor, Stats]:
+    ) -> tuple[torch.Tensor, MicroStats]:
         """Weighted sum of the token losses of a micro-batch, and what to log of it."""
 
     def after_step(self, stats: Stats) -> bool:
@@ -71,20 +73,21 @@ class PPOTrainedWorker(TrainedWorker):
         return UpdateReport(total, lr, steps, samples, watch.seconds)
 
     def _accumulate(self, data: RankBatch, step: OptimizerStep) -> Stats:
-        stats: Stats = {}
+        numbers = StepNumbers()
         for number, micro_batch in enumerate(step.micro_batches):
             pack, columns = data.pack(micro_batch)
             weights = token_weights(pack.lengths, self.ppo.loss_mean, step.step_tokens, step.step_samples)
-            loss, found = self.micro_batch_loss(pack, columns, weights)
-            value = float(loss.detach())
-            self.check_finite("loss", value, partial(data.names, micro_batch))
+            loss, found = self.micro_batch_loss(pack, columns, to_device(weights))
             self.engine.backward(loss, last=number == len(step.micro_batches) - 1)
-            # The loss is this micro-batch's share of the step's: shares add up, and steps average.
-            found["loss"] = Mean(value, 1.0 / (len(step.micro_batches) * self.share.count))
-            stats = sum_means((stats, found))
-        return stats
+            numbers.add(found, loss)
+        losses, stats = numbers.read()
+        for value, micro_batch in zip(losses, step.micro_batches, strict=True):
+            self.check_finite("loss", value, partial(data.names, micro_batch))
+        # A loss is its micro-batch's share of the step's: shares add up, and steps average.
+        weight = 1.0 / (len(step.micro_batches) * self.share.count)
+        return sum_means((stats, *({"loss": Mean(value, weight)} for value in losses)))
 
 
-def token_mean(values: torch.Tensor) -> Mean:
+def token_mean(values: torch.Tensor) -> DeviceMean:
     """Mean of a `[tokens]` tensor, each token counting once."""
-    return Mean(float(values.detach().double().sum()), float(values.numel()))
+    return DeviceMean(values.detach().double().sum(), float(values.numel()))

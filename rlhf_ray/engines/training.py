@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from rlhf_ray.config import training as config
 from rlhf_ray.engines.collectives import share_sequences
+from rlhf_ray.engines.cpu_adam import cpu_adam
 from rlhf_ray.engines.deepspeed_settings import deepspeed_settings
 from rlhf_ray.engines.device_states import DeviceStates, tensors_of
 from rlhf_ray.engines.host_copies import HostCopies
@@ -271,9 +272,7 @@ def _adam(model: nn.Module, engine: config.TrainingEngine, optimizer: config.Opt
         "weight_decay": optimizer.weight_decay,
     }
     if engine.offload_optimizer != "none":
-        from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-        return DeepSpeedCPUAdam(parameters, adamw_mode=True, **settings)
+        return cpu_adam(parameters, settings)
     return torch.optim.AdamW(parameters, fused=True, **settings)
 
 

@@ -58,6 +58,15 @@ def modules_and_variables(config: JobConfig) -> tuple[dict[str, str], dict[str, 
     return modules, variables
 
 
+def compiled_optimizers(config: JobConfig) -> dict[str, str]:
+    """Roles whose optimizer steps in host memory, by a kernel that their nodes compile, with the settings for it."""
+    return {
+        name: f"{name}.engine.offload_optimizer"
+        for name, section in zip(_names(config), _sections(config), strict=True)
+        if section.engine.offload_optimizer != "none"
+    }
+
+
 def disk_need(config: JobConfig) -> DiskNeed:
     """Room for checkpoints and exports.
 
@@ -105,6 +114,10 @@ def describe_bytes(size: float) -> str:
 
 def _names(config: JobConfig) -> list[str]:
     return ["policy", "critic"] if isinstance(config, PPOJob) else [config.role.name]
+
+
+def _sections(config: JobConfig) -> list[Policy | Critic | RewardModel]:
+    return [config.policy, config.critic] if isinstance(config, PPOJob) else [config.role.trained]
 
 
 def _trained(config: JobConfig) -> Iterator[tuple[Policy | Critic | RewardModel, ModelShape]]:
