@@ -5,7 +5,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from rlhf_ray.actors.columns import micro_batches
-from rlhf_ray.actors.worker import Worker
+from rlhf_ray.actors.group import ActorGroup, Calls
+from rlhf_ray.actors.shards import GeneratedShard
+from rlhf_ray.actors.worker import RankGroup, Worker
 from rlhf_ray.config.rewards import FunctionReward, HttpReward, ModelReward
 from rlhf_ray.data.trajectory import Floats, TrajectoryBatch, offsets_of
 from rlhf_ray.engines.training import DTYPES, ForwardEngine
@@ -66,19 +68,19 @@ class RewardModelWorker(Worker):
             )
         )
 
-    def score(self, batch: TrajectoryBatch, part: int = 0, parts: int = 1) -> ScorePart:
-        """Scores of a part of the samples."""
-        share = self.share_of_part(part, parts)
+    def score(self, batch: TrajectoryBatch, index: int = 0, count: int = 1) -> ScorePart:
+        """Scores of the samples in one of `count` slices."""
+        data_slice = self.slice_of(index, count)
         with self.recorder.span("score"):
             if self._tokenizers is not None:
                 batch = self._translate(batch)
             samples: list[int] = []
             scores: list[np.ndarray] = []
-            for micro_batch in micro_batches(batch, share, self.part.engine.micro_batch_tokens):
+            for micro_batch in micro_batches(batch, data_slice, self.part.engine.micro_batch_tokens):
                 pack = ResponsePack.of(batch, micro_batch, platform().device)
                 scores.append(self.engine(pack.packed, pack.last).float().cpu().numpy())
                 samples += micro_batch
-            if not share.reports:
+            if not data_slice.reports:
                 return ScorePart((), np.empty(0, np.float32))
             together = np.concatenate(scores)
             found = ScorePart(tuple(samples), self._scale.normalise(together) if self._scale else together)
@@ -105,6 +107,7 @@ class RewardModelWorker(Worker):
             engine_logprobs=np.zeros(len(tokens), np.float32),
             weight_versions=np.zeros(len(tokens), np.int32),
             truncated=batch.truncated,
+            loss_mask=np.ones(len(tokens), np.bool_),
         )
 
 
@@ -126,3 +129,29 @@ class TextRewardWorker(Worker):
             prompts, responses = decode_responses(batch, self._tokenizer)
             scores = self._scorer.score(prompts, responses, batch.uids)
             return ScorePart(tuple(range(len(batch))), scores)
+
+
+class RewardModelGroup(RankGroup[RewardModelWorker]):
+    """The ranks of a reward model, which may divide a shard."""
+
+    def load_model(
+        self, part: ModelReward, name: str, policy_model: str, policy_trusted: bool, same_tokens: bool
+    ) -> Calls[None]:
+        """Have all ranks load the model."""
+        return self.call(RewardModelWorker.load_model, part, name, policy_model, policy_trusted, same_tokens)
+
+    def score(self, shard: GeneratedShard) -> Calls[ScorePart]:
+        """Scores of a shard."""
+        return self.call_shard(RewardModelWorker.score, shard)
+
+
+class TextRewardGroup(ActorGroup[TextRewardWorker]):
+    """The workers of a function or a service, which take turns with whole shards."""
+
+    def load_model(self, part: FunctionReward | HttpReward, policy_model: str, trust_remote_code: bool) -> Calls[None]:
+        """Have all workers make ready."""
+        return self.call(TextRewardWorker.load_model, part, policy_model, trust_remote_code)
+
+    def score(self, shard: GeneratedShard) -> Calls[ScorePart]:
+        """Scores of a shard."""
+        return self.call_rank(shard.number, TextRewardWorker.score, shard.trajectories)

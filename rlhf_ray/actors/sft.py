@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from rlhf_ray.actors.epoch_training import EpochTrainedWorker
+from rlhf_ray.actors.epoch_training import EpochTrainedGroup, EpochTrainedWorker
+from rlhf_ray.actors.group import Calls
 from rlhf_ray.actors.trained import Stats
 from rlhf_ray.config.training import SFTPolicy
 from rlhf_ray.data.conversations import ConversationSet
@@ -31,6 +32,14 @@ class SFTWorker(EpochTrainedWorker):
         tokens = len(targets)
         found = {"loss": Mean(float(loss.detach()), tokens), "entropy": Mean(float(entropy.detach().sum()), tokens)}
         return loss, found if rows else {}
+
+
+class SFTGroup(EpochTrainedGroup[SFTWorker]):
+    """The ranks of the policy."""
+
+    def load_model(self, policy: SFTPolicy, total_steps: int) -> Calls[None]:
+        """Have all ranks load the model."""
+        return self.call(SFTWorker.load_model, policy, total_steps)
 
 
 def pack_learnt(

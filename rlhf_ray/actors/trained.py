@@ -6,13 +6,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from rlhf_ray.actors.worker import Worker, load_rng, save_rng
+from rlhf_ray.actors.group import Calls
+from rlhf_ray.actors.worker import RankGroup, Worker, load_rng, save_rng
 from rlhf_ray.config.training import Policy
 from rlhf_ray.engines.training import DTYPES, TrainingEngine, full_adapter, full_weights
 from rlhf_ray.engines.weight_files import is_written_as_held, write_sharded
@@ -173,6 +174,29 @@ class TrainedWorker(Worker):
         """Raise `NonFiniteLossError` for NaN and infinity."""
         if value != value or value in (float("inf"), float("-inf")):
             raise NonFiniteLossError(self.role, quantity, value, samples())
+
+
+TrainedT = TypeVar("TrainedT", bound=TrainedWorker)
+
+
+class TrainedGroup(RankGroup[TrainedT]):
+    """The ranks of a model that is trained."""
+
+    def save(self, folder: Path) -> Calls[None]:
+        """Have every rank write its part of a checkpoint."""
+        return self.call(TrainedWorker.save, str(folder))
+
+    def load(self, folder: Path) -> Calls[None]:
+        """Have every rank read its part of a checkpoint."""
+        return self.call(TrainedWorker.load, str(folder))
+
+    def start_export(self, folder: Path, scale: ScoreScale | None) -> Calls[None]:
+        """Have the weights copied, and written in the background."""
+        return self.call(TrainedWorker.start_export, str(folder), scale)
+
+    def finish_export(self) -> Calls[None]:
+        """Wait until they are written."""
+        return self.call(TrainedWorker.finish_export)
 
 
 def sum_over_ranks(value: float, device: torch.device) -> float:

@@ -74,7 +74,7 @@ def inspect_sources(config: JobConfig) -> Iterator[SourceReport]:
     Raises:
         ConfigError: the model has no tokenizer.
     """
-    name, model = ("policy", config.policy) if isinstance(config, PPOJob) else (config.role.name, config.role.trained)
+    name, model = ("policy", config.policy) if isinstance(config, PPOJob) else (config.trained.name, config.section)
     try:
         tokenizer = load_tokenizer(model.model, trust_remote_code=model.trust_remote_code)
     except ModelError as error:

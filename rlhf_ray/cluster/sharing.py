@@ -3,27 +3,9 @@
 A pure state machine. It says who must go and who may come; `actors/devices.py` has the actors do it.
 """
 
-from collections.abc import Collection, Sequence
-from typing import Literal
+from collections.abc import Collection, Mapping, Sequence
 
-from rlhf_ray.engines.level import Level
-
-Phase = Literal["generate", "score", "update", "sync", "checkpoint", "export"]
-
-# What each phase needs at least. Roles that are not named are not needed.
-NEEDS: dict[Phase, dict[str, Level]] = {
-    "generate": {"rollout": Level.FULL},
-    "score": {
-        "policy": Level.WEIGHTS,
-        "critic": Level.WEIGHTS,
-        "reference": Level.WEIGHTS,
-        "reward": Level.WEIGHTS,
-    },
-    "update": {"policy": Level.FULL, "critic": Level.FULL},
-    "sync": {"policy": Level.WEIGHTS, "rollout": Level.WEIGHTS},
-    "checkpoint": {"policy": Level.FULL, "critic": Level.FULL, "reference": Level.WEIGHTS},
-    "export": {"policy": Level.WEIGHTS},
-}
+from rlhf_ray.config.roles import Level
 
 Moves = dict[str, Level]
 
@@ -33,13 +15,15 @@ class DeviceSharing:
 
     Args:
         together: lists of roles that sit on the same devices; a role is in one of them at most.
+        needs: for each phase, the roles that work in it and what they must have on their devices then.
     """
 
-    def __init__(self, together: Sequence[Sequence[str]]) -> None:
+    def __init__(self, together: Sequence[Sequence[str]], needs: Mapping[str, Mapping[str, Level]]) -> None:
         self._together = [tuple(roles) for roles in together]
+        self._needs = needs
         self.levels = {role: Level.OUT for roles in together for role in roles}
 
-    def enter(self, phase: Phase, only: Collection[str] | None = None) -> list[Moves]:
+    def enter(self, phase: str, only: Collection[str] | None = None) -> list[Moves]:
         """Moves that bring about what a phase needs, to be made one after the other: those that go, those that come.
 
         Where somebody comes, all others on the same devices go as far as the phase lets them. Where nobody comes,
@@ -48,7 +32,7 @@ class DeviceSharing:
         Args:
             only: roles that take part; by default all that the phase needs.
         """
-        needs = {role: level for role, level in NEEDS[phase].items() if only is None or role in only}
+        needs = {role: level for role, level in self._needs[phase].items() if only is None or role in only}
         going: Moves = {}
         coming: Moves = {}
         for roles in self._together:

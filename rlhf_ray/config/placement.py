@@ -111,12 +111,27 @@ class Placed(NamedTuple):
     groups: int
 
 
-class _SharedPlacement(Section):
+class JobPlacement(Section):
+    """What the placement of every job has."""
+
+    placement_timeout_s: PositiveFloat = 60.0
+    """Seconds that the roles may wait for their places in the cluster."""
+
+    @property
+    def leaves_idle(self) -> bool:
+        """Whether roles that share devices leave them to each other."""
+        return False
+
+
+class _SharedPlacement(JobPlacement):
     offload_idle: bool = False
     """Roles that share places leave their devices while another needs them: weights and optimizer state go to host
     memory, engines drop their weights and KV cache."""
-    placement_timeout_s: PositiveFloat = 60.0
-    """Seconds that the roles may wait for their places in the cluster."""
+
+    @property
+    def leaves_idle(self) -> bool:
+        """As `offload_idle` says."""
+        return self.offload_idle
 
 
 class PPOPlacement(_SharedPlacement):
@@ -139,19 +154,26 @@ class PPOPlacement(_SharedPlacement):
             _check_colocated(self, guest)
         return self
 
+    def section(self, role: str) -> RolePlacement | RolloutPlacement:
+        """The section of a role."""
+        found = getattr(self, role)
+        assert isinstance(found, RolePlacement | RolloutPlacement)
+        return found
+
     def ranks_of(self, role: Host) -> int:
         """Ranks of a role, colocated or not."""
-        place: RolePlacement = getattr(self, role)
-        return (place if place.colocate is None else getattr(self, place.colocate)).ranks or 1
+        host = self.host_of(role)
+        assert isinstance(host, RolePlacement)
+        return host.ranks or 1
 
-    def gpus_of(self, role: Host | Literal["rollout"]) -> float:
-        """GPUs of the place that a rank of a role, or a worker of an engine, sits on."""
+    def gpus_of(self, role: str) -> float:
+        """GPUs of the bundle that a rank of a role, or a worker of an engine, sits on."""
         return self.host_of(role).gpus
 
-    def host_of(self, role: Host | Literal["rollout"]) -> RolePlacement | RolloutPlacement:
+    def host_of(self, role: str) -> RolePlacement | RolloutPlacement:
         """The section that places a role: its own, or that of the role it sits with."""
-        placement: RolePlacement | RolloutPlacement = getattr(self, role)
-        return placement if placement.colocate is None else getattr(self, placement.colocate)
+        own = self.section(role)
+        return own if own.colocate is None else self.section(own.colocate)
 
 
 class PreferencePlacement(_SharedPlacement):
@@ -177,12 +199,7 @@ class PreferencePlacement(_SharedPlacement):
         return (self.policy if self.reference.colocate else self.reference).ranks or 1
 
 
-class _AlonePlacement(Section):
-    placement_timeout_s: PositiveFloat = 60.0
-    """Seconds that the role may wait for its places in the cluster."""
-
-
-class RewardModelPlacement(_AlonePlacement):
+class RewardModelPlacement(JobPlacement):
     """The role of a reward-model job."""
 
     reward: RolePlacement = RolePlacement()
@@ -194,7 +211,7 @@ class RewardModelPlacement(_AlonePlacement):
         return self
 
 
-class SFTPlacement(_AlonePlacement):
+class SFTPlacement(JobPlacement):
     """The role of a fine-tuning job."""
 
     policy: RolePlacement = RolePlacement()

@@ -1,5 +1,6 @@
 """The run: its length, its folder, checkpoints, telemetry and time limits."""
 
+from dataclasses import dataclass
 from typing import Literal
 
 from rlhf_ray.config.base import NonNegativeInt, PositiveFloat, PositiveInt, Section
@@ -32,6 +33,19 @@ class Mlflow(Section):
     """Tracking server; by default MLflow's own setting."""
 
 
+@dataclass(frozen=True)
+class Limit:
+    """How long something may take.
+
+    Attributes:
+        seconds: that it may take.
+        setting: config key that says so, for errors.
+    """
+
+    seconds: float
+    setting: str
+
+
 class Timeouts(Section):
     """Seconds that each wait may take before the run stops with an error that says what it waited for."""
 
@@ -47,6 +61,36 @@ class Timeouts(Section):
     """Transfer of new weights to the engines."""
     checkpoint_s: PositiveFloat = 1800.0
     """Writing or reading of one checkpoint."""
+
+    @property
+    def setup(self) -> Limit:
+        """As `setup_s`."""
+        return Limit(self.setup_s, "run.timeouts.setup_s")
+
+    @property
+    def rollout(self) -> Limit:
+        """As `rollout_s`."""
+        return Limit(self.rollout_s, "run.timeouts.rollout_s")
+
+    @property
+    def score(self) -> Limit:
+        """As `score_s`."""
+        return Limit(self.score_s, "run.timeouts.score_s")
+
+    @property
+    def update(self) -> Limit:
+        """As `update_s`."""
+        return Limit(self.update_s, "run.timeouts.update_s")
+
+    @property
+    def sync(self) -> Limit:
+        """As `sync_s`."""
+        return Limit(self.sync_s, "run.timeouts.sync_s")
+
+    @property
+    def checkpoint(self) -> Limit:
+        """As `checkpoint_s`."""
+        return Limit(self.checkpoint_s, "run.timeouts.checkpoint_s")
 
 
 class Run(Section):

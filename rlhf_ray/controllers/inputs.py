@@ -196,13 +196,13 @@ def _check_ppo(config: PPOJob, problems: list[str]) -> PPOInputs:
 
 
 def _check_epochs(config: EpochJob, problems: list[str]) -> EpochInputs:
-    section = config.role.trained
+    section = config.section
     tokenizer = None
-    with _collect(problems, f"{config.role.name}.model"):
+    with _collect(problems, f"{config.trained.name}.model"):
         tokenizer = load_tokenizer(section.model, trust_remote_code=section.trust_remote_code)
         check_tokenizer_matches(section.model, tokenizer, trust_remote_code=section.trust_remote_code)
-        _check_lora(problems, config.role.name, section.model, section)
-        _check_heads(problems, config.role.name, section.model, section.engine, section.trust_remote_code)
+        _check_lora(problems, config.trained.name, section.model, section)
+        _check_heads(problems, config.trained.name, section.model, section.engine, section.trust_remote_code)
     train: RowSet | ConversationStream | None = None
     held_out: RowSet | None = None
     if tokenizer is not None:
@@ -229,7 +229,7 @@ def _check_epochs(config: EpochJob, problems: list[str]) -> EpochInputs:
         assert isinstance(config, SFTJob)
         assert config.run.steps is not None
         return EpochInputs(config.run.steps, train, held_out)
-    steps = config.run.epochs * -(-len(train) // config.role.rows_per_step)
+    steps = config.run.epochs * -(-len(train) // config.rows_per_step)
     if not isinstance(config, PreferenceJob):
         return EpochInputs(steps, train, held_out)
     kto = config.algorithm.kto is not None

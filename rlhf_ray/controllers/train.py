@@ -6,6 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from rlhf_ray.actors.reward_training import RewardTrainingGroup, RewardTrainingWorker
+from rlhf_ray.actors.sft import SFTGroup, SFTWorker
+from rlhf_ray.actors.worker import join_collectives_of
 from rlhf_ray.cluster.preflight.report import PreflightError
 from rlhf_ray.cluster.preflight.run import naming_lost_nodes, preflight
 from rlhf_ray.cluster.session import ray_session
@@ -13,12 +16,13 @@ from rlhf_ray.config.jobs import JobConfig, PPOJob, PreferenceJob, RewardModelJo
 from rlhf_ray.controllers.epochs import ENDED, EpochController
 from rlhf_ray.controllers.inputs import EpochInputs, PPOInputs, PreferenceInputs, check
 from rlhf_ray.controllers.ppo import PPOController
-from rlhf_ray.controllers.ppo_roles import ppo_roles
+from rlhf_ray.controllers.ppo_roles import start_ppo_roles
 from rlhf_ray.controllers.preference import PreferenceController
+from rlhf_ray.controllers.preference_roles import start_preference_roles
 from rlhf_ray.controllers.reference_columns import reference_cache
 from rlhf_ray.controllers.reward_model import RewardModelController
-from rlhf_ray.controllers.roles import epoch_role, preference_roles
-from rlhf_ray.controllers.run_folder import Checkpointing, RunFolder
+from rlhf_ray.controllers.roles import Actors
+from rlhf_ray.controllers.run_folder import Checkpointed, Checkpointing, RunFolder
 from rlhf_ray.recovery.checkpoints import CheckpointStore
 from rlhf_ray.telemetry.plots import plot_curves
 from rlhf_ray.telemetry.reliability_plot import plot_reliability
@@ -45,8 +49,10 @@ def train(config: JobConfig) -> Path:
             _train_ppo(config, inputs)
         elif isinstance(config, PreferenceJob) and isinstance(inputs, PreferenceInputs):
             _train_preference(config, inputs)
-        elif isinstance(config, RewardModelJob | SFTJob) and isinstance(inputs, EpochInputs):
-            _train_epochs(config, inputs)
+        elif isinstance(config, RewardModelJob) and isinstance(inputs, EpochInputs):
+            _train_reward_model(config, inputs)
+        elif isinstance(config, SFTJob) and isinstance(inputs, EpochInputs):
+            _train_sft(config, inputs)
     if isinstance(config, RewardModelJob):
         plot_reliability(folder)
     plot_curves(folder)
@@ -92,9 +98,12 @@ def _is_complete(config: JobConfig, steps: int) -> bool:
 
 
 def _train_ppo(config: PPOJob, inputs: PPOInputs) -> None:
-    with RunFolder(config, inputs.steps) as folder, ppo_roles(config, inputs, folder.watch) as roles:
-        trained = {"policy": roles.policy, "critic": roles.critic}
-        checkpointing = Checkpointing(folder, trained, config.run.timeouts.checkpoint_s, roles.devices)
+    with RunFolder(config, inputs.steps) as folder, Actors.of_job(config, folder.watch) as actors:
+        roles = start_ppo_roles(config, inputs, actors)
+        trained: dict[str, Checkpointed] = {"policy": roles.policy}
+        if roles.critic is not None:
+            trained["critic"] = roles.critic
+        checkpointing = Checkpointing(folder, trained, config.run.timeouts, roles.devices)
         PPOController(config, inputs, roles, folder, checkpointing).train()
 
 
@@ -102,19 +111,29 @@ def _train_preference(config: PreferenceJob, inputs: PreferenceInputs) -> None:
     cache = reference_cache(config)
     complete = cache is not None and all(map(cache.has, inputs.sets))
     with_reference = config.algorithm.needs_reference and not config.policy_is_reference and not complete
-    with (
-        RunFolder(config, inputs.steps) as folder,
-        preference_roles(config, inputs.steps, folder.watch, with_reference=with_reference) as roles,
-    ):
-        trained = {"policy": roles.policy}
+    without = () if with_reference else ("reference",)
+    with RunFolder(config, inputs.steps) as folder, Actors.of_job(config, folder.watch, without) as actors:
+        roles = start_preference_roles(config, inputs.steps, actors, with_reference=with_reference)
+        trained: dict[str, Checkpointed] = {"policy": roles.policy}
         if roles.reference is not None and config.reference.update_every:
             trained["reference"] = roles.reference
-        checkpointing = Checkpointing(folder, trained, config.run.timeouts.checkpoint_s, roles.devices)
+        checkpointing = Checkpointing(folder, trained, config.run.timeouts, roles.devices)
         PreferenceController(config, inputs, roles, cache, folder, checkpointing).train()
 
 
-def _train_epochs(config: RewardModelJob | SFTJob, inputs: EpochInputs) -> None:
-    with RunFolder(config, inputs.steps) as folder, epoch_role(config, inputs.steps, folder.watch) as group:
-        checkpointing = Checkpointing(folder, {config.role.name: group}, config.run.timeouts.checkpoint_s)
-        controller = RewardModelController if isinstance(config, RewardModelJob) else EpochController
-        controller(config, inputs, group, folder, checkpointing).train()
+def _train_reward_model(config: RewardModelJob, inputs: EpochInputs) -> None:
+    with RunFolder(config, inputs.steps) as folder, Actors.of_job(config, folder.watch) as actors:
+        group = actors.ranks(config.trained, RewardTrainingWorker, RewardTrainingGroup, config)
+        join_collectives_of([group], config.run.timeouts)
+        group.load_model(config.reward, config.loss, inputs.steps, config.seed).wait(config.run.timeouts.setup)
+        checkpointing = Checkpointing(folder, {config.trained.name: group}, config.run.timeouts)
+        RewardModelController(config, inputs, group, folder, checkpointing).train()
+
+
+def _train_sft(config: SFTJob, inputs: EpochInputs) -> None:
+    with RunFolder(config, inputs.steps) as folder, Actors.of_job(config, folder.watch) as actors:
+        group = actors.ranks(config.trained, SFTWorker, SFTGroup, config)
+        join_collectives_of([group], config.run.timeouts)
+        group.load_model(config.policy, inputs.steps).wait(config.run.timeouts.setup)
+        checkpointing = Checkpointing(folder, {config.trained.name: group}, config.run.timeouts)
+        EpochController(config, inputs, group, folder, checkpointing).train()

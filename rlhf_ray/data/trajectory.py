@@ -30,6 +30,8 @@ class Trajectory:
         engine_logprobs: the engine's log-probability of each response token.
         weight_versions: which version of the policy sampled each response token.
         finish_reason: `stop` for an end token or stop string, `length` when cut at the limit.
+        loss_mask: whether each response token is an action of the policy, and not context that something else put
+            there; None where all are.
     """
 
     uid: str
@@ -40,6 +42,7 @@ class Trajectory:
     engine_logprobs: Sequence[float]
     weight_versions: Sequence[int]
     finish_reason: FinishReason
+    loss_mask: Sequence[bool] | None = None
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,7 @@ class TrajectoryBatch:
         engine_logprobs: float32 `[response tokens]`.
         weight_versions: int32 `[response tokens]`.
         truncated: bool `[samples]`, the response was cut at the length limit.
+        loss_mask: bool `[response tokens]`, the token is an action of the policy.
     """
 
     uids: tuple[str, ...]
@@ -67,6 +71,7 @@ class TrajectoryBatch:
     engine_logprobs: Floats
     weight_versions: NDArray[np.int32]
     truncated: NDArray[np.bool_]
+    loss_mask: NDArray[np.bool_]
 
     @classmethod
     def of(cls, trajectories: Sequence[Trajectory]) -> Self:
@@ -82,6 +87,7 @@ class TrajectoryBatch:
             engine_logprobs=_flat([t.engine_logprobs for t in trajectories], np.float32),
             weight_versions=_flat([t.weight_versions for t in trajectories], np.int32),
             truncated=np.array([t.finish_reason == "length" for t in trajectories], np.bool_),
+            loss_mask=_flat([_mask_of(t) for t in trajectories], np.bool_),
         )
 
     def __len__(self) -> int:
@@ -96,6 +102,11 @@ class TrajectoryBatch:
     def response_lengths(self) -> NDArray[np.int64]:
         """Tokens of each response, `[samples]`."""
         return np.diff(self.response_offsets)
+
+    @property
+    def action_lengths(self) -> NDArray[np.int64]:
+        """Response tokens of each sample that are actions of the policy, `[samples]`."""
+        return np.diff(np.concatenate([[0], np.cumsum(self.loss_mask, dtype=np.int64)])[self.response_offsets])
 
     def prompt(self, sample: int) -> Tokens:
         """Prompt tokens of one sample."""
@@ -139,6 +150,7 @@ class TrajectoryBatch:
             engine_logprobs=self.engine_logprobs[response],
             weight_versions=self.weight_versions[response],
             truncated=self.truncated[chosen],
+            loss_mask=self.loss_mask[response],
         )
 
     def nbytes(self) -> int:
@@ -158,8 +170,14 @@ def offsets_of(lengths: Sequence[int] | NDArray[np.int64]) -> Offsets:
     return np.concatenate([[0], np.cumsum(np.asarray(lengths, np.int64))]).astype(np.int64)
 
 
+def _mask_of(trajectory: Trajectory) -> Sequence[bool]:
+    mask = trajectory.loss_mask
+    return [True] * len(trajectory.response_tokens) if mask is None else mask
+
+
 def _flat(
-    rows: Sequence[Sequence[int] | Sequence[float] | Tokens], dtype: type[np.int32] | type[np.float32]
+    rows: Sequence[Sequence[int] | Sequence[float] | Sequence[bool] | Tokens],
+    dtype: type[np.int32] | type[np.float32] | type[np.bool_],
 ) -> NDArray[Any]:
     if not rows:
         return np.empty(0, dtype)

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum, OffloadStateTypeEnum
 
+from rlhf_ray.config.roles import Level
 from rlhf_ray.config.training import TrainingEngine
-from rlhf_ray.engines.level import Level
 from rlhf_ray.platform import platform
 
 _WEIGHTS = {OffloadStateTypeEnum.lp_params}

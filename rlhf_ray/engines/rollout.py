@@ -20,11 +20,11 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
+from rlhf_ray.config.roles import Level
 from rlhf_ray.config.rollout import Sampling
 from rlhf_ray.data.requests import PromptRequest
 from rlhf_ray.data.trajectory import FinishReason, Trajectory
 from rlhf_ray.engines.engine_metrics import EngineLoad, stat_loggers
-from rlhf_ray.engines.level import Level
 from rlhf_ray.engines.rollout_setup import EnginePart, RolloutSetup
 from rlhf_ray.models.lora import Adapter
 from rlhf_ray.platform import platform, transfer_backend

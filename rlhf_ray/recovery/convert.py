@@ -12,9 +12,10 @@ from typing import Self
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from rlhf_ray.config.jobs import JobConfig, PPOJob, RewardModel, RewardModelJob
+from rlhf_ray.config.jobs import Job
 from rlhf_ray.config.loading import load_config
-from rlhf_ray.config.training import Critic, Dtype, Lora, Policy
+from rlhf_ray.config.roles import RoleSpec
+from rlhf_ray.config.training import Dtype, Lora, TrainingEngine
 from rlhf_ray.engines.saved_weights import saved_weights
 from rlhf_ray.models import heads
 from rlhf_ray.models.heads import ModelError
@@ -61,8 +62,9 @@ class _TrainedModel:
     lora: Lora | None
 
     @classmethod
-    def of(cls, source: str, section: Policy | Critic | RewardModel, *, scalar: bool) -> Self:
-        return cls(source, section.engine.dtype, scalar, section.trust_remote_code, section.lora)
+    def of(cls, role: RoleSpec) -> Self:
+        assert role.model is not None and isinstance(role.engine, TrainingEngine)
+        return cls(role.model.path, role.engine.dtype, role.kind == "scalar", role.model.trust_remote_code, role.lora)
 
 
 def export_checkpoint(source: Path, out: Path, role: str | None = None) -> Exported:
@@ -124,16 +126,9 @@ def _find(source: Path) -> tuple[Path, Path]:
     return source, newest.folder
 
 
-def _trained_models(config: JobConfig) -> dict[str, _TrainedModel]:
+def _trained_models(config: Job) -> dict[str, _TrainedModel]:
     """By role; the one that the job is about comes first."""
-    if isinstance(config, RewardModelJob):
-        return {"reward": _TrainedModel.of(config.reward.model, config.reward, scalar=True)}
-    policy = _TrainedModel.of(config.policy.model, config.policy, scalar=False)
-    if not isinstance(config, PPOJob):
-        return {"policy": policy}
-    critic = config.critic
-    critic_source = config.reward_models[0].model if critic.init_from == "reward" else critic.init_from
-    return {"policy": policy, "critic": _TrainedModel.of(critic_source, critic, scalar=True)}
+    return {role.name: _TrainedModel.of(role) for role in config.roles if role.trained}
 
 
 def _rebuild(trained: _TrainedModel, checkpoint: Path, role: str) -> tuple[PreTrainedModel, Adapter | None]:

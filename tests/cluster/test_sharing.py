@@ -3,7 +3,7 @@
 from itertools import product
 
 from rlhf_ray.cluster.sharing import NEEDS, DeviceSharing, Phase
-from rlhf_ray.engines.level import Level
+from rlhf_ray.config.roles import Level
 
 OUT, WEIGHTS, FULL = Level.OUT, Level.WEIGHTS, Level.FULL
 ALL = ("policy", "critic", "reference", "reward", "rollout")

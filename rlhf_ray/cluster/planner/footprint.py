@@ -4,8 +4,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from rlhf_ray.config.roles import Level
 from rlhf_ray.config.training import Offload
-from rlhf_ray.engines.level import Level
 
 Place = Literal["device", "host", "disk"]
 PLACES: dict[Offload, Place] = {"none": "device", "cpu": "host", "nvme": "disk"}

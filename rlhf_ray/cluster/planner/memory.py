@@ -14,7 +14,7 @@ from rlhf_ray.cluster.planner.seating import Chair, seat_processes
 from rlhf_ray.cluster.planner.trained_memory import trained_items
 from rlhf_ray.cluster.planner.workload import workload_of
 from rlhf_ray.config.jobs import JobConfig
-from rlhf_ray.engines.level import Level
+from rlhf_ray.config.roles import Level
 
 HOST_SHARE = 0.95
 """Of host memory: where Ray's memory monitor begins to end processes (`RAY_memory_usage_threshold`)."""

@@ -17,8 +17,8 @@ from rlhf_ray.cluster.planner.work import BYTES, Sequences
 from rlhf_ray.cluster.planner.workload import RolloutRole, Workload
 from rlhf_ray.cluster.sharing import DeviceSharing, Phase
 from rlhf_ray.config.jobs import PPOJob, shard_count
+from rlhf_ray.config.roles import Level
 from rlhf_ray.config.sharing import shared_places
-from rlhf_ray.engines.level import Level
 
 # Shards are followed in so many waves: enough of them to see scoring overlap with generation.
 _WAVES = 8

@@ -7,8 +7,8 @@ from typing import Literal
 from rlhf_ray.cluster.planner.footprint import Phase
 from rlhf_ray.cluster.sharing import NEEDS, DeviceSharing
 from rlhf_ray.config.jobs import JobConfig, PPOJob, PreferenceJob
+from rlhf_ray.config.roles import Level
 from rlhf_ray.config.sharing import shared_places
-from rlhf_ray.engines.level import Level
 
 _OfStep = Literal["generate", "score", "update", "sync"]
 
@@ -53,7 +53,7 @@ def _parts(job: JobConfig, sharing: DeviceSharing) -> list[tuple[str, _OfStep, f
         trained = ["critic", "policy"]
     else:
         phases = ("score", "update") if isinstance(job, PreferenceJob) and "reference" in there else ("update",)
-        trained = [job.role.name]
+        trained = [job.trained.name]
     parts: list[tuple[str, _OfStep, frozenset[str]]] = []
     for phase in phases:
         if phase == "update":

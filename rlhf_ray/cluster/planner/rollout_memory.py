@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from rlhf_ray.cluster.planner.activations import FLOAT32, INT64, ITEMSIZE
 from rlhf_ray.cluster.planner.footprint import Item, always, during
 from rlhf_ray.cluster.planner.roles import RolloutRole
-from rlhf_ray.engines.level import Level
+from rlhf_ray.config.roles import Level
 
 GIB = 2**30
 

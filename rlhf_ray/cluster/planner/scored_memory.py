@@ -4,7 +4,7 @@ from rlhf_ray.cluster.planner.activations import ITEMSIZE, PassShape
 from rlhf_ray.cluster.planner.footprint import PLACES, Item, always, during
 from rlhf_ray.cluster.planner.roles import ScoredRole
 from rlhf_ray.cluster.planner.trained_memory import PERSISTENT, gathered_elements, swapped_weights
-from rlhf_ray.engines.level import Level
+from rlhf_ray.config.roles import Level
 
 
 def scored_items(role: ScoredRole, *, cpu: bool) -> list[Item]:

@@ -12,8 +12,8 @@ from rlhf_ray.cluster.planner.adapters import adapted_layers, adapter_sizes, fro
 from rlhf_ray.cluster.planner.footprint import PLACES, Item, Moment, Place, always, during
 from rlhf_ray.cluster.planner.roles import TrainedRole
 from rlhf_ray.cluster.planner.shapes import ModelShape
+from rlhf_ray.config.roles import Level
 from rlhf_ray.config.training import Lora
-from rlhf_ray.engines.level import Level
 
 # DeepSpeed's defaults, in elements (runtime/zero/config.py), and what `engines/training.py` sets.
 REDUCE_BUCKET = 500_000_000

@@ -135,7 +135,7 @@ def _preference(job: PreferenceJob) -> Workload:
             engine=job.policy.engine,
             lora=job.policy.lora,
             placement=job.placement.policy,
-            ranks=job.role.ranks,
+            ranks=job.trained.ranks,
             batch=batch,
             scores=job.policy_is_reference,
         )

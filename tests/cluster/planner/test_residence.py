@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from rlhf_ray.cluster.planner.residence import stages
-from rlhf_ray.engines.level import Level
+from rlhf_ray.config.roles import Level
 
 MakeJob = Callable[..., Any]
 
