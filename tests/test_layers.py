@@ -19,7 +19,7 @@ LAYERS = (
     {"rewards"},
     {"models"},
     {"engines"},
-    {"cluster"},
+    {"cluster", "planner"},
     {"recovery", "telemetry", "evaluation"},
     {"actors"},
     {"controllers"},

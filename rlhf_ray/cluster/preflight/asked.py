@@ -4,13 +4,13 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from rlhf_ray.cluster.planner.adapters import adapter_sizes
-from rlhf_ray.cluster.planner.folders import read_shape
-from rlhf_ray.cluster.planner.shapes import Head, ModelShape
 from rlhf_ray.config.jobs import JobConfig, PPOJob, PreferenceJob, RewardModel
 from rlhf_ray.config.rewards import FunctionReward, HttpReward
 from rlhf_ray.config.run import EpochRun, PPORun
 from rlhf_ray.config.training import Critic, Dtype, Policy
+from rlhf_ray.planner.adapters import adapter_sizes
+from rlhf_ray.planner.folders import read_shape
+from rlhf_ray.planner.shapes import Head, ModelShape
 
 _BYTES: Mapping[Dtype, int] = {"bfloat16": 2, "float32": 4}
 _ADAM_BYTES = 12

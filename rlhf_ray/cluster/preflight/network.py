@@ -4,7 +4,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 
-from rlhf_ray.cluster.planner.errors import PlanError
 from rlhf_ray.cluster.preflight.asked import Transfer, describe_bytes, transfers
 from rlhf_ray.cluster.preflight.judge import Clock, judge_broadcast, judge_clocks, judge_reach
 from rlhf_ray.cluster.preflight.links import LinkProbe
@@ -15,6 +14,7 @@ from rlhf_ray.cluster.preflight.view import View
 from rlhf_ray.cluster.topology import Node
 from rlhf_ray.config.jobs import JobConfig
 from rlhf_ray.config.placement import RolePlacement, RolloutPlacement
+from rlhf_ray.planner.errors import PlanError
 
 _PINGS = 3
 _ANSWER_S = 5.0

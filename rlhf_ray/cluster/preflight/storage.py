@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_ray.cluster.named_paths import named_in
-from rlhf_ray.cluster.planner.errors import PlanError
 from rlhf_ray.cluster.preflight.asked import describe_bytes, disk_need
 from rlhf_ray.cluster.preflight.judge import judge_disk, judge_folder, judge_shared
 from rlhf_ray.cluster.preflight.report import Check
 from rlhf_ray.cluster.preflight.view import View
 from rlhf_ray.cluster.topology import Node
 from rlhf_ray.config.jobs import PPOJob, PreferenceJob
+from rlhf_ray.planner.errors import PlanError
 
 _ANSWER_S = 8.0
 _PATIENCE_S = 4.0
