@@ -26,10 +26,11 @@ from rlhf_ray.config.rollout import Sampling
 from rlhf_ray.config.training import Dtype, Policy, TrainingEngine
 from rlhf_ray.controllers.probed_roles import DTYPE, SETTING, TIMEOUT_S, one, probed_pair, probed_roles, wait
 from rlhf_ray.data.requests import PromptRequest
+from rlhf_ray.models.config_json import read_shape
 from rlhf_ray.models.random_llama import LlamaSize, write_random_llama
+from rlhf_ray.models.shapes import ModelShape
 from rlhf_ray.planner.calibration import Calibration, Device, RayRates, Start
 from rlhf_ray.planner.devices import GB
-from rlhf_ray.planner.folders import read_shape
 from rlhf_ray.planner.measurements import (
     MIB,
     CollectiveSeconds,
@@ -40,7 +41,6 @@ from rlhf_ray.planner.measurements import (
     calibration_of,
 )
 from rlhf_ray.planner.passes import STATE_BYTES
-from rlhf_ray.planner.shapes import ModelShape
 from rlhf_ray.planner.work import BYTES, Sequences
 from rlhf_ray.platform import cores, device_names, machine_name
 

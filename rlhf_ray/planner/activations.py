@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from rlhf_ray.config.training import Dtype
-from rlhf_ray.planner.shapes import ModelShape
+from rlhf_ray.models.shapes import ModelShape
 
 ITEMSIZE: dict[Dtype, int] = {"bfloat16": 2, "float32": 4}
 FLOAT32 = 4

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from statistics import mean
 
 from rlhf_ray.config.training import Dtype
+from rlhf_ray.models.shapes import ModelShape
 from rlhf_ray.planner.calibration import (
     Calibration,
     Collectives,
@@ -24,7 +25,6 @@ from rlhf_ray.planner.fit import fit_factors
 from rlhf_ray.planner.passes import STEP_TRAFFIC, ideal_times
 from rlhf_ray.planner.processes import ProcessMemory
 from rlhf_ray.planner.rates import Group, Rates
-from rlhf_ray.planner.shapes import ModelShape
 from rlhf_ray.planner.work import BYTES, Sequences, scoring_work, training_work
 
 MIB = 2**20

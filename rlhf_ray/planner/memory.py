@@ -119,7 +119,7 @@ def plan_memory(job: JobConfig, hardware: Hardware, processes: ProcessMemory) ->
     """Where the memory of a job goes.
 
     Raises:
-        PlanError: when the shape of a model can't be read.
+        ShapeError: when the shape of a model can't be read.
         PlacementError: when a role has no place, whatever its memory.
     """
     workload = workload_of(job)

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 from rlhf_ray.config.jobs import JobConfig, PPOJob
 from rlhf_ray.config.placement import RolloutPlacement
+from rlhf_ray.models.shapes import can_share_heads
 from rlhf_ray.planner.memory import MemoryPlan
 from rlhf_ray.planner.roles import RolloutRole, ScoredRole, TrainedRole
-from rlhf_ray.planner.shapes import can_share_heads
 
 Value = int | float | bool | str
 

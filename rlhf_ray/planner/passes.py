@@ -4,9 +4,9 @@ import math
 from dataclasses import dataclass
 
 from rlhf_ray.config.training import Dtype, Lora, ScoringEngine, TrainingEngine
+from rlhf_ray.models.shapes import ModelShape
 from rlhf_ray.planner.calibration import Calibration, Pass
 from rlhf_ray.planner.rates import Group, Rates
-from rlhf_ray.planner.shapes import ModelShape
 from rlhf_ray.planner.work import (
     BYTES,
     Sequences,

@@ -9,8 +9,8 @@ from rlhf_ray.config.jobs import JobConfig
 from rlhf_ray.config.placement import RolePlacement, RolloutPlacement
 from rlhf_ray.config.rollout import RolloutEngine
 from rlhf_ray.config.training import Dtype, Lora, ScoringEngine, TrainingEngine
+from rlhf_ray.models.shapes import ModelShape
 from rlhf_ray.planner.activations import ITEMSIZE, Pack
-from rlhf_ray.planner.shapes import ModelShape
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ def best_placements(
     """Placements that fit, fastest first; none where nothing that was tried fits.
 
     Raises:
-        PlanError: when the shape of a model can't be read.
+        ShapeError: when the shape of a model can't be read.
     """
     search = _Search(job, hardware, constants, processes, lengths)
     timed = sorted(search.candidates(), key=lambda candidate: candidate[0].seconds)

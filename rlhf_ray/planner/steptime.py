@@ -90,7 +90,7 @@ def predict(
         known: constants of each kind of device.
 
     Raises:
-        PlanError: when the shape of a model can't be read.
+        ShapeError: when the shape of a model can't be read.
         PlacementError: when a role has no place.
     """
     requests = requests_of({role: placed.placement for role, placed in job.places.items()})

@@ -9,11 +9,11 @@ from functools import cache
 
 from rlhf_ray.config.training import Lora
 from rlhf_ray.engines.level import Level
+from rlhf_ray.models.lora_sizes import adapted_layers, adapter_sizes, frozen_bytes
+from rlhf_ray.models.shapes import ModelShape
 from rlhf_ray.planner.activations import FLOAT32, ITEMSIZE, PassShape
-from rlhf_ray.planner.adapters import adapted_layers, adapter_sizes, frozen_bytes
 from rlhf_ray.planner.footprint import PLACES, Item, Moment, Place, always, during
 from rlhf_ray.planner.roles import TrainedRole
-from rlhf_ray.planner.shapes import ModelShape
 
 # DeepSpeed's defaults, in elements (runtime/zero/config.py), and what `engines/training.py` sets.
 REDUCE_BUCKET = 500_000_000

@@ -5,8 +5,8 @@ from functools import cache
 from typing import Self
 
 from rlhf_ray.config.training import Dtype, Lora
-from rlhf_ray.planner.adapters import adapter_sizes
-from rlhf_ray.planner.shapes import ModelShape
+from rlhf_ray.models.lora_sizes import adapter_sizes
+from rlhf_ray.models.shapes import ModelShape
 
 BYTES: dict[Dtype, int] = {"bfloat16": 2, "float32": 4}
 _SHARDED_FROM = 10_000  # elements of a weight

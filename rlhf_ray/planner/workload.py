@@ -4,10 +4,9 @@ from rlhf_ray.config.jobs import JobConfig, PPOJob, PreferenceJob, RewardModelJo
 from rlhf_ray.config.placement import RolePlacement
 from rlhf_ray.config.rewards import FunctionReward, ModelReward, part_name
 from rlhf_ray.config.training import ScoringEngine
-from rlhf_ray.planner.errors import PlanError
-from rlhf_ray.planner.folders import read_shape
+from rlhf_ray.models.config_json import read_shape
+from rlhf_ray.models.shapes import ModelShape, ShapeError, can_share_heads
 from rlhf_ray.planner.roles import Batch, Role, RolloutRole, ScoredRole, TrainedRole, Workload
-from rlhf_ray.planner.shapes import ModelShape, can_share_heads
 
 MIB = 2**20
 
@@ -16,7 +15,7 @@ def workload_of(job: JobConfig) -> Workload:
     """What a job asks of its roles.
 
     Raises:
-        PlanError: when the shape of one of its models can't be read.
+        ShapeError: when the shape of one of its models can't be read.
     """
     if isinstance(job, PPOJob):
         return _ppo(job)
@@ -25,7 +24,7 @@ def workload_of(job: JobConfig) -> Workload:
 
 def _check_heads(shape: ModelShape, parts: int, key: str) -> None:
     if not can_share_heads(shape, parts):
-        raise PlanError(
+        raise ShapeError(
             key,
             f"{parts} can't share the {shape.heads} attention heads and {shape.kv_heads} key/value heads of "
             f"{shape.model!r} evenly",

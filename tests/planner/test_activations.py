@@ -13,10 +13,10 @@ from rlhf_ray.config.training import Dtype, Lora
 from rlhf_ray.models.attention import PACKED_ATTENTION
 from rlhf_ray.models.heads import CausalModel
 from rlhf_ray.models.lora import add_adapters
+from rlhf_ray.models.lora_sizes import adapted_layers, adapter_sizes
 from rlhf_ray.models.packed import PackedSequences
+from rlhf_ray.models.shapes import ModelShape
 from rlhf_ray.planner.activations import PassShape
-from rlhf_ray.planner.adapters import adapted_layers, adapter_sizes
-from rlhf_ray.planner.shapes import ModelShape
 
 LENGTHS = (96, 96, 96)
 TOKENS, POSITIONS = sum(LENGTHS), 150

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
+from rlhf_ray.models.shapes import ModelShape
 from rlhf_ray.planner.calibration import Calibration, Collectives, Generation, defaults
 from rlhf_ray.planner.decoding import Engine, shard_arrivals
 from rlhf_ray.planner.lengths import Lengths
 from rlhf_ray.planner.rates import Group, Rates
-from rlhf_ray.planner.shapes import ModelShape
 
 SHAPE = ModelShape.of(
     {

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from rlhf_ray.config.training import TrainingEngine
+from rlhf_ray.models.shapes import ModelShape
 from rlhf_ray.planner.calibration import Calibration, RayRates, Start, defaults
 from rlhf_ray.planner.decoding import Engine
 from rlhf_ray.planner.measurements import (
@@ -18,7 +19,6 @@ from rlhf_ray.planner.measurements import (
 from rlhf_ray.planner.passes import Ranks
 from rlhf_ray.planner.processes import ProcessMemory
 from rlhf_ray.planner.rates import Group, Rates
-from rlhf_ray.planner.shapes import ModelShape
 from rlhf_ray.planner.work import Sequences
 
 FLOPS = {"bfloat16": 2e12, "float32": 2e11}

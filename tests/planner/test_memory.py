@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from rlhf_ray.cluster.assignment import PlacementError
-from rlhf_ray.planner.errors import PlanError
+from rlhf_ray.models.shapes import ShapeError
 from rlhf_ray.planner.footprint import total
 from rlhf_ray.planner.hardware import Hardware, load_hardware
 from rlhf_ray.planner.memory import MemoryPlan, Shelf, plan_memory
@@ -278,7 +278,7 @@ def test_a_job_without_a_place_is_told_which_role_lacks_what(make_job: MakeJob) 
 
 
 def test_workers_that_can_not_share_the_heads_are_refused(make_job: MakeJob) -> None:
-    with pytest.raises(PlanError) as caught:
+    with pytest.raises(ShapeError) as caught:
         workload_of(make_job("ppo", "placement.rollout.tensor_parallel=3"))
     assert str(caught.value) == (
         "placement.rollout.tensor_parallel: 3 can't share the 32 attention heads and 8 key/value heads of "

@@ -8,9 +8,9 @@ from rlhf_ray.config.jobs import JobConfig, PPOJob, PreferenceJob, RewardModel
 from rlhf_ray.config.rewards import FunctionReward, HttpReward
 from rlhf_ray.config.run import EpochRun, PPORun
 from rlhf_ray.config.training import Critic, Dtype, Policy
-from rlhf_ray.planner.adapters import adapter_sizes
-from rlhf_ray.planner.folders import read_shape
-from rlhf_ray.planner.shapes import Head, ModelShape
+from rlhf_ray.models.config_json import read_shape
+from rlhf_ray.models.lora_sizes import adapter_sizes
+from rlhf_ray.models.shapes import Head, ModelShape
 
 _BYTES: Mapping[Dtype, int] = {"bfloat16": 2, "float32": 4}
 _ADAM_BYTES = 12
@@ -62,7 +62,7 @@ def disk_need(config: JobConfig) -> DiskNeed:
     """Room for checkpoints and exports.
 
     Raises:
-        PlanError: the size of a model can't be told from its config.json.
+        ShapeError: the size of a model can't be told from its config.json.
     """
     one = sum(_checkpoint_bytes(section, shape) for section, shape in _trained(config))
     if isinstance(config, PreferenceJob) and config.reference.update_every:
@@ -84,7 +84,7 @@ def transfers(config: JobConfig) -> Iterator[Transfer]:
     """What travels between nodes in each step, with its time limit.
 
     Raises:
-        PlanError: as `disk_need`.
+        ShapeError: as `disk_need`.
     """
     timeouts = config.run.timeouts
     if isinstance(config, PPOJob):

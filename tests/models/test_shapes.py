@@ -9,11 +9,8 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from rlhf_ray.planner.errors import PlanError
-from rlhf_ray.planner.families import DEFAULTS, FAMILIES
-from rlhf_ray.planner.folders import read_shape
-from rlhf_ray.planner.public_models import PUBLIC_MODELS
-from rlhf_ray.planner.shapes import ModelShape
+from rlhf_ray.models.config_json import PUBLIC_MODELS, read_shape
+from rlhf_ray.models.shapes import DEFAULTS, FAMILIES, ModelShape, ShapeError
 
 # What the model cards name, to the last parameter.
 PARAMETERS = {
@@ -145,21 +142,21 @@ def test_a_folder_and_its_file_are_the_same_model(tmp_path: Path) -> None:
     ],
 )
 def test_what_can_not_be_read_is_named(config: dict[str, Any], message: str) -> None:
-    with pytest.raises(PlanError) as caught:
+    with pytest.raises(ShapeError) as caught:
         ModelShape.of(config, "m")
     assert str(caught.value) == message
 
 
 def test_a_folder_without_a_config_is_no_model(tmp_path: Path) -> None:
-    with pytest.raises(PlanError, match="the folder has no config.json"):
+    with pytest.raises(ShapeError, match="the folder has no config.json"):
         read_shape(str(tmp_path))
-    with pytest.raises(PlanError, match="no such folder"):
+    with pytest.raises(ShapeError, match="no such folder"):
         read_shape("models/nowhere")
 
 
 def test_a_name_that_the_hub_does_not_give_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(
-        PlanError, match="model 'nobody/nothing': there is no such folder, and its config.json can't be"
+        ShapeError, match="model 'nobody/nothing': there is no such folder, and its config.json can't be"
     ):
         read_shape("nobody/nothing")

@@ -10,10 +10,81 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
-from rlhf_ray.planner.errors import PlanError
-from rlhf_ray.planner.families import DEFAULTS, FAMILIES, Family
-
 Head = Literal["vocabulary", "scalar"]
+
+
+class ShapeError(Exception):
+    """The shape of a model can't be told, or does not allow what is asked of it.
+
+    Attributes:
+        subject: the model or the config's key that is the reason.
+        reason: what is wrong with it, and the cure.
+    """
+
+    def __init__(self, subject: str, reason: str) -> None:
+        self.subject, self.reason = subject, reason
+        super().__init__(f"{subject}: {reason}")
+
+    def __reduce__(self) -> tuple[type["ShapeError"], tuple[str, str]]:
+        return type(self), (self.subject, self.reason)
+
+
+@dataclass(frozen=True)
+class Family:
+    """What the models of one `model_type` have in common, where their config.json doesn't say.
+
+    Attributes:
+        norms: weights of normalisation `[hidden]` in a layer.
+        qk_norm: queries and keys are normalised, with one weight `[head size]` each.
+        qkv_bias, o_bias, mlp_bias: of the linear layers; a word is the key of the config that says so.
+        kv_heads, head_dim, tied: defaults of `num_key_value_heads` (None: as many as heads), `head_dim` (None: hidden
+            size / heads) and `tie_word_embeddings`.
+        experts_key: of the config, names the number of experts; None for a dense model.
+        shared_expert: beside the experts that a router chooses, each token goes through one more.
+        norm_in_float32: a normalisation multiplies by its weight before it rounds to the model's own format.
+    """
+
+    norms: int = 2
+    qk_norm: bool = False
+    qkv_bias: bool | str = False
+    o_bias: bool | str = False
+    mlp_bias: bool | str = False
+    kv_heads: int | None = None
+    head_dim: int | None = None
+    tied: bool = False
+    experts_key: str | None = None
+    shared_expert: bool = False
+    norm_in_float32: bool = False
+
+
+FAMILIES: Mapping[str, Family] = {
+    "llama": Family(qkv_bias="attention_bias", o_bias="attention_bias", mlp_bias="mlp_bias"),
+    "mistral": Family(kv_heads=8),
+    "qwen2": Family(qkv_bias=True, kv_heads=32),
+    "qwen3": Family(qk_norm=True, qkv_bias="attention_bias", o_bias="attention_bias", kv_heads=32, head_dim=128),
+    "gemma": Family(
+        qkv_bias="attention_bias", o_bias="attention_bias", kv_heads=16, head_dim=256, tied=True, norm_in_float32=True
+    ),
+    "gemma3_text": Family(
+        norms=4,
+        qk_norm=True,
+        qkv_bias="attention_bias",
+        o_bias="attention_bias",
+        kv_heads=4,
+        head_dim=256,
+        tied=True,
+        norm_in_float32=True,
+    ),
+    "mixtral": Family(kv_heads=8, experts_key="num_local_experts"),
+    "qwen2_moe": Family(qkv_bias="qkv_bias", kv_heads=16, experts_key="num_experts", shared_expert=True),
+    "qwen3_moe": Family(
+        qk_norm=True, qkv_bias="attention_bias", o_bias="attention_bias", kv_heads=4, experts_key="num_experts"
+    ),
+}
+"""By `model_type`. Defaults are those of transformers' config classes; a test compares them."""
+
+DEFAULTS = {"qkv_bias": True}
+"""Of keys that are named above and that are not false where a config leaves them out."""
 
 
 @dataclass(frozen=True)
@@ -108,12 +179,12 @@ class ModelShape:
         """From the content of a config.json.
 
         Raises:
-            PlanError: for an architecture that is not known, or a key that is missing or no number.
+            ShapeError: for an architecture that is not known, or a key that is missing or no number.
         """
         read = _Reader(config, model)
         model_type = str(config.get("model_type"))
         if model_type not in FAMILIES:
-            raise PlanError(
+            raise ShapeError(
                 f"model {model!r}",
                 f"the planner does not know model_type {model_type!r} (known: {', '.join(FAMILIES)}), so it can't tell "
                 "what its layers are made of; `rlhf-ray train` may still run it",
@@ -250,9 +321,9 @@ class _Reader:
         value = self.config.get(key)
         value = default if value is None else value
         if value is None:
-            raise PlanError(f"model {self.model!r}", f"its config.json has no {key}")
+            raise ShapeError(f"model {self.model!r}", f"its config.json has no {key}")
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise PlanError(f"model {self.model!r}", f"{key} in its config.json is {value!r}, not a positive number")
+            raise ShapeError(f"model {self.model!r}", f"{key} in its config.json is {value!r}, not a positive number")
         return value
 
     def flag(self, rule: bool | str) -> bool:
@@ -269,7 +340,7 @@ def _experts(read: _Reader, family: Family, layers: int) -> tuple[Experts | None
     if number == 0:
         return None, layers
     if number is None:
-        raise PlanError(f"model {read.model!r}", f"its config.json has no {family.experts_key}")
+        raise ShapeError(f"model {read.model!r}", f"its config.json has no {family.experts_key}")
     inner = "moe_intermediate_size" if family.experts_key == "num_experts" else "intermediate_size"
     experts = Experts(
         number=number,

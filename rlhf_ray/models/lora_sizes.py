@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from rlhf_ray.config.training import Lora
-from rlhf_ray.planner.shapes import ModelShape, Tensor
+from rlhf_ray.models.shapes import ModelShape, Tensor
 
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 """Of one weight in 4 bits: a code of 8 bits for each block of 64, and one in float32 for 256 such blocks (Dettmers et
