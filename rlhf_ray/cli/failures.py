@@ -21,7 +21,9 @@ FAILURE_REPORT = "failure.txt"
 FAILED, BAD_INPUT, INTERRUPTED, TERMINATED = 1, 2, 130, 143
 
 # By name, since importing the modules that define them would load torch or Ray.
-_BAD_INPUT = frozenset({"ConfigError", "ExportError", "PackageError", "PlanError", "ResumeError", "UnknownJob"})
+_BAD_INPUT = frozenset(
+    {"ConfigError", "ExportError", "PackageError", "PlanError", "ResumeError", "ShapeError", "UnknownJob"}
+)
 
 
 class Commands(TyperGroup):

@@ -20,10 +20,18 @@ import ray
 from rlhf_ray.actors.group import ActorGroup
 from rlhf_ray.actors.probe import PassTimes, Samples
 from rlhf_ray.actors.rollout import RolloutGroup
-from rlhf_ray.cluster.planner.calibration import Calibration, Device, RayRates, Start
-from rlhf_ray.cluster.planner.devices import GB
-from rlhf_ray.cluster.planner.folders import read_shape
-from rlhf_ray.cluster.planner.measurements import (
+from rlhf_ray.cluster.session import ray_session
+from rlhf_ray.config.placement import Cluster
+from rlhf_ray.config.rollout import Sampling
+from rlhf_ray.config.training import Dtype, Policy, TrainingEngine
+from rlhf_ray.controllers.probed_roles import DTYPE, SETTING, TIMEOUT_S, one, probed_pair, probed_roles, wait
+from rlhf_ray.data.requests import PromptRequest
+from rlhf_ray.models.config_json import read_shape
+from rlhf_ray.models.random_llama import LlamaSize, write_random_llama
+from rlhf_ray.models.shapes import ModelShape
+from rlhf_ray.planner.calibration import Calibration, Device, RayRates, Start
+from rlhf_ray.planner.devices import GB
+from rlhf_ray.planner.measurements import (
     MIB,
     CollectiveSeconds,
     DecodeSeconds,
@@ -32,16 +40,8 @@ from rlhf_ray.cluster.planner.measurements import (
     SyncSeconds,
     calibration_of,
 )
-from rlhf_ray.cluster.planner.passes import STATE_BYTES
-from rlhf_ray.cluster.planner.shapes import ModelShape
-from rlhf_ray.cluster.planner.work import BYTES, Sequences
-from rlhf_ray.cluster.session import ray_session
-from rlhf_ray.config.placement import Cluster
-from rlhf_ray.config.rollout import Sampling
-from rlhf_ray.config.training import Dtype, Policy, TrainingEngine
-from rlhf_ray.controllers.probed_roles import DTYPE, SETTING, TIMEOUT_S, one, probed_pair, probed_roles, wait
-from rlhf_ray.data.requests import PromptRequest
-from rlhf_ray.models.random_llama import LlamaSize, write_random_llama
+from rlhf_ray.planner.passes import STATE_BYTES
+from rlhf_ray.planner.work import BYTES, Sequences
 from rlhf_ray.platform import cores, device_names, machine_name
 
 logger = logging.getLogger("rlhf_ray")

@@ -13,16 +13,16 @@ from rlhf_ray.actors.group import ActorGroup, Seating, create_group
 from rlhf_ray.actors.probe import PairWorker, ProbeRolloutWorker, ProbeWorker
 from rlhf_ray.actors.rollout import RolloutGroup
 from rlhf_ray.actors.waiting import wait_all
-from rlhf_ray.cluster.planner.folders import read_shape
-from rlhf_ray.cluster.planner.measurements import MIB
-from rlhf_ray.cluster.planner.processes import ProcessMemory
-from rlhf_ray.cluster.planner.work import BYTES
 from rlhf_ray.config.placement import Placed, RolePlacement, RolloutPlacement
 from rlhf_ray.config.rollout import Rollout, RolloutEngine, Sampling
 from rlhf_ray.config.run import Timeouts
 from rlhf_ray.config.training import Dtype
 from rlhf_ray.controllers.roles import join_collectives
 from rlhf_ray.engines.rollout_setup import RolloutSetup
+from rlhf_ray.models.config_json import read_shape
+from rlhf_ray.planner.measurements import MIB
+from rlhf_ray.planner.processes import ProcessMemory
+from rlhf_ray.planner.work import BYTES
 from rlhf_ray.platform import cores
 
 DTYPE: Dtype = "bfloat16"

@@ -63,7 +63,8 @@ class _TrainedModel:
 
     @classmethod
     def of(cls, role: RoleSpec) -> Self:
-        assert role.model is not None and isinstance(role.engine, TrainingEngine)
+        assert role.model is not None
+        assert isinstance(role.engine, TrainingEngine)
         return cls(role.model.path, role.engine.dtype, role.kind == "scalar", role.model.trust_remote_code, role.lora)
 
 

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from rlhf_ray.cluster.named_paths import Named, named_in
-from rlhf_ray.cluster.planner.folders import read_shape
 from rlhf_ray.cluster.preflight.asked import Transfer, describe_bytes, disk_need, modules_and_variables, transfers
 from rlhf_ray.config.jobs import JobConfig
 from rlhf_ray.config.loading import parse_config
+from rlhf_ray.models.config_json import read_shape
 
 
 @pytest.fixture

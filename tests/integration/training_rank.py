@@ -15,8 +15,8 @@ from deepspeed.utils import safe_get_full_grad
 from rlhf_ray.actors.group import ActorGroup
 from rlhf_ray.actors.watched import actor_class
 from rlhf_ray.actors.worker import Worker
-from rlhf_ray.config.training import Lora, Optimizer, ScoringEngine, TrainingEngine
 from rlhf_ray.config.roles import Level
+from rlhf_ray.config.training import Lora, Optimizer, ScoringEngine, TrainingEngine
 from rlhf_ray.engines.training import DTYPES, ForwardEngine, full_weights
 from rlhf_ray.engines.training import TrainingEngine as Engine
 from rlhf_ray.engines.weight_files import write_sharded

@@ -4,13 +4,13 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from rlhf_ray.cluster.planner.adapters import adapter_sizes
-from rlhf_ray.cluster.planner.folders import read_shape
-from rlhf_ray.cluster.planner.shapes import ModelShape
 from rlhf_ray.config.jobs import Job
 from rlhf_ray.config.roles import RoleSpec
 from rlhf_ray.config.run import EpochRun, PPORun
 from rlhf_ray.config.training import Dtype, TrainingEngine
+from rlhf_ray.models.config_json import read_shape
+from rlhf_ray.models.lora_sizes import adapter_sizes
+from rlhf_ray.models.shapes import ModelShape
 
 _BYTES: Mapping[Dtype, int] = {"bfloat16": 2, "float32": 4}
 _ADAM_BYTES = 12
@@ -60,7 +60,7 @@ def disk_need(config: Job) -> DiskNeed:
     """Room for checkpoints and exports.
 
     Raises:
-        PlanError: the size of a model can't be told from its config.json.
+        ShapeError: the size of a model can't be told from its config.json.
     """
     one = sum(_checkpoint_bytes(role) for role in config.roles if role.checkpointed)
     count = _checkpoints(config)
@@ -79,7 +79,7 @@ def transfers(config: Job) -> Iterator[Transfer]:
     """What travels between nodes in each step, with its time limit.
 
     Raises:
-        PlanError: as `disk_need`.
+        ShapeError: as `disk_need`.
     """
     timeouts = config.run.timeouts
     for role in config.roles:
@@ -107,7 +107,8 @@ def _shape(role: RoleSpec) -> ModelShape:
 
 
 def _dtype(role: RoleSpec) -> Dtype:
-    assert role.engine is not None and role.engine.dtype is not None
+    assert role.engine is not None
+    assert role.engine.dtype is not None
     return role.engine.dtype
 
 

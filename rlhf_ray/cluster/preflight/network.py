@@ -4,7 +4,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 
-from rlhf_ray.cluster.planner.errors import PlanError
 from rlhf_ray.cluster.preflight.asked import Transfer, describe_bytes, transfers
 from rlhf_ray.cluster.preflight.judge import Clock, judge_broadcast, judge_clocks, judge_reach
 from rlhf_ray.cluster.preflight.links import LinkProbe
@@ -15,6 +14,7 @@ from rlhf_ray.cluster.preflight.view import View
 from rlhf_ray.cluster.topology import Node
 from rlhf_ray.config.jobs import JobConfig
 from rlhf_ray.config.placement import RolePlacement, RolloutPlacement
+from rlhf_ray.models.shapes import ShapeError
 
 _PINGS = 3
 _ANSWER_S = 5.0
@@ -85,7 +85,7 @@ def check_links(view: View, links: Links) -> tuple[Check, list[Broadcast]]:
     if not links:
         return Check("links", "no roles on several nodes have to talk", skipped=True), []
     limits: list[Transfer] = []
-    with suppress(PlanError):  # there is nothing to compare with then; the check of the disk says why
+    with suppress(ShapeError):  # there is nothing to compare with then; the check of the disk says why
         limits = list(transfers(view.config))
     problems: list[str] = []
     broadcasts = []

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_ray.cluster.named_paths import named_in
-from rlhf_ray.cluster.planner.errors import PlanError
 from rlhf_ray.cluster.preflight.asked import describe_bytes, disk_need
 from rlhf_ray.cluster.preflight.judge import judge_disk, judge_folder, judge_shared
 from rlhf_ray.cluster.preflight.report import Check
 from rlhf_ray.cluster.preflight.view import View
 from rlhf_ray.cluster.topology import Node
+from rlhf_ray.models.shapes import ShapeError
 
 _ANSWER_S = 8.0
 _PATIENCE_S = 4.0
@@ -69,7 +69,7 @@ def _disk(view: View, free: dict[str, int]) -> Check:
     folder = Path(view.config.run.dir).absolute()
     try:
         need = disk_need(view.config)
-    except PlanError as error:
+    except ShapeError as error:
         return Check("disk", f"how much a checkpoint takes is not known: {error}", skipped=True)
     if not free:
         return Check("disk", f"{folder} could not be written", skipped=True)
