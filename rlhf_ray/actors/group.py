@@ -87,9 +87,17 @@ class ActorGroup(Generic[Worker]):
         """Call a method of the worker with the same arguments on every rank."""
         return self._calls([_of(actor, method).remote(*args, **kwargs) for actor in self.actors], method)
 
+    @overload
+    def call_each(
+        self, method: Callable[[Worker, *Each], Coroutine[Any, Any, Result]], per_dp_rank: Sequence[tuple[*Each]]
+    ) -> Calls[Result]: ...
+
+    @overload
     def call_each(
         self, method: Callable[[Worker, *Each], Result], per_dp_rank: Sequence[tuple[*Each]]
-    ) -> Calls[Result]:
+    ) -> Calls[Result]: ...
+
+    def call_each(self, method: Callable[..., Any], per_dp_rank: Sequence[tuple[Any, ...]]) -> Calls[Any]:
         """Call a method on every rank with the arguments of its data-parallel rank."""
         per_rank = [arguments for arguments in per_dp_rank for _ in range(self.sp_size)]
         refs = [_of(actor, method).remote(*args) for actor, args in zip(self.actors, per_rank, strict=True)]

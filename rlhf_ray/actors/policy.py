@@ -5,6 +5,7 @@ from typing import Any
 
 import ray
 import torch
+from typing_extensions import TypeVar
 
 from rlhf_ray.actors.columns import on_device, response_column
 from rlhf_ray.actors.group import Calls
@@ -149,7 +150,10 @@ class PolicyWorker(PPOTrainedWorker):
             self._sync.send(version)
 
 
-class PolicyGroup(PPOTrainedGroup[PolicyWorker]):
+PolicyT = TypeVar("PolicyT", bound=PolicyWorker, default=PolicyWorker)
+
+
+class PolicyGroup(PPOTrainedGroup[PolicyT]):
     """The ranks of the policy."""
 
     def load_model(

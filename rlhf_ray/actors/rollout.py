@@ -248,6 +248,14 @@ class RolloutGroup(ActorGroup[RolloutWorker]):
         """Have all engines leave their devices, or come back to them."""
         return self.call(RolloutWorker.move, level)
 
+    def hold(self) -> Calls[None]:
+        """Have engines queue prompts without generating."""
+        return self.call(RolloutWorker.hold)
+
+    def release(self, counts: Sequence[int]) -> Calls[None]:
+        """Have each engine generate, once this many prompts have been queued since the last release."""
+        return self.call_each(RolloutWorker.release, [(count, self._timeouts.rollout_s) for count in counts])
+
     def versions(self) -> Calls[int]:
         """Version of the weights that each engine uses."""
         return self.call(RolloutWorker.version)
@@ -301,17 +309,14 @@ class RolloutGroup(ActorGroup[RolloutWorker]):
             self._start(self._waiting.popleft(), engine)
 
     def _queue_all_at_once(self, shards: Sequence[_Queued]) -> None:
-        self.call(RolloutWorker.hold).wait(self._timeouts.rollout)
+        self.hold().wait(self._timeouts.rollout)
         counts = [0] * len(self)
         for queued in shards:
             engine = queued.number % len(self)
             counts[engine] += len(queued.requests)
             self._balancer.take(engine, queued.tokens, len(queued.requests))
             self._start(queued, engine)
-        self._released = [
-            actor.release.remote(count, self._timeouts.rollout_s)
-            for actor, count in zip(self.actors, counts, strict=True)
-        ]
+        self._released = self.release(counts).refs
 
     def _start(self, queued: _Queued, engine: int) -> None:
         queued.engine = engine

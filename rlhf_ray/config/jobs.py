@@ -1,7 +1,7 @@
 """The job types: what a config file as a whole may say, and which of its sections conflict."""
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -51,6 +51,8 @@ def shard_count(samples: int, shard_samples: int) -> int:
 class Job(Section):
     """What every job has. A job type adds its sections and declares its roles and the phases of its step."""
 
+    definition: ClassVar[str]
+    """Path of the `JobDefinition` (controllers/job.py) that runs it."""
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
     """Name of the run, in telemetry and Ray."""
     seed: NonNegativeInt = 0
@@ -108,6 +110,8 @@ class Job(Section):
 
 class PPOJob(Job):
     """Reinforcement learning: policy, critic, reference, reward and rollout engines as Ray actors."""
+
+    definition = "rlhf_ray.controllers.ppo_job:PPO"
 
     job: Literal["ppo"]
     """The job type."""
@@ -486,6 +490,8 @@ class EpochJob(Job):
 class RewardModelJob(EpochJob):
     """Training of a reward model on pairs, choices or rankings."""
 
+    definition = "rlhf_ray.controllers.epoch_jobs:REWARD_MODEL"
+
     job: Literal["reward_model"]
     """The job type."""
     reward: RewardModel
@@ -532,6 +538,8 @@ class RewardModelJob(EpochJob):
 
 class SFTJob(EpochJob):
     """Supervised fine-tuning of a language model."""
+
+    definition = "rlhf_ray.controllers.epoch_jobs:SFT"
 
     job: Literal["sft"]
     """The job type."""
@@ -581,6 +589,8 @@ class SFTJob(EpochJob):
 
 class PreferenceJob(EpochJob):
     """Offline preference learning: DPO and its family."""
+
+    definition = "rlhf_ray.controllers.preference_job:PREFERENCE"
 
     job: Literal["preference"]
     """The job type."""

@@ -99,23 +99,29 @@ class Actors:
         timeouts: Timeouts,
         *,
         deterministic: bool,
-        worker: type[RolloutWorker] = RolloutWorker,
     ) -> RolloutGroup:
         """The rollout engines."""
         nodes = placement.parts
         actors = start_actors(
-            worker, self._reserved.specs["rollout"], placement.engines * nodes, lambda number: {"rank": number // nodes}
+            RolloutWorker,
+            self._reserved.specs["rollout"],
+            placement.engines * nodes,
+            lambda number: {"rank": number // nodes},
         )
         group = RolloutGroup(actors, rollout, deterministic=deterministic, timeouts=timeouts, nodes_per_engine=nodes)
-        self.own(group)
-        self._ending.callback(_end_engines, group)
-        return group
+        return self.own_engines(group)
 
     def start(
         self, worker: type[Any], placed_as: str, count: int, arguments: Callable[[int], dict[str, Any]]
     ) -> list[Any]:
         """Actors of a class of its own kind on the bundles of a role; `own` them as a group."""
         return start_actors(worker, self._reserved.specs[placed_as], count, arguments)
+
+    def own_engines(self, group: RolloutGroup) -> RolloutGroup:
+        """The same of engines, whose own processes end before their actors are killed."""
+        self.own(group)
+        self._ending.callback(_end_engines, group)
+        return group
 
     def own(self, group: GroupT) -> GroupT:
         """Show a group in the status, and end it on the way out."""

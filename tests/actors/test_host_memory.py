@@ -9,7 +9,7 @@ import time
 import psutil
 import pytest
 
-from rlhf_ray.actors.group import KEEP_MEMORY
+from rlhf_ray.actors.start import KEEP_MEMORY
 from rlhf_ray.actors.host_memory import held_bytes, host_bytes
 
 SIZE = 64 * 2**20

@@ -58,6 +58,7 @@ def test_columns_have_the_documented_types(samples: list[Trajectory]) -> None:
         "engine_logprobs": "float32",
         "weight_versions": "int32",
         "truncated": "bool",
+        "loss_mask": "bool",
     }
 
 
@@ -82,7 +83,7 @@ def test_concatenated_batches_are_the_batch_of_all_samples(groups: list[list[Tra
 
 def test_the_size_of_a_batch_is_that_of_its_arrays() -> None:
     batch = TrajectoryBatch.of([Trajectory("a", 0, 1, [1, 2], [3], [-0.5], [0], "stop")])
-    assert batch.nbytes() == 4 + 8 + 2 * 4 + 2 * 8 + 4 + 2 * 8 + 4 + 4 + 1
+    assert batch.nbytes() == 4 + 8 + 2 * 4 + 2 * 8 + 4 + 2 * 8 + 4 + 4 + 1 + 1
 
 
 def test_offsets_begin_at_zero_and_end_at_the_sum() -> None:

@@ -71,7 +71,7 @@ def link_probes(config: JobConfig, seats: Mapping[str, Sequence[Node]], deadline
         links = {}
         for backend, on_gpus in (("nccl", True), ("gloo", False)):
             roles = {
-                role: placed.placement for role, placed in config.places.items() if _on_gpus(config, role) == on_gpus
+                role: placement for role, placement in config.placements.items() if _on_gpus(config, role) == on_gpus
             }
             nodes = list({node.node_id: node for role in roles for node in seats[role]}.values())
             if len(nodes) > 1:
@@ -126,8 +126,7 @@ def _broadcast(view: View, backend: str, nodes: Sequence[Node], group: Probes) -
 
 
 def _on_gpus(config: JobConfig, role: str) -> bool:
-    placement = config.places[role].placement
-    return bool(config.places[placement.colocate or role].placement.gpus)
+    return bool(config.placements[config.placements[role].colocate or role].gpus)
 
 
 def _interfaces(roles: Mapping[str, RolePlacement | RolloutPlacement]) -> dict[str, str]:

@@ -1,0 +1,31 @@
+import pytest
+
+from rlhf_ray.actors.start import ResourceSpec, _equal_part
+from rlhf_ray.cluster.placement import Bundle
+from rlhf_ray.cluster.topology import Node
+
+
+@pytest.mark.parametrize("count", range(1, 12))
+def test_colocated_roles_never_ask_for_more_than_their_bundle_holds(count: int) -> None:
+    for amount in (1.0, 0.5, 3.0, 0.0):
+        part = _equal_part(amount, count)
+        assert part * count <= amount
+        assert part == pytest.approx(amount / count, abs=1e-4)
+        assert round(part * 10_000) / 10_000 == part, "Ray counts in ten-thousandths"
+
+
+def bundle(index: int, *devices: str) -> Bundle:
+    return Bundle(None, index, Node("10.0.0.1", {}, {}), devices)  # type: ignore[arg-type]
+
+
+def test_engines_on_the_bundles_of_ranks_see_the_devices_of_all_of_them() -> None:
+    spec = ResourceSpec([bundle(1, "0"), bundle(0, "1"), bundle(3, "2"), bundle(2, "3")], 1.0, 0.0, 1, {}, span=2)
+    assert [spec.bundle_of(rank).index for rank in (0, 1)] == [1, 3]
+    assert [spec.devices_of(rank)["CUDA_VISIBLE_DEVICES"] for rank in (0, 1)] == ["0,1", "2,3"]
+
+
+def test_ranks_on_their_own_bundles_see_what_ray_shows_them() -> None:
+    spec = ResourceSpec([bundle(1, "0"), bundle(0, "1")], 1.0, 1.0, 1, {})
+    assert [spec.bundle_of(rank).index for rank in (0, 1)] == [1, 0]
+    assert spec.devices_of(1) == {}
+    assert ResourceSpec([bundle(0)], 1.0, 0.0, 1, {}, span=1).devices_of(0) == {}, "on CPU there are none"
