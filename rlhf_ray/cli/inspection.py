@@ -16,7 +16,7 @@ from rlhf_ray.config.loading import ConfigError
 from rlhf_ray.controllers.inputs import unfit_rows
 from rlhf_ray.data.comparisons import ComparisonSet, load_comparisons
 from rlhf_ray.data.conversations import ConversationSet, load_conversations
-from rlhf_ray.data.errors import DataError, DataErrors, Findings
+from rlhf_ray.data.errors import DataError, DataErrors, Findings, by_kind
 from rlhf_ray.data.prompts import PromptSet, load_prompts
 from rlhf_ray.data.trajectory import Tokens
 from rlhf_ray.models.heads import ModelError, load_tokenizer
@@ -55,7 +55,8 @@ class SourceReport:
         rows: None where no row can be used.
         lengths: by name, what is measured in tokens.
         examples: by uid, the first rows.
-        problems: one line each.
+        problems: one line each; where there are many, some of each kind and how many more.
+        count: of all problems.
     """
 
     title: str
@@ -66,6 +67,7 @@ class SourceReport:
     lengths: dict[str, NDArray[np.int64]] = field(default_factory=dict)
     examples: dict[str, list[Example]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    count: int = 0
 
 
 def inspect_sources(config: JobConfig) -> Iterator[SourceReport]:
@@ -90,7 +92,8 @@ def inspect_sources(config: JobConfig) -> Iterator[SourceReport]:
         except DataError as error:
             report.findings.problems.append(error)
         found = sorted(report.findings.problems, key=lambda problem: problem.row or 0)
-        report.problems = [*map(str, found), *report.problems]
+        report.count = len(found) + len(report.problems)
+        report.problems = [*by_kind(found), *report.problems]
         yield report
 
 
