@@ -14,7 +14,7 @@ from rlhf_ray.config.jobs import Job
 from rlhf_ray.config.loading import ConfigError
 from rlhf_ray.controllers.inspection import Example, SourceReport
 from rlhf_ray.controllers.job import definition_of
-from rlhf_ray.data.errors import DataError, DataErrors
+from rlhf_ray.data.errors import DataError, DataErrors, by_kind
 from rlhf_ray.models.heads import ModelError, load_tokenizer
 from rlhf_ray.telemetry.progress import QuietConsole
 
@@ -47,7 +47,8 @@ def inspect_sources(config: Job) -> Iterator[SourceReport]:
         except DataError as error:
             report.findings.problems.append(error)
         found = sorted(report.findings.problems, key=lambda problem: problem.row or 0)
-        report.problems = [*map(str, found), *report.problems]
+        report.count = len(found) + len(report.problems)
+        report.problems = [*by_kind(found), *report.problems]
         yield report
 
 

@@ -1,13 +1,14 @@
 """The job types: what a config file as a whole may say, and which of its sections conflict."""
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from rlhf_ray.config.algorithm import PPO
-from rlhf_ray.config.base import NonNegativeInt, Section
+from rlhf_ray.config.base import MOST_ROWS, Section
 from rlhf_ray.config.data import ComparisonData, ComparisonKind, ConversationData, PreferenceData, PromptData
+from rlhf_ray.config.paths import UsablePath
 from rlhf_ray.config.placement import (
     Cluster,
     JobPlacement,
@@ -53,9 +54,9 @@ class Job(Section):
 
     definition: ClassVar[str]
     """Path of the `JobDefinition` (controllers/job.py) that runs it."""
-    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$", max_length=100)
     """Name of the run, in telemetry and Ray."""
-    seed: NonNegativeInt = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of everything random."""
     cluster: Cluster = Cluster()
     """The Ray cluster."""
@@ -308,6 +309,11 @@ class PPOJob(Job):
     def _sections_agree(self) -> "PPOJob":
         if not self.reward:
             raise ValueError("reward: needs at least one part")
+        if self.samples_per_step > MOST_ROWS:
+            raise ValueError(
+                f"data.prompts_per_step ({self.data.prompts_per_step}) × data.samples_per_prompt "
+                f"({self.data.samples_per_prompt}) is more than the {MOST_ROWS:,} samples that a step may have"
+            )
         prompt, new = self.max_prompt_tokens, self.rollout.sampling.max_new_tokens
         if prompt + new > self.rollout.engine.max_model_len:
             raise ValueError(
@@ -397,7 +403,7 @@ class PPOJob(Job):
 class RewardModel(Section):
     """The model that learns to score."""
 
-    model: str
+    model: UsablePath
     """Folder of a causal language model, which gets a new scalar head, or of a reward model to train on."""
     trust_remote_code: bool = False
     """Run Python code that comes with this model. Off unless you have read that code."""

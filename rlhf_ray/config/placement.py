@@ -1,11 +1,18 @@
 """Where actors sit and what each reserves."""
 
 import re
-from typing import Literal, NamedTuple, Self
+from typing import Annotated, Literal, NamedTuple, Self
 
 from pydantic import Field, model_validator
 
-from rlhf_ray.config.base import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
+from rlhf_ray.config.base import (
+    MOST_PROCESSES,
+    NonNegativeFloat,
+    PositiveFloat,
+    ProcessCount,
+    Seconds,
+    Section,
+)
 
 Strategy = Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"]
 Host = Literal["policy", "critic", "reference", "reward"]
@@ -31,12 +38,12 @@ class _Place(Section):
     """Custom Ray resources that one rank, or one worker of an engine, reserves."""
     labels: dict[str, str] = Field(default_factory=dict)
     """Ray labels that its nodes must have, each with `value`, `!value`, `in(a, b)` or `!in(a, b)`."""
-    nodes: PositiveInt | None = None
+    nodes: ProcessCount | None = None
     """Nodes over which the ranks or engines are spread, as many on each; by default `strategy` alone decides."""
     strategy: Strategy = "PACK"
     """Nodes that are taken: as few as possible (`PACK`), as many as possible (`SPREAD`), one (`STRICT_PACK`), or one
     for each rank or engine (`STRICT_SPREAD`)."""
-    threads: PositiveInt | None = None
+    threads: ProcessCount | None = None
     """Threads that one rank or worker computes with on CPU; by default `cpus`, at least 1."""
     env: dict[str, str] = Field(default_factory=dict)
     """Environment variables of these processes."""
@@ -62,7 +69,7 @@ class _Place(Section):
 class RolePlacement(_Place):
     """Ranks of one role."""
 
-    ranks: PositiveInt | None = None
+    ranks: ProcessCount | None = None
     """Processes of this role. By default 1, or as many as the role it is colocated with."""
 
     @model_validator(mode="after")
@@ -78,11 +85,11 @@ class RolePlacement(_Place):
 class RolloutPlacement(_Place):
     """Rollout engines."""
 
-    engines: PositiveInt = 1
+    engines: ProcessCount = 1
     """vLLM engines, each with a full copy of the policy."""
-    tensor_parallel: PositiveInt = 1
+    tensor_parallel: ProcessCount = 1
     """Workers over which one engine's weights are split."""
-    parts: PositiveInt = 1
+    parts: ProcessCount = 1
     """Places that one engine's workers are divided among, which may be on different nodes; by default they share one.
     More than one wants a fast network between them."""
     gpus: Literal[0, 1] = 0
@@ -90,6 +97,11 @@ class RolloutPlacement(_Place):
 
     @model_validator(mode="after")
     def _engines_on_nodes(self) -> Self:
+        if self.workers > MOST_PROCESSES:
+            raise ValueError(
+                f".engines ({self.engines}) x .tensor_parallel ({self.tensor_parallel}) is more than the "
+                f"{MOST_PROCESSES:,} processes that a role may have"
+            )
         if self.tensor_parallel % self.parts:
             raise ValueError(f".tensor_parallel ({self.tensor_parallel}) can't be divided into .parts ({self.parts})")
         if self.nodes is not None and self.engines * self.parts % self.nodes:
@@ -114,7 +126,7 @@ class Placed(NamedTuple):
 class JobPlacement(Section):
     """What the placement of every job has."""
 
-    placement_timeout_s: PositiveFloat = 60.0
+    placement_timeout_s: Seconds = 60.0
     """Seconds that the roles may wait for their places in the cluster."""
 
     @property
@@ -267,7 +279,7 @@ class Cluster(Section):
     address: str | None = None
     """Cluster to join; `auto` is the one that runs on this machine, `local` a new one that ends with the run. None
     takes `RAY_ADDRESS`, which Ray jobs have, else `local`."""
-    cpus: NonNegativeInt | None = None
+    cpus: Annotated[int, Field(ge=0, le=MOST_PROCESSES)] | None = None
     """CPUs that a local cluster offers; by default this machine's."""
     preflight: bool = True
     """Look at every node before a model is loaded: libraries, models, disks, network. `rlhf-ray preflight` does only

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from rlhf_ray.config.base import NonNegativeInt, PositiveFloat, PositiveInt, Section
+from rlhf_ray.config.base import NonNegativeInt, PositiveInt, Seconds, Section
+from rlhf_ray.config.paths import WritablePath
 
 
 class KeepBest(Section):
@@ -49,17 +50,17 @@ class Limit:
 class Timeouts(Section):
     """Seconds that each wait may take before the run stops with an error that says what it waited for."""
 
-    setup_s: PositiveFloat = 900.0
+    setup_s: Seconds = 900.0
     """Start of the actors and loading of the models."""
-    rollout_s: PositiveFloat = 1800.0
+    rollout_s: Seconds = 1800.0
     """Until the next shard of a step is generated."""
-    score_s: PositiveFloat = 900.0
+    score_s: Seconds = 900.0
     """Each wait for the scores of a step: rewards, log-probs, values, advantages."""
-    update_s: PositiveFloat = 1800.0
+    update_s: Seconds = 1800.0
     """Update of policy and critic on one step."""
-    sync_s: PositiveFloat = 300.0
+    sync_s: Seconds = 300.0
     """Transfer of new weights to the engines."""
-    checkpoint_s: PositiveFloat = 1800.0
+    checkpoint_s: Seconds = 1800.0
     """Writing or reading of one checkpoint."""
 
     @property
@@ -96,7 +97,7 @@ class Timeouts(Section):
 class Run(Section):
     """What every job has."""
 
-    dir: str
+    dir: WritablePath
     """Folder of the run: config, metrics, samples, trace, checkpoints, export. Shared storage on a cluster."""
     checkpoint_every: NonNegativeInt = 0
     """Steps between checkpoints; 0 writes one at the end only."""

@@ -3,12 +3,15 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from rlhf_ray.cluster.named_paths import named_in
+from rlhf_ray.config.base import MOST
 from rlhf_ray.config.jobs import (
     EpochJob,
     JobConfig,
@@ -19,6 +22,7 @@ from rlhf_ray.config.jobs import (
     SFTJob,
 )
 from rlhf_ray.config.loading import ConfigError
+from rlhf_ray.config.paths import why_not_writable
 from rlhf_ray.config.reward_loss import BradleyTerry
 from rlhf_ray.config.rewards import FunctionReward, HttpReward, ModelReward
 from rlhf_ray.config.training import Critic, Policy, ScoringEngine, TrainingEngine
@@ -131,6 +135,9 @@ def check(config: JobConfig) -> PPOInputs | EpochInputs:
     problems: list[str] = []
     with _collect(problems, "run"):
         check_trackers(config.run)
+    for named in named_in(config):
+        if named.kind == "folder" and (why := why_not_writable(Path(named.value))):
+            problems.append(f"{named.setting}: {why} (got {named.value!r})")
     return _check_ppo(config, problems) if isinstance(config, PPOJob) else _check_epochs(config, problems)
 
 
@@ -230,6 +237,9 @@ def _check_epochs(config: EpochJob, problems: list[str]) -> EpochInputs:
         assert config.run.steps is not None
         return EpochInputs(config.run.steps, train, held_out)
     steps = config.run.epochs * -(-len(train) // config.rows_per_step)
+    if steps > MOST:
+        asked = f"{config.run.epochs:,} epochs of {len(train):,} rows are {steps:,} steps"
+        raise ConfigError("preflight", [f"run.epochs: {asked}, more than the {MOST:,} that a run may have"])
     if not isinstance(config, PreferenceJob):
         return EpochInputs(steps, train, held_out)
     kto = config.algorithm.kto is not None

@@ -42,7 +42,8 @@ class SourceReport:
         rows: None where no row can be used.
         lengths: by name, what is measured in tokens.
         examples: by uid, the first rows.
-        problems: one line each.
+        problems: one line each; where there are many, some of each kind and how many more.
+        count: of all problems.
     """
 
     title: str
@@ -53,6 +54,7 @@ class SourceReport:
     lengths: dict[str, NDArray[np.int64]] = field(default_factory=dict)
     examples: dict[str, list[Example]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    count: int = 0
 
     def show_prompts(self, prompts: PromptSet) -> None:
         """What there is to see of prompts."""

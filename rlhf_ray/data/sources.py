@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 from rlhf_ray.config.data import ComparisonData, ConversationData
 from rlhf_ray.data.errors import DataError, Findings, KnownProblem, RowProblem
 from rlhf_ray.data.formats import FORMATS, ROWS_PER_READ, Entries, Row, arrow_rows
+from rlhf_ray.data.hub import reach_hub, tell_of_cache
 from rlhf_ray.data.rows import Uids
 
 _T = TypeVar("_T")
@@ -170,15 +171,18 @@ def _saved(folder: str, split: str, skip: int) -> Entries:
 def _from_hub(name: str, split: str, skip: int) -> Entries:
     import datasets
 
+    reached = reach_hub()
     try:
         found = datasets.load_dataset(name)
     except Exception as error:  # scripts, servers and caches raise what they like
-        reason = str(error).strip().partition("\n")[0]
+        reason = str(error).strip().partition("\n")[0] if reached else "it does not answer, and it is in no cache"
         raise RowProblem(
             f"is no file or folder here, and can't be loaded from the Hugging Face hub ({reason}): correct the path or "
             "name, log in if it is private, or where there is a network save it with `datasets.load_dataset(…)"
             ".save_to_disk(…)` and name that folder"
         ) from error
+    if not reached:
+        tell_of_cache(name)
     return _dataset_rows(found, split, skip)
 
 

@@ -49,10 +49,14 @@ def _from_hub(model: str) -> Path:
         )
     from huggingface_hub import hf_hub_download
 
+    from rlhf_ray.data.hub import reach_hub
+
+    reached = reach_hub()
     try:
         return Path(hf_hub_download(model, "config.json"))
     except Exception as error:  # the hub's client raises a dozen kinds, and those of the libraries beneath it
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        first = first if reached else "it does not answer"
         raise ShapeError(
             f"model {model!r}",
             f"there is no such folder, and its config.json can't be had from the hub ({first}): check the name and the "

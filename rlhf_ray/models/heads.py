@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from rlhf_ray.config.training import Lora
+from rlhf_ray.data.hub import why_no_model
 from rlhf_ray.models.attention import PACKED_ATTENTION
 from rlhf_ray.models.lora import adapters_in_memory, add_adapters, missing_package, quantization
 from rlhf_ray.models.on_meta import build_on_meta
@@ -302,3 +303,5 @@ def _check_folder(model: str) -> None:
         raise ModelError(model, "no such folder; `rlhf-ray prepare` makes the ones that the examples use")
     if path.exists() and not (path / "config.json").is_file():
         raise ModelError(model, "the folder has no config.json, so it is no Hugging Face model")
+    if not path.exists() and (why := why_no_model(model)):
+        raise ModelError(model, why)

@@ -5,18 +5,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from rlhf_ray.cluster.topology import Node
-from rlhf_ray.config.base import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section, nearest
+from rlhf_ray.config.base import NonNegativeFloat, PositiveFloat, ProcessCount, Section, nearest
 from rlhf_ray.config.loading import load_section
 from rlhf_ray.planner.devices import DEVICES, GB, GIB, RAY_NAMES, DeviceKind
 from rlhf_ray.planner.errors import PlanError
 
 OBJECT_STORE_SHARE = 0.3
 """Of host memory: what Ray gives to its object store unless told otherwise."""
+MOST_NODES = 10_000
+"""Of a plan, which looks at each."""
 OBJECT_STORE_MOST = 200 * GB
 """Ray's own limit of that default."""
 
@@ -24,15 +26,15 @@ OBJECT_STORE_MOST = 200 * GB
 class NodeGroup(Section):
     """Nodes that are alike."""
 
-    count: PositiveInt = 1
+    count: ProcessCount = 1
     """How many."""
     device: str = "CPU"
     """Kind of their devices: CPU for none, a built-in kind, or one of `devices`."""
-    devices: NonNegativeInt = 0
+    devices: Annotated[int, Field(ge=0, le=1000)] = 0
     """Devices of one node."""
     device_memory_gib: PositiveFloat | None = None
     """Memory of one device; by default what the kind has."""
-    cpus: PositiveInt
+    cpus: ProcessCount
     """CPUs that Ray counts on one node."""
     host_memory_gib: PositiveFloat
     """Host memory of one node."""
@@ -159,7 +161,7 @@ def load_hardware(cluster: str, times: int = 1) -> Hardware:
         PlanError: when there is no such file.
     """
     path = Path(cluster)
-    if not path.is_file():
+    if not os.path.exists(cluster) or os.path.isdir(cluster):
         name = cluster.lower().replace("×", "x")
         known = ready_clusters()
         if name not in known:
@@ -179,6 +181,9 @@ def _ready() -> Any:
 
 def _of_file(file: ClusterFile, stem: str, times: int) -> Hardware:
     machines: list[Machine] = []
+    count = times * sum(group.count for group in file.nodes)
+    if count > MOST_NODES:
+        raise PlanError(f"--cluster {stem}", f"{count:,} nodes are more than the {MOST_NODES:,} that are planned for")
     for group in file.nodes:
         kind = {**DEVICES, **file.devices}[group.device]
         for _ in range(group.count * times):

@@ -16,7 +16,7 @@ from rlhf_ray.cli.app import main
 from rlhf_ray.config.data import ComparisonData, ComparisonKind, ConversationData, PromptData
 from rlhf_ray.data.comparisons import load_comparisons
 from rlhf_ray.data.conversations import load_conversations
-from rlhf_ray.data.errors import DataErrors
+from rlhf_ray.data.errors import MOST_LISTED, DataErrors
 from rlhf_ray.data.prompts import load_prompts
 
 # ChatML, but for conversations that begin with one of two words.
@@ -267,11 +267,13 @@ def test_each_broken_comparison_gives_its_message(
     name = strict.name_or_path
     expected = [f"{path}:{line}: {reason.replace('{name!r}', repr(name))}" for line, (_, reason) in enumerate(rows, 2)]
     assert [str(error) for error in caught.value.errors] == expected
-    assert str(caught.value).splitlines()[1:] == [f"  {message}" for message in expected]
+    listed = str(caught.value).splitlines()[1:]
+    assert len(set(listed) & {f"  {message}" for message in expected}) == MOST_LISTED
+    assert listed[:MOST_LISTED] == [f"  {message}" for message in expected if f"  {message}" in listed]
 
 
 @pytest.mark.parametrize("command", ["validate", "train"])
-def test_fifty_kinds_of_broken_rows_give_as_many_messages_and_nothing_else_happens(
+def test_fifty_kinds_of_broken_rows_give_twenty_messages_and_nothing_else_happens(
     command: str, tmp_path: Path, strict: PreTrainedTokenizerFast, tiny_model_dir: Path
 ) -> None:
     model, path, run = tmp_path / "model", tmp_path / "rows.jsonl", tmp_path / "run"
@@ -290,7 +292,9 @@ def test_fifty_kinds_of_broken_rows_give_as_many_messages_and_nothing_else_happe
     expected = [f"  {path}:{line}: {reason}" for line, (_, reason) in enumerate(rows, start=2)]
     told = f"error: {job}: data.train: {path}: {len(rows)} rows can't be used; correct or remove them:"
     lines = done.stderr.splitlines()
-    assert lines[lines.index(told) :] == [told, *expected]
+    listed = lines[lines.index(told) + 1 :]
+    assert listed[:MOST_LISTED] == [line for line in expected if line in listed]
+    assert sum(int(line.split()[2]) for line in listed[MOST_LISTED:]) == len(rows) - MOST_LISTED
     assert not run.exists()
     assert not ray.is_initialized()
 
