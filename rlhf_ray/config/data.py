@@ -9,6 +9,9 @@ from rlhf_ray.config.base import PositiveFloat, PositiveInt, Section, nearest
 # What comparisons are for: to score whole texts, to prefer one answer to another, to judge single answers.
 ComparisonKind = Literal["rewards", "pairs", "labels"]
 
+# What happens to answers in plain text that begin with their whole prompt.
+RepeatedPrompt = Literal["refuse", "strip", "keep"]
+
 DEFAULT_SHUFFLE_BUFFER = 1000
 
 
@@ -85,12 +88,26 @@ class ComparisonData(RowData):
     """Budget of one text with its prompt."""
     overlong: Literal["drop", "truncate"] = "drop"
     """What happens to a row with a text over the budget; `truncate` keeps the end of each. Both are reported."""
+    repeated_prompt: RepeatedPrompt = "refuse"
+    """What happens to a row of plain text whose answers all begin with the whole prompt: `refuse` is an error, `strip`
+    takes the prompt out of them, `keep` has it there twice. Of conversations it is always taken once."""
 
 
 class PreferenceData(ComparisonData):
     """Answers that people preferred to others, or judged one by one."""
 
-    OWN_COLUMNS = ("uid", "prompt", "chosen", "rejected", "completion", "label", "margin", "weight")
+    OWN_COLUMNS = (
+        "uid",
+        "prompt",
+        "chosen",
+        "rejected",
+        "completion",
+        "label",
+        "margin",
+        "chosen_rating",
+        "rejected_rating",
+        "weight",
+    )
 
     train: str
     """Source of rows with `chosen` and `rejected` and mostly `prompt`, or `prompt`, `completion` and `label`: a JSONL,
@@ -141,6 +158,9 @@ class ConversationData(RowData):
     """Budget of one row."""
     overlong: Literal["drop", "truncate"] = "drop"
     """What happens to a row over the budget; `truncate` keeps its beginning. Both are counted and reported."""
+    repeated_prompt: RepeatedPrompt = "refuse"
+    """What happens to a completion in plain text that begins with the whole prompt: `refuse` is an error, `strip` takes
+    the prompt out of it, `keep` has it there twice. Of conversations it is always taken once."""
 
     @property
     def sources(self) -> tuple[ConversationSource, ...]:
