@@ -1,5 +1,6 @@
 """The parts of the reward: models in ranks, functions and services in workers."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -105,6 +106,7 @@ class RewardModelWorker(Worker):
             engine_logprobs=np.zeros(len(tokens), np.float32),
             weight_versions=np.zeros(len(tokens), np.int32),
             truncated=batch.truncated,
+            rows=batch.rows,
         )
 
 
@@ -112,8 +114,20 @@ class TextRewardWorker(Worker):
     """One worker of a function or a service that scores texts. Workers share the shards, each scoring whole ones."""
 
     @in_span("load model")
-    def load_model(self, part: FunctionReward | HttpReward, policy_model: str, trust_remote_code: bool) -> None:
-        """Import the function, or make ready to call the service."""
+    def load_model(
+        self,
+        part: FunctionReward | HttpReward,
+        policy_model: str,
+        trust_remote_code: bool,
+        columns: Sequence[str] = (),
+    ) -> None:
+        """Import the function, or make ready to call the service.
+
+        Args:
+            policy_model: whose tokenizer wrote the tokens.
+            columns: that rows of prompts have beside their prompts.
+        """
+        self._columns = columns
         self._scorer = FunctionScorer(part) if isinstance(part, FunctionReward) else HttpScorer(part)
         self._tokenizer = load_tokenizer(policy_model, trust_remote_code=trust_remote_code)
 
@@ -124,5 +138,5 @@ class TextRewardWorker(Worker):
         """Scores of all samples of a shard."""
         with self.recorder.span("score"):
             prompts, responses = decode_responses(batch, self._tokenizer)
-            scores = self._scorer.score(prompts, responses, batch.uids)
+            scores = self._scorer.score(prompts, responses, batch.uids, batch.rows.columns(self._columns))
             return ScorePart(tuple(range(len(batch))), scores)

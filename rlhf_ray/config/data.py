@@ -41,6 +41,9 @@ class PromptData(RowData):
     `datasets.save_to_disk`, or a name on the hub."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Our columns that the source names otherwise: `{prompt: question}`."""
+    keep_columns: Literal["all"] | tuple[str, ...] = "all"
+    """Other columns of a row, by the source's names, that travel with its samples to reward functions, services and
+    `samples.jsonl`: `all`, or a list. Those of one row may take 64 KiB as JSON."""
     prompts_per_step: PositiveInt = 128
     """Prompts in one PPO step."""
     samples_per_prompt: PositiveInt = 1

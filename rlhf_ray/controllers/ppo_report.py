@@ -21,7 +21,7 @@ from rlhf_ray.rewards.combine import combine
 from rlhf_ray.rewards.text import decode_responses
 from rlhf_ray.telemetry.metrics import Metrics, reduce_means
 from rlhf_ray.telemetry.rows import replace_file
-from rlhf_ray.telemetry.samples import SampleRow
+from rlhf_ray.telemetry.samples import COLUMNS_SHOWN, SampleRow
 from rlhf_ray.telemetry.trace import Span, SpanRecorder, uncovered_seconds
 
 
@@ -135,6 +135,7 @@ class PPOReport:
                 rewards={name: float(values[row]) for name, values in parts.items()},
                 truncated=bool(batch.truncated[row]),
                 kl=float(kl[row]),
+                columns=_columns_to_show(batch.rows.json(row)),
             )
             for row in range(len(batch))
         ]
@@ -166,6 +167,7 @@ class PPOReport:
                 "sample_index": int(batch.sample_index[row]),
                 "prompt": prompts[row],
                 "response": responses[row],
+                "columns": json.loads(batch.rows.json(row)),
                 "prompt_tokens": batch.prompt(row).tolist(),
                 "response_tokens": batch.response(row).tolist(),
                 "engine_logprobs": batch.engine_logprobs[batch.response_slice(row)].tolist(),
@@ -195,6 +197,10 @@ def write_failed_samples(run_dir: Path, step: int, rows: Sequence[Mapping[str, A
     path = run_dir / f"failed_step_{step:06d}.jsonl"
     replace_file(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
     return path
+
+
+def _columns_to_show(row: bytes) -> dict[str, Any] | None:
+    return json.loads(row) if len(row) <= COLUMNS_SHOWN else None
 
 
 def _cell(text: str) -> str:

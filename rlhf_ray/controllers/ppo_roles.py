@@ -222,11 +222,12 @@ def _ppo_loads(config: PPOJob, inputs: PPOInputs, roles: PPORoles) -> dict[str, 
     def rewards() -> list[ray.ObjectRef]:
         same_tokens = iter(inputs.same_tokens)
         refs: list[ray.ObjectRef] = []
+        columns = [column.name for column in inputs.prompts.columns]
         for part, reward in zip(roles.rewards, config.reward, strict=True):
             model = (
                 (part.name, config.policy.model, trust, next(same_tokens)) if isinstance(reward, ModelReward) else ()
             )
-            refs += part.group.call("load_model", reward, *(model or (config.policy.model, trust)))
+            refs += part.group.call("load_model", reward, *(model or (config.policy.model, trust, columns)))
         return refs
 
     loads = {

@@ -11,6 +11,8 @@ from typing import Any, Literal, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from rlhf_ray.data.prompt_rows import NO_COLUMNS, PromptRows
+
 FinishReason = Literal["stop", "length"]
 
 Tokens = NDArray[np.int32]
@@ -30,6 +32,7 @@ class Trajectory:
         engine_logprobs: the engine's log-probability of each response token.
         weight_versions: which version of the policy sampled each response token.
         finish_reason: `stop` for an end token or stop string, `length` when cut at the limit.
+        row: the other columns of the prompt's row, as JSON.
     """
 
     uid: str
@@ -40,6 +43,7 @@ class Trajectory:
     engine_logprobs: Sequence[float]
     weight_versions: Sequence[int]
     finish_reason: FinishReason
+    row: bytes = NO_COLUMNS
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,7 @@ class TrajectoryBatch:
         engine_logprobs: float32 `[response tokens]`.
         weight_versions: int32 `[response tokens]`.
         truncated: bool `[samples]`, the response was cut at the length limit.
+        rows: the other columns of the prompts' rows, `[samples]`.
     """
 
     uids: tuple[str, ...]
@@ -67,6 +72,7 @@ class TrajectoryBatch:
     engine_logprobs: Floats
     weight_versions: NDArray[np.int32]
     truncated: NDArray[np.bool_]
+    rows: PromptRows
 
     @classmethod
     def of(cls, trajectories: Sequence[Trajectory]) -> Self:
@@ -82,6 +88,7 @@ class TrajectoryBatch:
             engine_logprobs=_flat([t.engine_logprobs for t in trajectories], np.float32),
             weight_versions=_flat([t.weight_versions for t in trajectories], np.int32),
             truncated=np.array([t.finish_reason == "length" for t in trajectories], np.bool_),
+            rows=PromptRows.of([t.row for t in trajectories]),
         )
 
     def __len__(self) -> int:
@@ -115,12 +122,13 @@ class TrajectoryBatch:
         columns = {
             f.name: np.concatenate([getattr(batch, f.name) for batch in batches])
             for f in fields(cls)
-            if f.name not in ("uids", "prompt_offsets", "response_offsets")
+            if f.name not in ("uids", "prompt_offsets", "response_offsets", "rows")
         }
         return cls(
             uids=tuple(uid for batch in batches for uid in batch.uids),
             prompt_offsets=offsets_of([n for batch in batches for n in batch.prompt_lengths]),
             response_offsets=offsets_of([n for batch in batches for n in batch.response_lengths]),
+            rows=PromptRows.concat([batch.rows for batch in batches]),
             **columns,
         )
 
@@ -139,11 +147,13 @@ class TrajectoryBatch:
             engine_logprobs=self.engine_logprobs[response],
             weight_versions=self.weight_versions[response],
             truncated=self.truncated[chosen],
+            rows=self.rows.select(chosen),
         )
 
     def nbytes(self) -> int:
         """Bytes of the arrays."""
-        return sum(value.nbytes for f in fields(self) if isinstance(value := getattr(self, f.name), np.ndarray))
+        arrays = [value for f in fields(self) if isinstance(value := getattr(self, f.name), np.ndarray)]
+        return sum(array.nbytes for array in arrays) + self.rows.nbytes()
 
 
 def take_rows(offsets: Offsets, rows: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
