@@ -1,5 +1,6 @@
 """The parts of the reward: models in ranks, functions and services in workers."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -108,6 +109,7 @@ class RewardModelWorker(Worker):
             weight_versions=np.zeros(len(tokens), np.int32),
             truncated=batch.truncated,
             loss_mask=np.ones(len(tokens), np.bool_),
+            rows=batch.rows,
         )
 
 
@@ -115,8 +117,20 @@ class TextRewardWorker(Worker):
     """One worker of a function or a service that scores texts. Workers share the shards, each scoring whole ones."""
 
     @in_span("load model")
-    def load_model(self, part: FunctionReward | HttpReward, policy_model: str, trust_remote_code: bool) -> None:
-        """Import the function, or make ready to call the service."""
+    def load_model(
+        self,
+        part: FunctionReward | HttpReward,
+        policy_model: str,
+        trust_remote_code: bool,
+        columns: Sequence[str] = (),
+    ) -> None:
+        """Import the function, or make ready to call the service.
+
+        Args:
+            policy_model: whose tokenizer wrote the tokens.
+            columns: that rows of prompts have beside their prompts.
+        """
+        self._columns = columns
         self._scorer = FunctionScorer(part) if isinstance(part, FunctionReward) else HttpScorer(part)
         self._tokenizer = load_tokenizer(policy_model, trust_remote_code=trust_remote_code)
 
@@ -127,7 +141,7 @@ class TextRewardWorker(Worker):
         """Scores of all samples of a shard."""
         with self.recorder.span("score"):
             prompts, responses = decode_responses(batch, self._tokenizer)
-            scores = self._scorer.score(prompts, responses, batch.uids)
+            scores = self._scorer.score(prompts, responses, batch.uids, batch.rows.columns(self._columns))
             return ScorePart(tuple(range(len(batch))), scores)
 
 
@@ -148,9 +162,11 @@ class RewardModelGroup(RankGroup[RewardModelWorker]):
 class TextRewardGroup(ActorGroup[TextRewardWorker]):
     """The workers of a function or a service, which take turns with whole shards."""
 
-    def load_model(self, part: FunctionReward | HttpReward, policy_model: str, trust_remote_code: bool) -> Calls[None]:
-        """Have all workers make ready."""
-        return self.call(TextRewardWorker.load_model, part, policy_model, trust_remote_code)
+    def load_model(
+        self, part: FunctionReward | HttpReward, policy_model: str, trust_remote_code: bool, columns: Sequence[str]
+    ) -> Calls[None]:
+        """Have all workers make ready; `columns` are those of the prompts' rows."""
+        return self.call(TextRewardWorker.load_model, part, policy_model, trust_remote_code, columns)
 
     def score(self, shard: GeneratedShard) -> Calls[ScorePart]:
         """Scores of a shard."""

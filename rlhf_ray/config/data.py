@@ -10,6 +10,9 @@ from rlhf_ray.config.paths import UsablePath
 # What comparisons are for: to score whole texts, to prefer one answer to another, to judge single answers.
 ComparisonKind = Literal["rewards", "pairs", "labels"]
 
+# What happens to answers in plain text that begin with their whole prompt.
+RepeatedPrompt = Literal["refuse", "strip", "keep"]
+
 DEFAULT_SHUFFLE_BUFFER = 1000
 
 
@@ -39,6 +42,9 @@ class PromptData(RowData):
     `datasets.save_to_disk`, or a name on the hub."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Our columns that the source names otherwise: `{prompt: question}`."""
+    keep_columns: Literal["all"] | tuple[str, ...] = "all"
+    """Other columns of a row, by the source's names, that travel with its samples to reward functions, services and
+    `samples.jsonl`: `all`, or a list. Those of one row may take 64 KiB as JSON."""
     prompts_per_step: RowCount = 128
     """Prompts in one PPO step."""
     samples_per_prompt: RowCount = 1
@@ -86,12 +92,26 @@ class ComparisonData(RowData):
     """Budget of one text with its prompt."""
     overlong: Literal["drop", "truncate"] = "drop"
     """What happens to a row with a text over the budget; `truncate` keeps the end of each. Both are reported."""
+    repeated_prompt: RepeatedPrompt = "refuse"
+    """What happens to a row of plain text whose answers all begin with the whole prompt: `refuse` is an error, `strip`
+    takes the prompt out of them, `keep` has it there twice. Of conversations it is always taken once."""
 
 
 class PreferenceData(ComparisonData):
     """Answers that people preferred to others, or judged one by one."""
 
-    OWN_COLUMNS = ("uid", "prompt", "chosen", "rejected", "completion", "label", "margin", "weight")
+    OWN_COLUMNS = (
+        "uid",
+        "prompt",
+        "chosen",
+        "rejected",
+        "completion",
+        "label",
+        "margin",
+        "chosen_rating",
+        "rejected_rating",
+        "weight",
+    )
 
     train: UsablePath
     """Source of rows with `chosen` and `rejected` and mostly `prompt`, or `prompt`, `completion` and `label`: a JSONL,
@@ -142,6 +162,9 @@ class ConversationData(RowData):
     """Budget of one row."""
     overlong: Literal["drop", "truncate"] = "drop"
     """What happens to a row over the budget; `truncate` keeps its beginning. Both are counted and reported."""
+    repeated_prompt: RepeatedPrompt = "refuse"
+    """What happens to a completion in plain text that begins with the whole prompt: `refuse` is an error, `strip` takes
+    the prompt out of it, `keep` has it there twice. Of conversations it is always taken once."""
 
     @property
     def sources(self) -> tuple[ConversationSource, ...]:

@@ -31,7 +31,8 @@ class ModelReward(_RewardPart):
 
 
 class FunctionReward(_RewardPart):
-    """A Python function `f(prompts: list[str], responses: list[str]) -> list[float]`, called in workers."""
+    """A Python function `f(prompts: list[str], responses: list[str]) -> list[float]`, called in workers. Further
+    parameters get the columns of their names: docs/ppo.md."""
 
     function: str = Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
     """`package.module:function`, importable on every node."""
@@ -44,7 +45,8 @@ class FunctionReward(_RewardPart):
 
 
 class HttpReward(_RewardPart):
-    """A service: POST of `{"prompts": [...], "responses": [...]}`, answered by `{"scores": [...]}`."""
+    """A service: POST of `{"prompts": [...], "responses": [...]}`, answered by `{"scores": [...]}`. Where rows
+    have other columns, the POST has them as `"columns": {name: [...]}`."""
 
     url: str = Field(pattern=r"^https?://")
     """Address that takes the POST."""

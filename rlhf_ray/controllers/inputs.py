@@ -175,6 +175,7 @@ def _check_ppo(config: PPOJob, problems: list[str]) -> PPOInputs:
         _check_lora(problems, "critic", critic, config.critic)
         _check_heads(problems, "critic", critic, config.critic.engine, config.critic.trust_remote_code)
     same_tokens = []
+    functions: dict[int, FunctionScorer] = {}
     for index, part in enumerate(config.reward):
         with _collect(problems, f"reward.{index}"):
             if isinstance(part, ModelReward):
@@ -190,13 +191,16 @@ def _check_ppo(config: PPOJob, problems: list[str]) -> PPOInputs:
                         _same_vocabulary(part.model, tokenizer, trust_remote_code=part.trust_remote_code)
                     )
             elif isinstance(part, FunctionReward):
-                FunctionScorer(part)
+                functions[index] = FunctionScorer(part)
             elif isinstance(part, HttpReward):
                 HttpScorer(part).check()
     prompts = None
     if tokenizer is not None:
         with _collect(problems, "data.prompts"):
             prompts = load_prompts(config.data, tokenizer, config.max_prompt_tokens)
+            for index, function in functions.items():
+                with _collect(problems, f"reward.{index}"):
+                    function.check(prompts.columns, len(prompts))
     if problems or tokenizer is None or prompts is None:
         raise ConfigError("preflight", problems)
     return PPOInputs(config.run.steps, tokenizer, prompts, reference, critic, same_tokens)

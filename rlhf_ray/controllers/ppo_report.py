@@ -1,5 +1,6 @@
 """What a PPO step looked like: metrics, timings, samples."""
 
+import json
 from collections.abc import Mapping, Sequence
 from functools import reduce
 from pathlib import Path
@@ -19,7 +20,7 @@ from rlhf_ray.rewards.combine import combine
 from rlhf_ray.rewards.text import decode_responses
 from rlhf_ray.telemetry.metrics import Metrics, reduce_means
 from rlhf_ray.telemetry.rows import replace_file
-from rlhf_ray.telemetry.samples import SampleRow
+from rlhf_ray.telemetry.samples import COLUMNS_SHOWN, SampleRow
 
 
 class PPOReport:
@@ -92,6 +93,7 @@ class PPOReport:
                 rewards={name: float(values[row]) for name, values in parts.items()},
                 truncated=bool(batch.truncated[row]),
                 kl=float(kl[row]),
+                columns=_columns_to_show(batch.rows.json(row)),
             )
             for row in range(len(batch))
         ]
@@ -123,6 +125,7 @@ class PPOReport:
                 "sample_index": int(batch.sample_index[row]),
                 "prompt": prompts[row],
                 "response": responses[row],
+                "columns": json.loads(batch.rows.json(row)),
                 "prompt_tokens": batch.prompt(row).tolist(),
                 "response_tokens": batch.response(row).tolist(),
                 "engine_logprobs": batch.engine_logprobs[batch.response_slice(row)].tolist(),
@@ -132,6 +135,10 @@ class PPOReport:
             if name in set(error.samples)
         ]
         return TrainingDiverged(step, write_failed_samples(self._run_dir, step, rows), error)
+
+
+def _columns_to_show(row: bytes) -> dict[str, Any] | None:
+    return json.loads(row) if len(row) <= COLUMNS_SHOWN else None
 
 
 def _cell(text: str) -> str:

@@ -144,6 +144,7 @@ def _ppo_loads(config: PPOJob, inputs: PPOInputs, roles: PPORoles) -> dict[str, 
 
     def rewards() -> list[Calls[None]]:
         same_tokens = iter(inputs.same_tokens)
+        columns = [column.name for column in inputs.prompts.columns]
         calls = []
         for part, section in zip(roles.rewards, config.reward, strict=True):
             if isinstance(part.group, RewardModelGroup):
@@ -151,7 +152,7 @@ def _ppo_loads(config: PPOJob, inputs: PPOInputs, roles: PPORoles) -> dict[str, 
                 calls.append(part.group.load_model(section, part.name, config.policy.model, trust, next(same_tokens)))
             else:
                 assert not isinstance(section, ModelReward)
-                calls.append(part.group.load_model(section, config.policy.model, trust))
+                calls.append(part.group.load_model(section, config.policy.model, trust, columns))
         return calls
 
     loads: dict[str, Callable[[], Sequence[Calls[None]]]] = {

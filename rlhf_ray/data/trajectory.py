@@ -11,6 +11,8 @@ from typing import Any, Literal, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from rlhf_ray.data.prompt_rows import NO_COLUMNS, PromptRows
+
 FinishReason = Literal["stop", "length"]
 
 Tokens = NDArray[np.int32]
@@ -32,6 +34,7 @@ class Trajectory:
         finish_reason: `stop` for an end token or stop string, `length` when cut at the limit.
         loss_mask: whether each response token is an action of the policy, and not context that something else put
             there; None where all are.
+        row: the other columns of the prompt's row, as JSON.
     """
 
     uid: str
@@ -43,6 +46,7 @@ class Trajectory:
     weight_versions: Sequence[int]
     finish_reason: FinishReason
     loss_mask: Sequence[bool] | None = None
+    row: bytes = NO_COLUMNS
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,7 @@ class TrajectoryBatch:
         weight_versions: int32 `[response tokens]`.
         truncated: bool `[samples]`, the response was cut at the length limit.
         loss_mask: bool `[response tokens]`, the token is an action of the policy.
+        rows: the other columns of the prompts' rows, `[samples]`.
     """
 
     uids: tuple[str, ...]
@@ -72,6 +77,7 @@ class TrajectoryBatch:
     weight_versions: NDArray[np.int32]
     truncated: NDArray[np.bool_]
     loss_mask: NDArray[np.bool_]
+    rows: PromptRows
 
     @classmethod
     def of(cls, trajectories: Sequence[Trajectory]) -> Self:
@@ -88,6 +94,7 @@ class TrajectoryBatch:
             weight_versions=_flat([t.weight_versions for t in trajectories], np.int32),
             truncated=np.array([t.finish_reason == "length" for t in trajectories], np.bool_),
             loss_mask=_flat([_mask_of(t) for t in trajectories], np.bool_),
+            rows=PromptRows.of([t.row for t in trajectories]),
         )
 
     def __len__(self) -> int:
@@ -126,12 +133,13 @@ class TrajectoryBatch:
         columns = {
             f.name: np.concatenate([getattr(batch, f.name) for batch in batches])
             for f in fields(cls)
-            if f.name not in ("uids", "prompt_offsets", "response_offsets")
+            if f.name not in ("uids", "prompt_offsets", "response_offsets", "rows")
         }
         return cls(
             uids=tuple(uid for batch in batches for uid in batch.uids),
             prompt_offsets=offsets_of([n for batch in batches for n in batch.prompt_lengths]),
             response_offsets=offsets_of([n for batch in batches for n in batch.response_lengths]),
+            rows=PromptRows.concat([batch.rows for batch in batches]),
             **columns,
         )
 
@@ -151,11 +159,13 @@ class TrajectoryBatch:
             weight_versions=self.weight_versions[response],
             truncated=self.truncated[chosen],
             loss_mask=self.loss_mask[response],
+            rows=self.rows.select(chosen),
         )
 
     def nbytes(self) -> int:
         """Bytes of the arrays."""
-        return sum(value.nbytes for f in fields(self) if isinstance(value := getattr(self, f.name), np.ndarray))
+        arrays = [value for f in fields(self) if isinstance(value := getattr(self, f.name), np.ndarray)]
+        return sum(array.nbytes for array in arrays) + self.rows.nbytes()
 
 
 def take_rows(offsets: Offsets, rows: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:

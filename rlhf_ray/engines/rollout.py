@@ -228,4 +228,6 @@ def _trajectory(prompt: PromptRequest, output: CompletionOutput) -> Trajectory:
     for span in output.weight_versions or []:
         versions[span.start : span.end] = [int(span.version)] * (span.end - span.start)
     reason: FinishReason = "length" if output.finish_reason == "length" else "stop"
-    return Trajectory(prompt.uid, prompt.sample_index, prompt.seed, prompt.tokens, tokens, logprobs, versions, reason)
+    return Trajectory(
+        prompt.uid, prompt.sample_index, prompt.seed, prompt.tokens, tokens, logprobs, versions, reason, prompt.row
+    )

@@ -1,14 +1,16 @@
-"""A reward model's worker gives its scores as they are, or in the scale that its folder names."""
+"""Reward workers: a model gives scores as they are or in the scale that its folder names, a function gets columns."""
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from rlhf_ray.actors.reward import RewardModelWorker
-from rlhf_ray.config.rewards import ModelReward
+from rlhf_ray.actors.reward import RewardModelWorker, TextRewardWorker
+from rlhf_ray.config.rewards import FunctionReward, ModelReward
+from rlhf_ray.data.prompt_rows import PromptRows
 from rlhf_ray.data.trajectory import TrajectoryBatch
 from rlhf_ray.models.score_scale import ScoreScale, write_scale
 from rlhf_ray.telemetry.trace import SpanRecorder
@@ -35,3 +37,17 @@ def test_scores_are_normalised_where_the_config_says_so(
     write_scale(model, ScoreScale(0.25, 4.0))
     assert scores_of(model) == pytest.approx(raw)
     assert scores_of(model, normalise=True) == pytest.approx((raw - 0.25) / 4, rel=1e-5)
+
+
+def test_a_function_gets_the_columns_of_each_samples_row(
+    tiny_model_dir: Path, make_batch: Callable[..., TrajectoryBatch], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "column_rewards.py").write_text("def given(responses, answer, group=None):\n    return answer\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    rows = PromptRows.of([b'{"answer":7}', b'{"answer":8,"group":"x"}', b'{"answer":7}'])
+    batch = replace(make_batch([3, 5, 2], [4, 1, 7]), rows=rows)
+    worker = TextRewardWorker.__new__(TextRewardWorker)  # its `__init__` is an actor's
+    worker.recorder = SpanRecorder()
+    worker.load_model(FunctionReward(function="column_rewards:given"), str(tiny_model_dir), False, ["answer", "group"])
+    assert worker.score(batch).scores.tolist() == [7, 8, 7]
+    assert worker.score(batch.select([1, 0])).scores.tolist() == [8, 7]

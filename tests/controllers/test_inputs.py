@@ -181,6 +181,23 @@ def test_bad_prompt_rows_are_named_by_file_and_line(ppo: MakeConfig, tmp_path: P
     assert f"{path}:1: " not in problem
 
 
+def test_a_reward_function_that_asks_for_a_column_that_no_row_has_is_refused(
+    ppo: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "asking_rewards.py").write_text("def exact(responses, answer):\n    return [0.0 for _ in responses]\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    path = tmp_path / "rows.jsonl"
+    reward = [{"function": "asking_rewards:exact", "name": "right"}]
+    data = {"prompts": str(path), "prompts_per_step": 1}
+    path.write_text('{"prompt": "2 + 3 =", "solution": "5"}\n')
+    assert problems_of(ppo(reward=reward, critic={"init_from": ppo().policy.model}, data=data)) == [
+        "reward.0: reward 'right': reward function 'asking_rewards:exact' asks for column 'answer', which no row of "
+        "data.prompts has (the columns there are: solution)"
+    ]
+    path.write_text('{"prompt": "2 + 3 =", "answer": "5"}\n')
+    assert isinstance(check(ppo(reward=reward, critic={"init_from": ppo().policy.model}, data=data)), PPOInputs)
+
+
 def test_a_service_that_is_down_is_named(ppo: MakeConfig) -> None:
     part = {"url": "http://127.0.0.1:9/score", "retries": 0, "timeout_s": 2.0}
     [problem] = problems_of(ppo(reward=[part]))
