@@ -16,6 +16,7 @@ from rlhf_ray.config.algorithm import PPO
 from rlhf_ray.config.rollout import LoraSync
 from rlhf_ray.data.columns import ColumnPart, TrainingColumns
 from rlhf_ray.data.trajectory import TrajectoryBatch
+from rlhf_ray.models.heads import count_ids, load_tokenizer
 from rlhf_ray.models.lora import adapters_off
 from rlhf_ray.models.responses import ResponsePack
 from rlhf_ray.platform import platform
@@ -36,7 +37,9 @@ class PolicyWorker(PPOTrainedWorker):
 
         self.policy, self.ppo, self.temperature, self.lora_sync = policy, ppo, temperature, lora_sync
         self._whitening: Moments | None = None
-        self.load_language_model(policy, total_steps)
+        # As the engines sample: rows of the vocabulary that no token has are left out of every probability.
+        tokenizer = load_tokenizer(policy.model, trust_remote_code=policy.trust_remote_code)
+        self.load_language_model(policy, total_steps, token_ids=count_ids(tokenizer))
 
     def logprobs(self, batch: TrajectoryBatch, part: int = 0, parts: int = 1) -> ColumnPart:
         """Log-probs of a part of the responses."""

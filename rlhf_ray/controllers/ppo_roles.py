@@ -241,6 +241,6 @@ def _ppo_loads(config: PPOJob, inputs: PPOInputs, roles: PPORoles) -> dict[str, 
     }
     if (reference := roles.reference) is not None:
         loads["reference"] = lambda: reference.call(
-            "load_model", inputs.reference_model, config.reference.engine, temperature, trust
+            "load_model", inputs.reference_model, config.reference.engine, temperature, trust, True
         )
     return loads
