@@ -6,11 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, GPT2Config
 
 from rlhf_ray.actors.reward import RewardModelWorker
 from rlhf_ray.config.rewards import ModelReward
 from rlhf_ray.data.trajectory import TrajectoryBatch
 from rlhf_ray.models.score_scale import ScoreScale, write_scale
+from rlhf_ray.rewards.errors import RewardError
 from rlhf_ray.telemetry.trace import SpanRecorder
 
 
@@ -35,3 +37,20 @@ def test_scores_are_normalised_where_the_config_says_so(
     write_scale(model, ScoreScale(0.25, 4.0))
     assert scores_of(model) == pytest.approx(raw)
     assert scores_of(model, normalise=True) == pytest.approx((raw - 0.25) / 4, rel=1e-5)
+
+
+def test_a_sample_that_has_too_many_tokens_of_another_vocabulary_is_named(
+    tiny_model_dir: Path, make_batch: Callable[..., TrajectoryBatch], tmp_path: Path
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    config = GPT2Config(vocab_size=512, n_embd=32, n_layer=1, n_head=2, n_positions=9, num_labels=1, pad_token_id=0)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    worker = RewardModelWorker.__new__(RewardModelWorker)
+    worker.rank, worker.world_size, worker.recorder = 0, 1, SpanRecorder()
+    part = ModelReward(model=str(tmp_path), engine={"dtype": "float32"})
+    worker.load_model(part, "r", str(tiny_model_dir), False, False)
+    assert len(worker.score(make_batch([2], [3])).scores) == 1
+    with pytest.raises(RewardError, match=r"has positions for 9 tokens, but samples have up to \d+ of its") as caught:
+        worker.score(make_batch([2, 20], [3, 30]))
+    assert caught.value.samples == ("p1",)
