@@ -1,5 +1,6 @@
 """A policy whose embedding has more rows than its tokenizer has tokens, beside roles that have no such rows."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,8 @@ ROWS = 64
 
 @pytest.fixture
 def padded(tiny: Path, tmp_path: Path) -> Path:
-    """The tiny model with rows that no token has, which its head likes better than those of tokens."""
+    """The tiny model with rows that no token has, which its head likes better than those of tokens, and with a
+    generation config that transformers refuses to save."""
     folder = Path(shutil.copytree(tiny / "models/tiny", tmp_path / "padded"))
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokens = model.get_input_embeddings().weight.detach().clone()
@@ -26,6 +28,7 @@ def padded(tiny: Path, tmp_path: Path) -> Path:
     with torch.no_grad():
         model.get_input_embeddings().weight[len(tokens) :] = 2 * tokens[:ROWS]
     model.save_pretrained(folder)
+    (folder / "generation_config.json").write_text('{"temperature": 0.9, "top_p": 0.6}')
     return folder
 
 
@@ -55,3 +58,5 @@ def test_no_id_without_a_token_is_sampled_or_counted(
     assert abs(rows[0]["kl/mean"]) < 1e-4  # of the tokens alone the policy is the reference
     weights = exported_weights(folder / "export")
     assert len(weights["model.embed_tokens.weight"]) == 512 + ROWS
+    settings = json.loads((folder / "export/generation_config.json").read_text())
+    assert (settings["temperature"], settings["top_p"]) == (0.9, 0.6)
