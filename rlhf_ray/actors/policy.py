@@ -24,6 +24,7 @@ from rlhf_ray.config.run import Timeouts
 from rlhf_ray.data.columns import ColumnPart, Columns
 from rlhf_ray.data.minibatches import OptimizerStep
 from rlhf_ray.data.trajectory import Floats, TrajectoryBatch
+from rlhf_ray.models.heads import count_ids, load_tokenizer
 from rlhf_ray.models.lora import adapters_off
 from rlhf_ray.models.responses import ResponsePack
 from rlhf_ray.platform import platform
@@ -51,7 +52,9 @@ class PolicyWorker(PPOTrainedWorker):
             dual_clip=ppo.dual_clip,
             entropy_coef=ppo.entropy_coef,
         )
-        self.load_language_model(policy, total_steps)
+        # As the engines sample: rows of the vocabulary that no token has are left out of every probability.
+        tokenizer = load_tokenizer(policy.model, trust_remote_code=policy.trust_remote_code)
+        self.load_language_model(policy, total_steps, token_ids=count_ids(tokenizer))
 
     def logprobs(self, batch: TrajectoryBatch, index: int = 0, count: int = 1) -> ColumnPart:
         """Log-probs of the responses in one of `count` slices."""

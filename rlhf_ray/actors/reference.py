@@ -15,7 +15,7 @@ from rlhf_ray.config.training import ScoringEngine
 from rlhf_ray.data.columns import ColumnPart
 from rlhf_ray.data.trajectory import TrajectoryBatch
 from rlhf_ray.engines.training import DTYPES, ForwardEngine
-from rlhf_ray.models.heads import load_causal
+from rlhf_ray.models.heads import count_ids, load_causal, load_tokenizer
 from rlhf_ray.telemetry.trace import in_span
 
 
@@ -25,8 +25,20 @@ class ReferenceWorker(Worker):
     engine: ForwardEngine
 
     @in_span("load model")
-    def load_model(self, model: str, engine: ScoringEngine, temperature: float, trust_remote_code: bool) -> None:
-        """Load the model; collective."""
+    def load_model(
+        self,
+        model: str,
+        engine: ScoringEngine,
+        temperature: float,
+        trust_remote_code: bool,
+        tokens_only: bool = False,
+    ) -> None:
+        """Load the model; collective.
+
+        Args:
+            tokens_only: leave rows of the vocabulary that no token has out of every probability, as the rollout engines
+                and the policy of a PPO job do.
+        """
         self.config, self.temperature = engine, temperature
         loaded = load_causal(
             model,
@@ -34,6 +46,7 @@ class ReferenceWorker(Worker):
             vocab_chunk_tokens=engine.vocab_chunk_tokens,
             trust_remote_code=trust_remote_code,
             sharded=engine.zero_stage == 3,
+            token_ids=count_ids(load_tokenizer(model, trust_remote_code=trust_remote_code)) if tokens_only else None,
         )
         self.engine = ForwardEngine(loaded, engine)
 
@@ -82,9 +95,17 @@ class ReferenceWorker(Worker):
 class ReferenceGroup(RankGroup[ReferenceWorker]):
     """The ranks of the reference model."""
 
-    def load_model(self, model: str, engine: ScoringEngine, temperature: float, trust_remote_code: bool) -> Calls[None]:
+    def load_model(
+        self,
+        model: str,
+        engine: ScoringEngine,
+        temperature: float,
+        trust_remote_code: bool,
+        *,
+        tokens_only: bool = False,
+    ) -> Calls[None]:
         """Have all ranks load the model."""
-        return self.call(ReferenceWorker.load_model, model, engine, temperature, trust_remote_code)
+        return self.call(ReferenceWorker.load_model, model, engine, temperature, trust_remote_code, tokens_only)
 
     def logprobs(self, shard: GeneratedShard) -> Calls[ColumnPart]:
         """Log-probs of a shard's responses."""

@@ -12,6 +12,7 @@ from rlhf_ray.actors.worker import RankGroup, Worker
 from rlhf_ray.config.rewards import FunctionReward, HttpReward, ModelReward
 from rlhf_ray.data.trajectory import Floats, TrajectoryBatch, offsets_of
 from rlhf_ray.engines.training import DTYPES, ForwardEngine
+from rlhf_ray.models.folder_checks import positions_of
 from rlhf_ray.models.heads import load_scalar, load_tokenizer
 from rlhf_ray.models.responses import ResponsePack
 from rlhf_ray.models.score_scale import scale_of
@@ -60,6 +61,7 @@ class RewardModelWorker(Worker):
         )
         self.engine = ForwardEngine(model, part.engine)
         self._scale = scale_of(part.model, trust_remote_code=part.trust_remote_code) if part.normalise else None
+        self._positions = positions_of(part.model, trust_remote_code=part.trust_remote_code)
         self._tokenizers = (
             None
             if same_tokens
@@ -90,12 +92,25 @@ class RewardModelWorker(Worker):
             raise RewardError(self.name, f"the reward model {self.part.model!r} gave NaN or infinity", bad)
         return found
 
+    def _check_room(self, batch: TrajectoryBatch, lengths: Sequence[int]) -> None:
+        """How long a sample is in this model's tokens is known only now."""
+        positions = self._positions
+        if positions is None or not positions.in_table or max(lengths) <= positions.tokens:
+            return
+        raise RewardError(
+            self.name,
+            f"the reward model {self.part.model!r} has positions for {positions.tokens} tokens, but samples have up to "
+            f"{max(lengths)} of its tokens: lower data.max_prompt_tokens or rollout.sampling.max_new_tokens",
+            [uid for uid, length in zip(batch.uids, lengths, strict=True) if length > positions.tokens],
+        )
+
     def _translate(self, batch: TrajectoryBatch) -> TrajectoryBatch:
         """The same texts in this model's tokens, prompt and response as one text."""
         assert self._tokenizers is not None
         theirs, ours = self._tokenizers
         prompts, responses = decode_responses(batch, theirs)
         rows = ours([p + r for p, r in zip(prompts, responses, strict=True)], add_special_tokens=True)["input_ids"]
+        self._check_room(batch, [len(row) for row in rows])
         tokens = np.concatenate([np.asarray(row, np.int32) for row in rows])
         return TrajectoryBatch(
             uids=batch.uids,

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,7 @@ from rlhf_ray.engines.training import DTYPES, TrainingEngine, full_adapter, full
 from rlhf_ray.engines.weight_files import is_written_as_held, write_sharded
 from rlhf_ray.models.heads import load_causal, load_tokenizer
 from rlhf_ray.models.lora import ADAPTER_FOLDER, Adapter, has_adapters
+from rlhf_ray.models.saving import save_model
 from rlhf_ray.models.score_scale import ScoreScale, write_scale
 from rlhf_ray.telemetry.metrics import Mean
 
@@ -74,8 +75,8 @@ class TrainedWorker(Worker):
     model_source: str
     trust_remote_code: bool
 
-    def load_language_model(self, policy: Policy, total_steps: int) -> None:
-        """Load a causal model and build its training engine; collective."""
+    def load_language_model(self, policy: Policy, total_steps: int, token_ids: int | None = None) -> None:
+        """Load a causal model and build its training engine; collective. `token_ids` as in `load_causal`."""
         self.model_source, self.trust_remote_code = policy.model, policy.trust_remote_code
         model = load_causal(
             policy.model,
@@ -84,6 +85,7 @@ class TrainedWorker(Worker):
             trust_remote_code=policy.trust_remote_code,
             lora=policy.lora,
             sharded=policy.engine.zero_stage == 3,
+            token_ids=token_ids,
         )
         self.engine = TrainingEngine(model, policy.engine, policy.optimizer, total_steps)
 
@@ -151,8 +153,7 @@ class TrainedWorker(Worker):
     ) -> None:
         try:
             if weights is not None:  # else they are there
-                model: Any = self.engine.model.model
-                model.save_pretrained(partial, state_dict=weights, safe_serialization=True)
+                save_model(self.engine.model.model, partial, weights)
             write_scale(partial, scale)
             if adapter is not None:
                 adapter.write(partial / ADAPTER_FOLDER)

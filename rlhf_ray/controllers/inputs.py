@@ -1,5 +1,6 @@
 """Inputs of a job, and what can be known to be wrong with them before any actor starts."""
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ from rlhf_ray.data.mismatched import mismatched
 from rlhf_ray.data.prompts import PromptSet, load_prompts
 from rlhf_ray.data.seeds import derive_seed
 from rlhf_ray.data.streaming import ConversationStream
+from rlhf_ray.models.folder_checks import check_model, positions_of, try_export
 from rlhf_ray.models.heads import (
     ModelError,
     check_heads,
@@ -49,6 +51,8 @@ from rlhf_ray.rewards.function import FunctionScorer
 from rlhf_ray.rewards.http import HttpScorer
 from rlhf_ray.telemetry.errors import MissingTrackerError
 from rlhf_ray.telemetry.trackers import check_trackers
+
+logger = logging.getLogger("rlhf_ray")
 
 
 @dataclass(frozen=True)
@@ -155,6 +159,7 @@ def _check_ppo(config: PPOJob, problems: list[str]) -> PPOInputs:
                 f"rollout.engine.max_model_len ({config.rollout.engine.max_model_len}) is more than the {longest} "
                 f"positions of policy.model {policy.model!r}"
             )
+        _check_folder("policy", policy.model, policy.engine, policy.trust_remote_code, trained=True)
         _check_lora(problems, "policy", policy.model, policy)
         _check_heads(problems, "policy", policy.model, policy.engine, policy.trust_remote_code)
         _check_tensor_parallel(problems, config)
@@ -163,6 +168,10 @@ def _check_ppo(config: PPOJob, problems: list[str]) -> PPOInputs:
             reference, tokenizer, trust_remote_code=policy.trust_remote_code
         ):
             problems.append(f"reference.from: {reference!r} has another vocabulary than policy.model {policy.model!r}")
+        elif tokenizer is not None:
+            check_tokenizer_matches(reference, tokenizer, trust_remote_code=policy.trust_remote_code)
+        _check_folder("reference", reference, config.reference.engine, policy.trust_remote_code)
+        _check_room(problems, "reference.from", reference, config, policy.trust_remote_code)
         _check_heads(problems, "reference", reference, config.reference.engine, policy.trust_remote_code)
     with _collect(problems, "critic.init_from"):
         if tokenizer is not None and not _same_vocabulary(
@@ -172,6 +181,10 @@ def _check_ppo(config: PPOJob, problems: list[str]) -> PPOInputs:
                 f"critic.init_from: {critic!r} has another vocabulary than policy.model {policy.model!r}, whose tokens "
                 "the critic reads"
             )
+        elif tokenizer is not None:
+            check_tokenizer_matches(critic, tokenizer, trust_remote_code=config.critic.trust_remote_code)
+        _check_folder("critic", critic, config.critic.engine, config.critic.trust_remote_code, trained=True)
+        _check_room(problems, "critic.init_from", critic, config, config.critic.trust_remote_code)
         _check_lora(problems, "critic", critic, config.critic)
         _check_heads(problems, "critic", critic, config.critic.engine, config.critic.trust_remote_code)
     same_tokens = []
@@ -180,6 +193,10 @@ def _check_ppo(config: PPOJob, problems: list[str]) -> PPOInputs:
         with _collect(problems, f"reward.{index}"):
             if isinstance(part, ModelReward):
                 check_scores(part.model, trust_remote_code=part.trust_remote_code)
+                own = load_tokenizer(part.model, trust_remote_code=part.trust_remote_code)
+                check_tokenizer_matches(part.model, own, trust_remote_code=part.trust_remote_code)
+                _check_folder("reward", part.model, part.engine, part.trust_remote_code)
+                _check_room(problems, f"reward.{index}.model", part.model, config, part.trust_remote_code)
                 _check_heads(problems, f"reward.{index}", part.model, part.engine, part.trust_remote_code)
                 if part.normalise and scale_of(part.model, trust_remote_code=part.trust_remote_code) is None:
                     problems.append(
@@ -212,6 +229,10 @@ def _check_epochs(config: EpochJob, problems: list[str]) -> EpochInputs:
     with _collect(problems, f"{config.trained.name}.model"):
         tokenizer = load_tokenizer(section.model, trust_remote_code=section.trust_remote_code)
         check_tokenizer_matches(section.model, tokenizer, trust_remote_code=section.trust_remote_code)
+        _check_folder(config.trained.name, section.model, section.engine, section.trust_remote_code, trained=True)
+        _check_row_room(
+            problems, f"{config.trained.name}.model", section.model, config.data.max_tokens, section.trust_remote_code
+        )
         _check_lora(problems, config.trained.name, section.model, section)
         _check_heads(problems, config.trained.name, section.model, section.engine, section.trust_remote_code)
     train: RowSet | ConversationStream | None = None
@@ -258,10 +279,16 @@ def _check_epochs(config: EpochJob, problems: list[str]) -> EpochInputs:
 def _check_reference(config: PreferenceJob, tokenizer: PreTrainedTokenizerBase, problems: list[str]) -> None:
     model, trusted = config.reference_model, config.policy.trust_remote_code
     with _collect(problems, "reference.from"):
-        if config.algorithm.needs_reference and not _same_vocabulary(model, tokenizer, trust_remote_code=trusted):
-            problems.append(
-                f"reference.from: {model!r} has another vocabulary than policy.model {config.policy.model!r}"
-            )
+        if config.algorithm.needs_reference:
+            if _same_vocabulary(model, tokenizer, trust_remote_code=trusted):
+                check_tokenizer_matches(model, tokenizer, trust_remote_code=trusted)
+            else:
+                problems.append(
+                    f"reference.from: {model!r} has another vocabulary than policy.model {config.policy.model!r}"
+                )
+            _check_folder("reference", model, config.reference.engine, trusted)
+            if model != config.policy.model:
+                _check_row_room(problems, "reference.from", model, config.data.max_tokens, trusted)
         _check_heads(problems, "reference", model, config.reference.engine, trusted)
 
 
@@ -271,6 +298,44 @@ def _streamed(config: SFTJob, tokenizer: PreTrainedTokenizerBase, problems: list
         with _collect(problems, reader.setting):
             reader.check()
     return stream
+
+
+def _check_folder(
+    role: str, model: str, engine: TrainingEngine | ScoringEngine, trusted: bool, *, trained: bool = False
+) -> None:
+    """What is in the folder of a role's model, and whether what is `trained` from it can be exported."""
+    scalar = role in ("critic", "reward")
+    check_model(model, scalar=scalar, sharded=engine.zero_stage == 3, trust_remote_code=trusted)
+    if trained:
+        try_export(model, scalar=scalar, trust_remote_code=trusted)
+
+
+def _check_room(problems: list[str], path: str, model: str, config: PPOJob, trusted: bool) -> None:
+    """Who reads samples needs positions for prompt and response. The policy's are checked with its engines."""
+    if model == config.policy.model:
+        return
+    prompt, response = config.max_prompt_tokens, config.rollout.sampling.max_new_tokens
+    positions = positions_of(model, trust_remote_code=trusted)
+    if positions is not None and positions.tokens < prompt + response:
+        problems.append(
+            f"{path}: model {model!r} has positions for {positions.tokens} tokens, but a prompt of up to {prompt} and "
+            f"a response of up to {response} have {prompt + response}: lower data.max_prompt_tokens or "
+            "rollout.sampling.max_new_tokens, or choose a model with more positions"
+        )
+
+
+def _check_row_room(problems: list[str], path: str, model: str, budget: int, trusted: bool) -> None:
+    """A model that learns from rows needs positions for the longest. Rotary ones go on, but further than it learnt."""
+    positions = positions_of(model, trust_remote_code=trusted)
+    if positions is None or positions.tokens >= budget:
+        return
+    said = f"{path}: model {model!r} has positions for {positions.tokens} tokens, but data.max_tokens is {budget}"
+    if positions.in_table:
+        problems.append(f"{said}: lower data.max_tokens, or choose a model with more positions")
+    else:
+        logger.warning(
+            "%s: longer rows are trained on all the same; lower data.max_tokens where that is not meant", said
+        )
 
 
 def _check_lora(problems: list[str], role: str, model: str, section: Policy | Critic | RewardModel) -> None:

@@ -172,5 +172,7 @@ def _ppo_loads(config: PPOJob, inputs: PPOInputs, roles: PPORoles) -> dict[str, 
     if (reference := roles.reference) is not None:
         source = config.role("reference").model
         assert source is not None
-        loads["reference"] = lambda: [reference.load_model(source.path, config.reference.engine, temperature, trust)]
+        loads["reference"] = lambda: [
+            reference.load_model(source.path, config.reference.engine, temperature, trust, tokens_only=True)
+        ]
     return loads

@@ -26,6 +26,8 @@ from rlhf_ray.data.requests import PromptRequest
 from rlhf_ray.data.trajectory import FinishReason, Trajectory
 from rlhf_ray.engines.engine_metrics import EngineLoad, stat_loggers
 from rlhf_ray.engines.rollout_setup import EnginePart, RolloutSetup
+from rlhf_ray.engines.vocabulary_mask import TOKEN_IDS, TOKENS_ONLY
+from rlhf_ray.models.heads import count_ids, load_config, load_tokenizer
 from rlhf_ray.models.lora import Adapter
 from rlhf_ray.platform import platform, transfer_backend
 
@@ -177,6 +179,7 @@ def _engine_args(setup: RolloutSetup, part: EnginePart | None) -> AsyncEngineArg
         generation_config="vllm",  # sampling comes from the job's config alone
         **extras,
         **_lora_settings(setup.adapter_rank),
+        **_vocabulary_settings(setup),
     )
 
 
@@ -189,6 +192,16 @@ def _lora_settings(rank: int | None) -> dict[str, Any]:
         "max_loras": 1,
         "max_lora_rank": min(known for known in get_args(MaxLoRARanks) if known >= rank),
     }
+
+
+def _vocabulary_settings(setup: RolloutSetup) -> dict[str, Any]:
+    """A mask over the rows of the vocabulary that no token has, for a model that has some."""
+    tokenizer = load_tokenizer(setup.model, trust_remote_code=setup.trust_remote_code)
+    config = load_config(setup.model, trust_remote_code=setup.trust_remote_code)
+    ids = count_ids(tokenizer)
+    if ids == config.get_text_config().vocab_size:
+        return {}
+    return {"logits_processors": [TOKENS_ONLY], "additional_config": {TOKEN_IDS: ids}}
 
 
 def _cpu_extras() -> dict[str, Any]:

@@ -32,7 +32,7 @@ def read_shape(model: str) -> ModelShape:
 def _content(path: Path, model: str) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ShapeError(f"model {model!r}", f"its config.json can't be read ({error})") from error
     if not isinstance(content, dict):
         raise ShapeError(f"model {model!r}", "its config.json is no JSON object")

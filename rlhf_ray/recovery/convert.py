@@ -4,13 +4,12 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from rlhf_ray.config.jobs import Job
 from rlhf_ray.config.loading import load_config
@@ -18,8 +17,10 @@ from rlhf_ray.config.roles import RoleSpec
 from rlhf_ray.config.training import Dtype, Lora, TrainingEngine
 from rlhf_ray.engines.saved_weights import saved_weights
 from rlhf_ray.models import heads
+from rlhf_ray.models.folder_checks import read_generation_config
 from rlhf_ray.models.heads import ModelError
 from rlhf_ray.models.lora import ADAPTER_FOLDER, Adapter
+from rlhf_ray.models.saving import save_model
 from rlhf_ray.models.score_scale import ScoreScale, write_scale
 from rlhf_ray.models.weights import model_weights
 from rlhf_ray.recovery.checkpoints import CheckpointStore, checkpoint_metrics
@@ -176,9 +177,7 @@ def _without_weights(trained: _TrainedModel, dtype: torch.dtype) -> PreTrainedMo
     except ModelError as error:
         note = "config, tokenizer and code of an export come from there; a relative path counts from the current folder"
         raise ModelError(trained.source, f"{error.reason} ({note})") from error
-    if not trained.scalar:
-        with suppress(OSError):  # the model came without one
-            model.generation_config = GenerationConfig.from_pretrained(trained.source)
+    read_generation_config(model, trained.source)
     return model
 
 
@@ -203,7 +202,7 @@ def _write(
     partial = out.with_name(f"{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        model.save_pretrained(partial)
+        save_model(model, partial)
         write_scale(partial, scale)
         tokenizer = heads.load_tokenizer(trained.source, trust_remote_code=trained.trust_remote_code)
         tokenizer.save_pretrained(partial)

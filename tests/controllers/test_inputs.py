@@ -167,8 +167,10 @@ def test_models_that_must_share_the_policys_vocabulary_are_named(ppo: MakeConfig
 
 
 def test_a_context_longer_than_the_models_is_refused(ppo: MakeConfig) -> None:
-    [problem] = problems_of(ppo(rollout={"engine": {"max_model_len": 4096}, "sampling": {"max_new_tokens": 16}}))
-    assert problem.startswith("rollout.engine.max_model_len (4096) is more than the 512 positions of policy.model")
+    policy, reward = problems_of(ppo(rollout={"engine": {"max_model_len": 4096}, "sampling": {"max_new_tokens": 16}}))
+    assert policy.startswith("rollout.engine.max_model_len (4096) is more than the 512 positions of policy.model")
+    assert reward.startswith("reward.0.model: model ")
+    assert "has positions for 512 tokens, but a prompt of up to 4080 and a response of up to 16 have 4096" in reward
 
 
 def test_bad_prompt_rows_are_named_by_file_and_line(ppo: MakeConfig, tmp_path: Path) -> None:
