@@ -39,7 +39,8 @@ from rlhf_ray.config.jobs import RewardModelJob, SFTJob
 from rlhf_ray.config.loading import load_config
 from rlhf_ray.config.reward_loss import BradleyTerry
 from rlhf_ray.config.training import Optimizer, TrainingEngine
-from rlhf_ray.controllers.inputs import EpochInputs, RowSet, check
+from rlhf_ray.controllers.inputs import EpochInputs, RowSet
+from rlhf_ray.controllers.job import check
 from rlhf_ray.controllers.roles import epoch_role
 from rlhf_ray.data.comparisons import ComparisonSet
 from rlhf_ray.data.conversations import ConversationSet

@@ -128,8 +128,8 @@ class RewardModelDefinition(JobDefinition[RewardModelJob, EpochInputs]):
 def row_lines(inputs: EpochInputs | None, rows: str) -> Iterator[Line]:
     """What was read of the rows of a data set."""
     if inputs is not None:
-        streaming = isinstance(inputs.train, ConversationStream)
-        yield rows, "read while training" if streaming else counts(inputs.train)
+        train = inputs.train
+        yield rows, "read while training" if isinstance(train, ConversationStream) else counts(train)
         if inputs.held_out is not None:
             yield f"held-out {rows}", counts(inputs.held_out)
 

@@ -6,10 +6,12 @@ A config names its definition by path (`Job.definition`), so that the config lay
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 from rlhf_ray.config.jobs import Job
 from rlhf_ray.config.loading import ConfigError
+from rlhf_ray.config.paths import why_not_writable
 from rlhf_ray.config.plugs import imported
 from rlhf_ray.controllers.descriptions import Line, role_lines
 from rlhf_ray.controllers.inputs import collect
@@ -100,6 +102,9 @@ def check(config: Job) -> Any:
     problems: list[str] = []
     with collect(problems, "run"):
         check_trackers(config.run)
+    for key, folder in config.folders.items():
+        if why := why_not_writable(Path(folder)):
+            problems.append(f"{key}: {why} (got {folder!r})")
     inputs = definition_of(config).check(config, problems)
     if problems or inputs is None:
         raise ConfigError("preflight", problems)

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from rlhf_ray.config.jobs import PPOJob
-from rlhf_ray.config.rewards import FunctionReward, ModelReward, part_name
+from rlhf_ray.config.rewards import FunctionReward, HttpReward, ModelReward, part_name
 from rlhf_ray.controllers.descriptions import Line, counts, role_text, several
 from rlhf_ray.controllers.inputs import PPOInputs, check_ppo
 from rlhf_ray.controllers.inspection import SourceReport
@@ -69,12 +69,12 @@ class PPODefinition(JobDefinition[PPOJob, PPOInputs]):
         report.show_prompts(load_prompts(config.data, report.tokenizer, config.max_prompt_tokens, report.findings))
 
 
-def _part_text(config: PPOJob, part: object) -> str:
+def _part_text(config: PPOJob, part: ModelReward | FunctionReward | HttpReward) -> str:
     if isinstance(part, ModelReward):
         return role_text(config.role(f"reward-{part_name(part)}"))
     if isinstance(part, FunctionReward):
         return f"{part.function} · {several(part.workers, 'worker')}"
-    return str(part.url)
+    return part.url
 
 
 PPO = PPODefinition()

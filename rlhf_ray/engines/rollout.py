@@ -242,5 +242,5 @@ def _trajectory(prompt: PromptRequest, output: CompletionOutput) -> Trajectory:
         versions[span.start : span.end] = [int(span.version)] * (span.end - span.start)
     reason: FinishReason = "length" if output.finish_reason == "length" else "stop"
     return Trajectory(
-        prompt.uid, prompt.sample_index, prompt.seed, prompt.tokens, tokens, logprobs, versions, reason, prompt.row
+        prompt.uid, prompt.sample_index, prompt.seed, prompt.tokens, tokens, logprobs, versions, reason, row=prompt.row
     )

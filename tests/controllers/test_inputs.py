@@ -11,7 +11,8 @@ import pytest
 
 from rlhf_ray.config.jobs import JobConfig, PPOJob, RewardModelJob, SFTJob
 from rlhf_ray.config.loading import ConfigError, parse_config
-from rlhf_ray.controllers.inputs import EpochInputs, PPOInputs, check
+from rlhf_ray.controllers.inputs import EpochInputs, PPOInputs
+from rlhf_ray.controllers.job import check
 from rlhf_ray.data.comparisons import ComparisonSet
 from rlhf_ray.data.streaming import ConversationStream
 from rlhf_ray.models.score_scale import ScoreScale, write_scale

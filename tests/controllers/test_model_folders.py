@@ -18,7 +18,7 @@ from transformers import (
 
 from rlhf_ray.config.jobs import JobConfig
 from rlhf_ray.config.loading import ConfigError, parse_config
-from rlhf_ray.controllers.inputs import check
+from rlhf_ray.controllers.job import check
 from rlhf_ray.models.tiny import build_tiny_model
 
 MakeConfig = Callable[..., JobConfig]

@@ -26,7 +26,8 @@ from rlhf_ray.actors.rollout import RolloutGroup
 from rlhf_ray.actors.waiting import RoleFailure, wait_all
 from rlhf_ray.config.jobs import PPOJob
 from rlhf_ray.config.rewards import FunctionReward
-from rlhf_ray.controllers.inputs import PPOInputs, check
+from rlhf_ray.controllers.inputs import PPOInputs
+from rlhf_ray.controllers.job import check
 from rlhf_ray.controllers.ppo import PPOController
 from rlhf_ray.controllers.ppo_report import TrainingDiverged
 from rlhf_ray.controllers.ppo_roles import PPORoles, ppo_roles
