@@ -79,10 +79,10 @@ def plan(
     from rlhf_ray.cli.time_report import print_proposals, print_time, proposals_json, time_json
     from rlhf_ray.config.loading import load_config
     from rlhf_ray.planner.changes import nearest_changes
-    from rlhf_ray.planner.lengths import lengths_of
     from rlhf_ray.planner.memory import plan_memory
     from rlhf_ray.planner.search import best_placements
-    from rlhf_ray.planner.steptime import predict
+    from rlhf_ray.planner.step_time import predict
+    from rlhf_ray.planner.workload import lengths_of
 
     job = load_config(config, overrides or ())
     lengths = lengths_of(job, prompt_tokens, response_tokens)
@@ -111,7 +111,7 @@ def plan(
 
 def _constants(hardware: "Hardware", path: Path | None, cluster: str | None) -> "Mapping[Device, Calibration]":
     from rlhf_ray.planner.calibration import constants, load_calibration
-    from rlhf_ray.planner.errors import PlanError
+    from rlhf_ray.planner.hardware import PlanError
     from rlhf_ray.platform import machine_name
 
     if path is not None and (device := load_calibration(path).device) != hardware.device:
@@ -133,7 +133,7 @@ def _hardware(job: "JobConfig", cluster: str | None, nodes: int) -> Iterator["Ha
     elif cluster is None and address is None:
         yield this_machine(job.cluster.cpus)
     else:
-        from rlhf_ray.planner.live import live_hardware
+        from rlhf_ray.planner.hardware import live_hardware
 
         with live_hardware(address or "auto") as hardware:
             yield hardware

@@ -40,7 +40,7 @@ from rlhf_ray.planner.measurements import (
     SyncSeconds,
     calibration_of,
 )
-from rlhf_ray.planner.passes import STATE_BYTES
+from rlhf_ray.planner.pass_time import STATE_BYTES
 from rlhf_ray.planner.work import BYTES, Sequences
 from rlhf_ray.platform import cores, device_names, machine_name
 

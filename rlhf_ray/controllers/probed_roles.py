@@ -17,8 +17,8 @@ from rlhf_ray.config.training import Dtype
 from rlhf_ray.controllers.roles import Actors, identities
 from rlhf_ray.engines.rollout_setup import RolloutSetup
 from rlhf_ray.models.config_json import read_shape
+from rlhf_ray.planner.calibration import ProcessMemory
 from rlhf_ray.planner.measurements import MIB
-from rlhf_ray.planner.processes import ProcessMemory
 from rlhf_ray.planner.work import BYTES
 from rlhf_ray.platform import cores
 

@@ -83,7 +83,7 @@ FAMILIES: Mapping[str, Family] = {
 }
 """By `model_type`. Defaults are those of transformers' config classes; a test compares them."""
 
-DEFAULTS = {"qkv_bias": True}
+FLAG_DEFAULTS = {"qkv_bias": True}
 """Of keys that are named above and that are not false where a config leaves them out."""
 
 
@@ -327,7 +327,7 @@ class _Reader:
         return value
 
     def flag(self, rule: bool | str) -> bool:
-        return rule if isinstance(rule, bool) else bool(self.config.get(rule, DEFAULTS.get(rule, False)))
+        return rule if isinstance(rule, bool) else bool(self.config.get(rule, FLAG_DEFAULTS.get(rule, False)))
 
 
 def _experts(read: _Reader, family: Family, layers: int) -> tuple[Experts | None, int]:

@@ -1,7 +1,8 @@
 """The machines that a plan is for: from a cluster file, from Ray, or this one."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -12,8 +13,8 @@ from pydantic import Field, model_validator
 from rlhf_ray.cluster.topology import Node
 from rlhf_ray.config.base import NonNegativeFloat, PositiveFloat, ProcessCount, Section, nearest
 from rlhf_ray.config.loading import load_section
+from rlhf_ray.config.placement import Cluster
 from rlhf_ray.planner.devices import DEVICES, GB, GIB, RAY_NAMES, DeviceKind
-from rlhf_ray.planner.errors import PlanError
 
 OBJECT_STORE_SHARE = 0.3
 """Of host memory: what Ray gives to its object store unless told otherwise."""
@@ -21,6 +22,22 @@ MOST_NODES = 10_000
 """Of a plan, which looks at each."""
 OBJECT_STORE_MOST = 200 * GB
 """Ray's own limit of that default."""
+
+
+class PlanError(Exception):
+    """A plan can't be made of what was given.
+
+    Attributes:
+        subject: the model, cluster or key that is the reason.
+        reason: what is wrong with it, and the cure.
+    """
+
+    def __init__(self, subject: str, reason: str) -> None:
+        self.subject, self.reason = subject, reason
+        super().__init__(f"{subject}: {reason}")
+
+    def __reduce__(self) -> tuple[type["PlanError"], tuple[str, str]]:
+        return type(self), (self.subject, self.reason)
 
 
 class NodeGroup(Section):
@@ -306,3 +323,19 @@ def _known_kind(found: str, where: str) -> str:
             "the cluster in a file with that kind under devices",
         )
     return name
+
+
+@contextmanager
+def live_hardware(address: str) -> Iterator[Hardware]:
+    """What Ray reports of its nodes, and what of them is free now.
+
+    Raises:
+        ClusterError: when there is no cluster at `address`.
+        PlanError: when its devices are of a kind that is not known.
+    """
+    import ray
+
+    from rlhf_ray.cluster.session import ray_session
+
+    with ray_session(Cluster(address=address), "plan"):
+        yield of_ray(ray.nodes(), ray._private.state.available_resources_per_node(), address)

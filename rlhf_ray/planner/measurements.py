@@ -2,7 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from statistics import mean
+
+import numpy as np
+from numpy.typing import NDArray
 
 from rlhf_ray.config.training import Dtype
 from rlhf_ray.models.shapes import ModelShape
@@ -14,17 +18,15 @@ from rlhf_ray.planner.calibration import (
     Generation,
     OptimizerRates,
     Pass,
+    ProcessMemory,
     RayRates,
     Start,
     WeightSync,
     defaults,
 )
-from rlhf_ray.planner.decoding import Engine
+from rlhf_ray.planner.decoding_time import Engine
 from rlhf_ray.planner.devices import GB
-from rlhf_ray.planner.fit import fit_factors
-from rlhf_ray.planner.passes import STEP_TRAFFIC, ideal_times
-from rlhf_ray.planner.processes import ProcessMemory
-from rlhf_ray.planner.rates import Group, Rates
+from rlhf_ray.planner.pass_time import STEP_TRAFFIC, Group, Rates, ideal_times
 from rlhf_ray.planner.work import BYTES, Sequences, scoring_work, training_work
 
 MIB = 2**20
@@ -258,3 +260,45 @@ def _weight_sync(found: Measurements, link: float) -> WeightSync:
     ]
     beyond = [max(1e-3, point.seconds - found.pause_s) for point in found.syncs]
     return WeightSync(**fit_factors(ideal, beyond), sync_s=found.pause_s)
+
+
+def fit_factors(
+    ideal: Sequence[Mapping[str, float]], seconds: Sequence[float], known: Mapping[str, float] | None = None
+) -> dict[str, float]:
+    """Factors `f` with `seconds ≈ Σ f[name] · ideal[name]`, none of them negative.
+
+    The sum of squared relative errors is the least that there is. Terms that are too alike in all measurements to be
+    told apart share what they explain, as chance has it; predictions for similar work are right all the same.
+
+    Args:
+        ideal: of each measurement, the same names in all of them.
+        seconds: that each measurement took, positive.
+        known: factors that are not to be found.
+    """
+    known = known or {}
+    names = [name for name in ideal[0] if name not in known]
+    taken = np.asarray(seconds)
+    terms = np.array([[row[name] for name in names] for row in ideal]) / taken[:, None]
+    wanted = 1 - np.array([sum(known[name] * row[name] for name in known) for row in ideal]) / taken
+    scale = np.abs(terms).max(axis=0)
+    used = [column for column in range(len(names)) if scale[column] > 0]
+    found = np.zeros(len(names))
+    found[used] = _nonnegative(terms[:, used] / scale[used], wanted) / scale[used]
+    return {**dict(zip(names, found.tolist(), strict=True)), **known}
+
+
+def _nonnegative(terms: NDArray[np.float64], wanted: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Least squares over all sets of columns; the best solution without a negative entry is the best at all, because
+    the problem is convex. There are few columns."""
+    columns = range(terms.shape[1])
+    best, least = np.zeros(terms.shape[1]), float(wanted @ wanted)
+    for size in range(1, min(terms.shape) + 1):
+        for chosen in combinations(columns, size):
+            solution, *_ = np.linalg.lstsq(terms[:, chosen], wanted, rcond=None)
+            if (solution < 0).any():
+                continue
+            missed = terms[:, chosen] @ solution - wanted
+            if (error := float(missed @ missed)) < least * (1 - 1e-9):
+                best, least = np.zeros(terms.shape[1]), error
+                best[list(chosen)] = solution
+    return best

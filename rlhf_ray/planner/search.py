@@ -1,6 +1,6 @@
 """The fastest placements of a job that fit on a cluster.
 
-The job is a candidate as it is. Every layout (`layouts.py`) is one with the fastest settings of its models that fit:
+The job is a candidate as it is. Every layout (`candidates.py`) is one with the fastest settings of its models that fit:
 ZeRO stage, offload of the optimizer, activation checkpointing, tokens of a micro-batch. Which of them fit on the
 devices of one group of roles does not depend on the other groups, so it is found once for a group and its number of
 devices. The fastest candidates are then planned as a whole; the first that fit are the answer.
@@ -17,18 +17,15 @@ import yaml
 from rlhf_ray.cluster.assignment import PlacementError, assign, requests_of
 from rlhf_ray.config.jobs import JobConfig
 from rlhf_ray.config.loading import ConfigError, parse_config
-from rlhf_ray.planner.calibration import Calibration, Device
+from rlhf_ray.planner.calibration import Calibration, Device, ProcessMemory
+from rlhf_ray.planner.candidates import Layout, Setting, layouts, settings
 from rlhf_ray.planner.hardware import Hardware
-from rlhf_ray.planner.layouts import Layout, layouts
-from rlhf_ray.planner.lengths import Lengths
 from rlhf_ray.planner.memory import MemoryPlan, plan_memory
-from rlhf_ray.planner.processes import ProcessMemory
-from rlhf_ray.planner.rollout_memory import engine_plan
-from rlhf_ray.planner.seats import Cluster, Seats, ranks_of
-from rlhf_ray.planner.settings import Setting, settings
-from rlhf_ray.planner.steptime import StepTime, step_time
+from rlhf_ray.planner.placement import Cluster, Seats, ranks_of
+from rlhf_ray.planner.role_memory import engine_plan
+from rlhf_ray.planner.step_time import StepTime, step_time
 from rlhf_ray.planner.work import Sequences
-from rlhf_ray.planner.workload import Role, RolloutRole, ScoredRole, TrainedRole, workload_of
+from rlhf_ray.planner.workload import Lengths, Role, RolloutRole, ScoredRole, TrainedRole, workload_of
 
 logger = logging.getLogger("rlhf_ray")
 

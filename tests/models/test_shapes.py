@@ -10,7 +10,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rlhf_ray.models.config_json import PUBLIC_MODELS, read_shape
-from rlhf_ray.models.shapes import DEFAULTS, FAMILIES, ModelShape, ShapeError
+from rlhf_ray.models.shapes import FAMILIES, FLAG_DEFAULTS, ModelShape, ShapeError
 
 # What the model cards name, to the last parameter.
 PARAMETERS = {
@@ -103,7 +103,7 @@ def test_defaults_are_those_of_transformers(model_type: str) -> None:
     assert config.tie_word_embeddings == family.tied
     for rule in (family.qkv_bias, family.o_bias, family.mlp_bias):
         if isinstance(rule, str):
-            assert getattr(config, rule) == DEFAULTS.get(rule, False)
+            assert getattr(config, rule) == FLAG_DEFAULTS.get(rule, False)
 
 
 def test_a_saved_config_reads_as_the_one_it_was_made_of(tmp_path: Path) -> None:

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
+from rlhf_ray.planner.calibration import ProcessMemory
 from rlhf_ray.planner.changes import nearest_changes
 from rlhf_ray.planner.hardware import load_hardware
 from rlhf_ray.planner.memory import plan_memory
-from rlhf_ray.planner.processes import ProcessMemory
 
 MakeJob = Callable[..., Any]
 LLAMA_70B = "meta-llama/Meta-Llama-3-70B"

@@ -8,9 +8,9 @@ import pytest
 
 from rlhf_ray.models.shapes import ModelShape
 from rlhf_ray.planner.calibration import Calibration, Collectives, Generation, defaults
-from rlhf_ray.planner.decoding import Engine, shard_arrivals
-from rlhf_ray.planner.lengths import Lengths
-from rlhf_ray.planner.rates import Group, Rates
+from rlhf_ray.planner.decoding_time import Engine, shard_arrivals
+from rlhf_ray.planner.pass_time import Group, Rates
+from rlhf_ray.planner.workload import Lengths
 
 SHAPE = ModelShape.of(
     {

@@ -7,8 +7,7 @@ import pytest
 
 from rlhf_ray.config.loading import ConfigError
 from rlhf_ray.planner.devices import DEVICES, GB, GIB
-from rlhf_ray.planner.errors import PlanError
-from rlhf_ray.planner.hardware import Hardware, load_hardware, of_ray, ready_clusters, this_machine
+from rlhf_ray.planner.hardware import Hardware, PlanError, load_hardware, of_ray, ready_clusters, this_machine
 
 MIXED = """
 name: lab

@@ -6,21 +6,26 @@ from typing import Any
 import pytest
 
 from rlhf_ray.cluster.assignment import PlacementError
+from rlhf_ray.config.roles import Level
 from rlhf_ray.models.shapes import ShapeError
+from rlhf_ray.planner.calibration import ProcessMemory
 from rlhf_ray.planner.footprint import total
 from rlhf_ray.planner.hardware import Hardware, load_hardware
-from rlhf_ray.planner.memory import MemoryPlan, Shelf, plan_memory
-from rlhf_ray.planner.processes import ProcessMemory
-from rlhf_ray.planner.roles import RolloutRole, ScoredRole, TrainedRole
-from rlhf_ray.planner.rollout_memory import token_bytes
-from rlhf_ray.planner.trained_memory import trained_items
-from rlhf_ray.planner.workload import workload_of
+from rlhf_ray.planner.memory import MemoryPlan, Shelf, plan_memory, stages
+from rlhf_ray.planner.role_memory import token_bytes, trained_items
+from rlhf_ray.planner.workload import RolloutRole, ScoredRole, TrainedRole, workload_of
 
 MakeJob = Callable[..., Any]
 GIB = 2**30
 
 LLAMA_8B, LLAMA_70B = 8_030_261_248, 70_553_706_496
 QWEN_32B, QWEN_MOE = 32_762_123_264, 30_532_122_624
+
+TOGETHER = (
+    "placement.critic={colocate: policy}",
+    "placement.reward={colocate: policy}",
+    "placement.offload_idle=true",
+)
 
 
 def plan_of(job: Any, cluster: str = "8xh100", nodes: int = 1) -> MemoryPlan:
@@ -317,3 +322,34 @@ def _with_store(machine: Any, size: int) -> Any:
     from dataclasses import replace
 
     return replace(machine, object_store=size)
+
+
+def test_roles_that_stay_have_no_level(make_job: MakeJob) -> None:
+    found = stages(make_job("ppo"))
+    assert [stage.name for stage in found] == ["load", "generate", "score", "update", "sync"]
+    assert all(not stage.levels for stage in found)
+    assert found[3].working == {"policy", "critic"}
+
+
+def test_each_stage_has_whom_it_needs_as_far_as_it_needs_them(make_job: MakeJob) -> None:
+    by_name = {stage.name: stage for stage in stages(make_job("ppo", *TOGETHER))}
+    assert list(by_name) == ["load", "generate", "score", "update critic", "update policy", "sync"]
+    score = by_name["score"].levels
+    assert score == dict.fromkeys(("policy", "critic", "reference", "reward"), Level.WEIGHTS)
+    assert by_name["update critic"].levels["critic"] == Level.FULL
+    assert by_name["update critic"].levels["policy"] == Level.OUT
+    assert by_name["update policy"].levels["policy"] == Level.FULL
+    assert by_name["update policy"].levels["critic"] == Level.OUT
+
+
+def test_a_reference_on_the_policys_devices_leaves_before_the_update(make_job: MakeJob) -> None:
+    found = stages(make_job("preference", "placement.offload_idle=true"))
+    assert [(stage.name, stage.levels.get("reference")) for stage in found] == [
+        ("load", None),
+        ("score", Level.WEIGHTS),
+        ("update", Level.OUT),
+    ]
+
+
+def test_a_job_with_one_role_only_updates(make_job: MakeJob) -> None:
+    assert [stage.name for stage in stages(make_job("sft"))] == ["load", "update"]

@@ -12,17 +12,14 @@ import yaml
 from rlhf_ray.cluster.assignment import PlacementError, assign, requests_of
 from rlhf_ray.config.jobs import JobConfig
 from rlhf_ray.config.loading import ConfigError, apply_override, parse_config
-from rlhf_ray.planner.calibration import defaults
+from rlhf_ray.planner.calibration import ProcessMemory, defaults
+from rlhf_ray.planner.candidates import Setting, layouts, settings
 from rlhf_ray.planner.hardware import Hardware, load_hardware
-from rlhf_ray.planner.layouts import layouts
-from rlhf_ray.planner.lengths import Lengths
 from rlhf_ray.planner.memory import plan_memory
-from rlhf_ray.planner.processes import ProcessMemory
+from rlhf_ray.planner.placement import Cluster
 from rlhf_ray.planner.search import Proposal, best_placements
-from rlhf_ray.planner.seats import Cluster
-from rlhf_ray.planner.settings import Setting, settings
-from rlhf_ray.planner.steptime import step_time
-from rlhf_ray.planner.workload import workload_of
+from rlhf_ray.planner.step_time import step_time
+from rlhf_ray.planner.workload import Lengths, workload_of
 
 SMALL = {
     "model_type": "llama",

@@ -1,29 +1,127 @@
-"""What the roles do in one PPO step and what waits for what, as `controllers/ppo.py` orders it.
+"""How long a step takes, phase by phase, and how long each role idles meanwhile."""
 
-A shard is scored when its slowest response is complete, while others are generated. Advantages need all of them; then
-policy and critic are updated at the same time, and the new weights go to the engines. With `placement.offload_idle`,
-roles that share places come to their devices and leave them between these phases.
-"""
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 
-from collections.abc import Collection
-
+from rlhf_ray.cluster.assignment import assign, requests_of
 from rlhf_ray.cluster.sharing import DeviceSharing, Phase
-from rlhf_ray.config.jobs import PPOJob, shard_count
+from rlhf_ray.config.jobs import EpochJob, JobConfig, PPOJob, PreferenceJob, RewardModelJob, shard_count
 from rlhf_ray.config.roles import Level
 from rlhf_ray.config.sharing import shared_places
-from rlhf_ray.planner.decoding import Engine, shard_arrivals
+from rlhf_ray.planner.calibration import Calibration, Device
+from rlhf_ray.planner.decoding_time import Engine, shard_arrivals
 from rlhf_ray.planner.devices import GB
-from rlhf_ray.planner.lengths import Lengths
-from rlhf_ray.planner.passes import Ranks
-from rlhf_ray.planner.seats import Seats, ranks_of
-from rlhf_ray.planner.timeline import SWITCH, Task
+from rlhf_ray.planner.hardware import Hardware
+from rlhf_ray.planner.pass_time import Ranks
+from rlhf_ray.planner.placement import Cluster, Seats, ranks_of
+from rlhf_ray.planner.timeline import SWITCH, Span, Task, covered, run
 from rlhf_ray.planner.work import BYTES, Sequences
-from rlhf_ray.planner.workload import RolloutRole, Workload
+from rlhf_ray.planner.workload import Lengths, RolloutRole, Workload, workload_of
 
 # Shards are followed in so many waves: enough of them to see scoring overlap with generation.
 _WAVES = 8
 # Token, its log-prob and version from the engine, and four columns of numbers to train on.
 _TOKEN_BYTES = 28
+_CANDIDATES = 2
+"""Answers of a row that are compared; rows of choices and rankings can have more."""
+
+
+@dataclass(frozen=True)
+class RoleTime:
+    """What a role does in a step.
+
+    Attributes:
+        busy_s: seconds in which it works.
+        idle: share of the step in which it does not.
+    """
+
+    role: str
+    busy_s: float
+    idle: float
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """A step.
+
+    Attributes:
+        seconds: of the whole.
+        phases: seconds from the beginning of a phase to its end, named as in the metrics `time/NAME_s`; in PPO scoring
+            begins while responses are still generated, and the updates of policy and critic overlap. `SWITCH` is the
+            time in which some role comes to its device or leaves it.
+        roles: in the order of the job's places.
+        response_tokens: that the step generates; 0 in a job over a data set.
+    """
+
+    seconds: float
+    phases: dict[str, float]
+    roles: tuple[RoleTime, ...]
+    response_tokens: float = 0.0
+
+    @property
+    def response_tokens_per_s(self) -> float:
+        """Of the whole step."""
+        return self.response_tokens / self.seconds
+
+
+def step_time(workload: Workload, cluster: Cluster, lengths: Lengths, cached_tokens: int | None = None) -> StepTime:
+    """One step of a job, without checkpoints and evaluations.
+
+    Args:
+        lengths: of prompts and responses; in a job over a data set, of what is not learnt and what is.
+        cached_tokens: that the KV cache of one engine has room for; None for as many as it can use.
+    """
+    config = workload.job
+    seats = Seats(config, cluster)
+    if isinstance(config, PPOJob):
+        tasks = ppo_tasks(workload, config, seats, lengths, cached_tokens)
+        generated = config.samples_per_step * lengths.response
+    else:
+        tasks, generated = epoch_tasks(workload, config, seats, lengths), 0.0
+    spans = run(tasks, seats.capacity)
+    seconds = max(span.end for span in spans)
+    return StepTime(
+        seconds,
+        _phases(spans),
+        tuple(_role_time(role, spans, seconds) for role in config.places),
+        generated,
+    )
+
+
+def predict(
+    job: JobConfig,
+    hardware: Hardware,
+    known: Mapping[Device, Calibration],
+    lengths: Lengths,
+    cached_tokens: int | None = None,
+) -> StepTime:
+    """One step of a job, its roles placed as a run would place them.
+
+    Args:
+        known: constants of each kind of device.
+
+    Raises:
+        ShapeError: when the shape of a model can't be read.
+        PlacementError: when a role has no place.
+    """
+    requests = requests_of({role: placed.placement for role, placed in job.places.items()})
+    cluster = Cluster(hardware, assign(requests, hardware.nodes), known)
+    return step_time(workload_of(job), cluster, lengths, cached_tokens)
+
+
+def _phases(spans: Sequence[Span]) -> dict[str, float]:
+    of_phase: dict[str, list[Span]] = {}
+    for span in spans:
+        of_phase.setdefault(span.task.phase, []).append(span)
+    found = {name: max(s.end for s in mine) - min(s.begin for s in mine) for name, mine in of_phase.items()}
+    if SWITCH in found:  # it comes again and again, between the others
+        found[SWITCH] = covered(of_phase[SWITCH])
+    return found
+
+
+def _role_time(role: str, spans: Sequence[Span], seconds: float) -> RoleTime:
+    busy = covered(span for span in spans if role in span.task.roles)
+    return RoleTime(role, busy, 1.0 - busy / seconds)
 
 
 def ppo_tasks(
@@ -175,3 +273,46 @@ def _engine(
         workers=seat.group,
         constants=seat.constants,
     )
+
+
+def epoch_tasks(workload: Workload, config: EpochJob, seats: Seats, lengths: Lengths) -> list[Task]:
+    """The tasks of one step, in an order in which none waits for a later one.
+
+    Args:
+        lengths: of the tokens of a row that are not learnt, and of those that are, by answer.
+    """
+    batch = _batch(config, lengths)
+    trained, *others = [role for role in workload.roles if not isinstance(role, RolloutRole)]
+    ranks = ranks_of(trained, seats.of[trained.seat])
+    tasks: list[Task] = []
+
+    def add(phase: str, role: str, seconds: float) -> None:
+        """Each waits for the one before."""
+        after = (len(tasks) - 1,) if tasks else ()
+        tasks.append(Task(phase, (role,), seconds, seats.of[role].needs, after))
+
+    if isinstance(config, PreferenceJob):
+        algorithm = config.algorithm
+        passes = 1 if algorithm.kto is None else 2  # KTO compares with mismatched answers too
+        for reference in others:
+            add("score", "reference", passes * ranks_of(reference, seats.of["reference"]).scoring_s(batch))
+        by_policy = int(algorithm.couples_rows) + passes - 1
+        if algorithm.needs_reference and config.policy_is_reference and config.reference.cache is None:
+            by_policy += passes
+        if by_policy:
+            add("score", "policy", by_policy * ranks.scoring_s(batch))
+    add("update", trained.name, ranks.update_s(batch, optimizer_steps=1))
+    return tasks
+
+
+def _batch(config: EpochJob, lengths: Lengths) -> Sequences:
+    rows = config.data.rows_per_step
+    if isinstance(config, RewardModelJob):
+        texts = Sequences.of(rows * _CANDIDATES, lengths.prompt + lengths.response, 0)
+        return Sequences(rows, texts.tokens, texts.pairs, texts.count)
+    if isinstance(config, PreferenceJob) and not config.algorithm.unpaired:
+        answers = Sequences.of(rows * _CANDIDATES, lengths.prompt, lengths.response)
+        # The answers of a row share their prompt's tokens, but each attends to them.
+        shared = rows * (_CANDIDATES - 1) * lengths.prompt
+        return Sequences(rows, answers.tokens - shared, answers.pairs, answers.scored)
+    return Sequences.of(rows, lengths.prompt, lengths.response)

@@ -16,7 +16,7 @@ from rlhf_ray.models.lora import add_adapters
 from rlhf_ray.models.lora_sizes import adapted_layers, adapter_sizes
 from rlhf_ray.models.packed import PackedSequences
 from rlhf_ray.models.shapes import ModelShape
-from rlhf_ray.planner.activations import PassShape
+from rlhf_ray.planner.activation_memory import PassShape
 
 LENGTHS = (96, 96, 96)
 TOKENS, POSITIONS = sum(LENGTHS), 150

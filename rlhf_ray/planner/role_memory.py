@@ -1,7 +1,7 @@
-"""Memory of one rank of a model that DeepSpeed trains.
+"""Memory of one process of each kind of role: a rank that DeepSpeed trains, one that only scores, an engine's worker.
 
-It follows DeepSpeed 0.19's own code with the settings of `engines/training.py`: bfloat16 or float32 engines with
-torch's AdamW, gradients accumulated in the engine's own format, contiguous buckets of DeepSpeed's default sizes.
+Of ranks it follows DeepSpeed 0.19's own code with the settings of `engines/training.py`: bfloat16 or float32 engines
+with torch's AdamW, gradients accumulated in the engine's own format, contiguous buckets of DeepSpeed's default sizes.
 """
 
 from dataclasses import dataclass
@@ -11,9 +11,9 @@ from rlhf_ray.config.roles import Level
 from rlhf_ray.config.training import Lora
 from rlhf_ray.models.lora_sizes import adapted_layers, adapter_sizes, frozen_bytes
 from rlhf_ray.models.shapes import ModelShape
-from rlhf_ray.planner.activations import FLOAT32, ITEMSIZE, PassShape
+from rlhf_ray.planner.activation_memory import FLOAT32, INT64, ITEMSIZE, PassShape
 from rlhf_ray.planner.footprint import PLACES, Item, Moment, Place, always, during
-from rlhf_ray.planner.roles import TrainedRole
+from rlhf_ray.planner.workload import RolloutRole, ScoredRole, TrainedRole
 
 # DeepSpeed's defaults, in elements (runtime/zero/config.py), and what `engines/training.py` sets.
 REDUCE_BUCKET = 500_000_000
@@ -30,6 +30,11 @@ MOMENTS = 2 * FLOAT32
 SWAPPED = 4 * FLOAT32
 """Of one weight whose state is on a disk, while it is in host memory: gradient, master weight and moments."""
 UPDATE: tuple[Moment, ...] = ("backward", "reduce", "step")
+
+
+GIB = 2**30
+SORTED_LOGIT = 4 * FLOAT32 + INT64
+"""Of one logit while vLLM samples: itself, its log-prob, its place in order with top-p, its probability."""
 
 
 @dataclass(frozen=True)
@@ -221,3 +226,114 @@ class _Rank:
             buckets = 1 if self.cpu else 2
             return buckets * max(self.role.sync_bytes, self.item * largest)
         return 2 * FLOAT32 * largest if self.role.lora is not None else 0
+
+
+def scored_items(role: ScoredRole, *, cpu: bool) -> list[Item]:
+    """What one rank holds, without the process itself."""
+    engine, shape = role.engine, role.shape
+    item = ITEMSIZE[engine.dtype]
+    weights = item * shape.parameters
+    how = PassShape(
+        shape,
+        engine.dtype,
+        cpu,
+        vocab_chunk_tokens=engine.vocab_chunk_tokens,
+        sequence_parallel=engine.sequence_parallel,
+    )
+    pack = role.batch.score_pack(engine, role.ranks)
+    passing = how.forward_bytes(pack.tokens) + how.head_bytes(pack, backward=False)
+    items = [during("logits and states", passing, "score")]
+    if engine.zero_stage == 0:
+        return [always("weights", weights, Level.WEIGHTS), *items]
+    place = PLACES[engine.offload_parameters]
+    largest = max(tensor.size for tensor in shape.tensors())
+    gathered = gathered_elements(shape.parameters, largest, role.ranks, place, cpu=cpu) * item
+    whole = sum(tensor.size * tensor.count for tensor in shape.tensors() if tensor.size <= PERSISTENT) * item
+    return [
+        always("weights", weights / role.ranks, Level.WEIGHTS, place),
+        always("weights kept whole", whole if role.ranks > 1 or place != "device" else 0, Level.WEIGHTS),
+        *swapped_weights(item * largest, role.ranks, place),
+        during("gathered weights", gathered, "score"),
+        *items,
+    ]
+
+
+@dataclass(frozen=True)
+class EnginePlan:
+    """One engine.
+
+    Attributes:
+        items: of one worker, without the process itself.
+        cached_tokens: that its KV cache has room for.
+        wanted_tokens: of all sequences that it decodes at the same time, when they are longest.
+        needs: device bytes of one worker, below which it can't start: weights, a pass, one longest sequence.
+        allotted: device bytes that one worker may use; None on the CPU, where the KV cache alone is limited.
+    """
+
+    items: tuple[Item, ...]
+    cached_tokens: int
+    wanted_tokens: int
+    needs: int
+    allotted: int | None
+
+    @property
+    def starts(self) -> bool:
+        """Whether one sequence fits into its KV cache."""
+        return self.cached_tokens > 0
+
+
+def token_bytes(role: RolloutRole) -> int:
+    """Keys and values of one token in one worker. Workers share the heads; with more workers than there are of keys
+    and values, several hold the same."""
+    shape = role.shape
+    heads = max(1, shape.kv_heads // role.placement.tensor_parallel)
+    return 2 * shape.layers * heads * shape.head_dim * ITEMSIZE[role.dtype]
+
+
+def engine_plan(role: RolloutRole, device_memory: int, *, cpu: bool) -> EnginePlan:
+    """What one worker of an engine holds.
+
+    Args:
+        device_memory: of one device; on the CPU of the node.
+    """
+    shape, engine, workers = role.shape, role.engine, role.placement.tensor_parallel
+    item = ITEMSIZE[role.dtype]
+    weights = item * shape.parameters // workers
+    adapters = (
+        item * role.adapter_rank * sum(sum(tensor.shape) * tensor.count for tensor in shape.tensors() if tensor.linear)
+    )
+    passing = _pass_bytes(role)
+    each = token_bytes(role)
+    allotted = None if cpu else int(engine.gpu_memory_utilization * device_memory)
+    cache = engine.cpu_kv_cache_gib * GIB if allotted is None else allotted - weights - adapters - passing
+    tokens = max(0, cache) // each
+    longest = engine.max_model_len
+    wanted = min(engine.max_num_seqs, -(-role.batch.samples // role.placement.engines)) * role.batch.longest
+    items = (
+        always("weights", weights, Level.WEIGHTS),
+        always("adapters", adapters, Level.WEIGHTS),
+        # A GPU's pass is measured when the engine starts and stays its own.
+        always("pass", passing) if not cpu else during("pass", passing, "generate"),
+        always("KV cache", max(0, cache)),
+        during("sync bucket", max(role.sync_bytes, item * max(t.size for t in shape.tensors())), "sync"),
+    )
+    return EnginePlan(
+        items,
+        cached_tokens=tokens if tokens >= longest else 0,
+        wanted_tokens=wanted,
+        needs=weights + adapters + passing + longest * each,
+        allotted=allotted,
+    )
+
+
+def _pass_bytes(role: RolloutRole) -> int:
+    """One step of the engine with as many tokens as it may have, and the sampling of as many sequences."""
+    shape, engine, workers = role.shape, role.engine, role.placement.tensor_parallel
+    item = ITEMSIZE[role.dtype]
+    experts = shape.experts
+    inner = shape.intermediate if shape.dense_layers else 0
+    if experts is not None:
+        inner = max(inner, experts.intermediate * experts.per_token + experts.shared_intermediate)
+    tokens = max(engine.max_num_batched_tokens, engine.max_model_len)
+    states = item * (3 * shape.hidden + 3 * -(-inner // workers)) * tokens
+    return states + SORTED_LOGIT * shape.vocab * min(engine.max_num_seqs, tokens)

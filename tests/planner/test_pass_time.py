@@ -8,8 +8,7 @@ import pytest
 from rlhf_ray.config.training import Lora, TrainingEngine
 from rlhf_ray.models.shapes import ModelShape
 from rlhf_ray.planner.calibration import Calibration, Collectives, OptimizerRates, Pass, defaults
-from rlhf_ray.planner.passes import Ranks
-from rlhf_ray.planner.rates import Group, Rates
+from rlhf_ray.planner.pass_time import Group, Ranks, Rates
 from rlhf_ray.planner.work import Sequences, layer_parameters, touched_parameters
 
 LLAMA_3_8B = {
