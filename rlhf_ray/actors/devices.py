@@ -20,6 +20,7 @@ class Devices:
         places: as `JobConfig.places`.
         groups: actors of each role.
         offload_idle: whether roles that share devices leave them; if not, nothing ever moves.
+        losing: as in `DeviceSharing`.
     """
 
     def __init__(
@@ -29,14 +30,27 @@ class Devices:
         timeouts: Timeouts,
         *,
         offload_idle: bool,
+        losing: Collection[str] = (),
     ) -> None:
-        self._sharing = DeviceSharing(shared_places(places) if offload_idle else [])
+        self._sharing = DeviceSharing(shared_places(places) if offload_idle else [], losing)
         self._groups = groups
         self._timeouts = timeouts
 
     def shares(self, role: str) -> bool:
         """Whether a role comes and goes."""
         return role in self._sharing.levels
+
+    def loses_weights(self, role: str) -> bool:
+        """Whether a role has lost its weights each time that it comes back."""
+        return role in self._sharing.losing
+
+    def lacks_weights(self, role: str) -> bool:
+        """Whether a role has lost its weights and not got new ones."""
+        return role in self._sharing.empty
+
+    def received(self, phase: Phase) -> None:
+        """Whoever gets new weights in this phase has them."""
+        self._sharing.received(phase)
 
     def loaded(self, role: str) -> None:
         """Have a role leave that has just loaded its models."""

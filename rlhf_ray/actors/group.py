@@ -11,7 +11,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rlhf_ray.actors.waiting import wait_all
 from rlhf_ray.actors.watched import actor_class
-from rlhf_ray.cluster.assignment import requests_of
+from rlhf_ray.cluster.assignment import PlacementError, requests_of
 from rlhf_ray.cluster.placement import Place, reserve
 from rlhf_ray.config.placement import Placed, RolloutPlacement
 
@@ -43,8 +43,20 @@ class Seat:
         return self.places[rank * (self.span or 1)]
 
     def devices_of(self, rank: int) -> dict[str, str]:
-        """Environment that shows a rank the devices of all its places."""
+        """Environment that shows a rank the devices of all its places.
+
+        Raises:
+            PlacementError: they are several slices of GPUs.
+        """
         shown = [device for place in self.places[rank * self.span : (rank + 1) * self.span] for device in place.devices]
+        if len(shown) > 1 and any(device.startswith("MIG-") for device in shown):
+            raise PlacementError(
+                "rollout",
+                f"placement.rollout: an engine would sit on {' and '.join(shown)}, but CUDA shows a process one slice "
+                "of a GPU (MIG) only: set placement.rollout.tensor_parallel to 1, or use whole GPUs",
+                rank * self.span,
+                {},
+            )
         return {"CUDA_VISIBLE_DEVICES": ",".join(shown), "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"} if shown else {}
 
 

@@ -113,7 +113,11 @@ class PPOController:
             policy, critic = self._update(batch, step)
         if policy:
             self.version += 1
-        if policy or self.devices.shares("rollout"):
+        # Before the sync: engines that share devices leave them for a checkpoint, and would lose what they just got.
+        if self.folder.checkpoint_due(step, last=step == self.config.run.steps):
+            with record.timing("checkpoint"):
+                self.checkpointing.save(step)
+        if policy or self.devices.lacks_weights("rollout"):
             with record.timing("weight_sync"):
                 self._send_weights()
         self.kl.update(float(np.concatenate([report.kl for report in batch.reports]).mean()), len(batch.scores))
@@ -123,7 +127,7 @@ class PPOController:
 
     def _generate(self, requests: list[PromptRequest], record: StepRecord) -> Iterator[GeneratedShard]:
         shards = cut_into_shards(requests, self.config.rollout.shard_samples)
-        self.devices.enter("generate")
+        self._wake_engines()
         with record.timing("generate"):
             yield from self.roles.rollout.generate(shards, self.version)
 
@@ -234,10 +238,6 @@ class PPOController:
     def _finish(
         self, step: int, record: StepRecord, batch: Batch, policy: list[UpdateReport], critic: list[UpdateReport]
     ) -> None:
-        due = self.folder.checkpoint_due(step, last=step == self.config.run.steps)
-        if due:
-            with record.timing("checkpoint"):
-                self.checkpointing.save(step)
         metrics = self.report.metrics(record, batch.facts, batch.reports, batch.parts, batch.scores, policy, critic)
         spans = self.folder.collect_spans(self.roles.groups, self.config.run.timeouts.setup_s)
         metrics |= record.timings(spans)
@@ -245,7 +245,7 @@ class PPOController:
         if step % self.config.run.samples_every == 0 or step in (1, self.config.run.steps):
             self.folder.samples.append(step, self._first_samples(batch))
         self.folder.log_step(step, metrics)
-        if due:
+        if self.folder.checkpoint_due(step, last=step == self.config.run.steps):
             self.checkpointing.commit(step, self._state(), metrics)
             if self.config.run.export and step < self.config.run.steps:
                 self.checkpointing.export("policy", wait=False)
@@ -265,7 +265,7 @@ class PPOController:
         cursor = PromptCursor(len(self.inputs.prompts), seed=0, shuffle=False)
         tickets = cursor.take(min(self.config.run.samples_kept, len(self.inputs.prompts)))
         requests = requests_for(self.inputs.prompts, tickets, 1, derive_seed(self.config.seed, "showcase"))
-        self.devices.enter("generate")
+        self._wake_engines()
         [shard] = self.roles.rollout.generate([requests], self.version)
         self.devices.enter("score", ["reward"])
         rewarded = RewardedShard(shard, self._start_rewards(shard))
@@ -302,8 +302,8 @@ class PPOController:
         checkpoint = self.folder.resumed
         if checkpoint is None:
             lora = self.config.policy.lora
-            # Rounding to fewer bits gave the policy other weights than the engines have; engines that left have none.
-            if (lora is not None and lora.base != "as_model") or self.devices.shares("rollout"):
+            # Rounding to fewer bits gave the policy other weights than the engines have.
+            if lora is not None and lora.base != "as_model":
                 self._send_weights()
             return
         self.checkpointing.load(checkpoint)
@@ -317,6 +317,14 @@ class PPOController:
     def _send_weights(self) -> None:
         self.devices.enter("sync")
         self._run("policy", "send_weights", self.version, limit="sync_s")
+        self.devices.received("sync")
+
+    def _wake_engines(self) -> None:
+        """Bring the engines to their devices, with weights; they lose them to whoever needed the devices since."""
+        if self.devices.lacks_weights("rollout"):
+            with self.folder.recorder.span("weight_sync"):
+                self._send_weights()
+        self.devices.enter("generate")
 
     def _run(self, role: str, method: str, *args: Any, limit: str) -> list[Any]:
         return self._wait(getattr(self.roles, role).call(method, *args), f"{role}: {method}", limit)

@@ -131,7 +131,13 @@ def ppo_roles(config: PPOJob, inputs: PPOInputs, watch: Watch = unwatched) -> It
             "reward": [part.group for part in rewards if part.is_model],
             "rollout": [rollout],
         }
-        devices = Devices(config.places, movable, config.run.timeouts, offload_idle=placement.offload_idle)
+        devices = Devices(
+            config.places,
+            movable,
+            config.run.timeouts,
+            offload_idle=placement.offload_idle,
+            losing=() if _sends_adapters(config) else ("rollout",),  # a base model for adapters is not sent again
+        )
         roles = PPORoles(policy, critic, reference, rewards, rollout, devices)
         for created in roles.groups:
             watch(created)
@@ -143,6 +149,10 @@ def ppo_roles(config: PPOJob, inputs: PPOInputs, watch: Watch = unwatched) -> It
                 _end_engines(created)
             created.kill()
         seating.release()
+
+
+def _sends_adapters(config: PPOJob) -> bool:
+    return config.policy.lora is not None and config.rollout.lora_sync == "adapters"
 
 
 def _end_engines(rollout: RolloutGroup) -> None:
@@ -177,8 +187,10 @@ def _load_ppo_models(config: PPOJob, inputs: PPOInputs, roles: PPORoles) -> None
         else:
             loading.extend(started)
 
-    # Engines take longest, and count what is free on their devices.
+    # Engines take longest, and count what is free on their devices, where others must not load meanwhile.
     start("rollout")
+    if config.placement.rollout.colocate is not None:
+        wait_all(loading, timeouts.setup_s, "rollout: load_model", "run.timeouts.setup_s")
     join_collectives([*roles.models, *(p.group for p in roles.rewards if p.is_model)], timeouts)
     for role in loads:
         if role != "rollout":
@@ -193,7 +205,7 @@ def _load_ppo_models(config: PPOJob, inputs: PPOInputs, roles: PPORoles) -> None
         config.placement.rollout.tensor_parallel,
         host,
         port,
-        config.rollout.sync_bucket_mib * 2**20,
+        config.rollout.sync_bucket_bytes(on_gpu=config.placement.gpus_of("rollout") > 0),
         timeouts.sync_s,
         config.placement.rollout.colocate == "policy",
     )
@@ -206,7 +218,6 @@ def _ppo_loads(config: PPOJob, inputs: PPOInputs, roles: PPORoles) -> dict[str, 
     temperature = config.rollout.sampling.temperature
     updates = config.algorithm.epochs * config.algorithm.optimizer_steps
     policy_steps = (config.run.steps - config.algorithm.critic_warmup_steps) * updates
-    adapters = config.policy.lora is not None and config.rollout.lora_sync == "adapters"
     setup = RolloutSetup(
         config.policy.model,
         config.rollout.engine,
@@ -214,9 +225,9 @@ def _ppo_loads(config: PPOJob, inputs: PPOInputs, roles: PPORoles) -> dict[str, 
         config.placement.rollout.tensor_parallel,
         config.seed,
         trust_remote_code=trust,
-        adapter_rank=config.policy.lora.rank if config.policy.lora and adapters else None,
+        adapter_rank=config.policy.lora.rank if config.policy.lora and _sends_adapters(config) else None,
         beside_policy=config.placement.rollout.colocate == "policy",
-        sleep=(1 if adapters else 2) if roles.devices.shares("rollout") else 0,
+        sleep=2 if roles.devices.loses_weights("rollout") else 1 if roles.devices.shares("rollout") else 0,
     )
 
     def rewards() -> list[ray.ObjectRef]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from rlhf_ray.cluster.planner.activations import FLOAT32, INT64, ITEMSIZE
 from rlhf_ray.cluster.planner.footprint import Item, always, during
 from rlhf_ray.cluster.planner.roles import RolloutRole
+from rlhf_ray.cluster.planner.shapes import ModelShape
 from rlhf_ray.engines.level import Level
 
 GIB = 2**30
@@ -70,7 +71,7 @@ def engine_plan(role: RolloutRole, device_memory: int, *, cpu: bool) -> EnginePl
         # A GPU's pass is measured when the engine starts and stays its own.
         always("pass", passing) if not cpu else during("pass", passing, "generate"),
         always("KV cache", max(0, cache)),
-        during("sync bucket", max(role.sync_bytes, item * max(t.size for t in shape.tensors())), "sync"),
+        during("sync bucket", sync_bucket(role.sync_bytes, shape, item), "sync"),
     )
     return EnginePlan(
         items,
@@ -79,6 +80,12 @@ def engine_plan(role: RolloutRole, device_memory: int, *, cpu: bool) -> EnginePl
         needs=weights + adapters + passing + longest * each,
         allotted=allotted,
     )
+
+
+def sync_bucket(most: int, shape: ModelShape, item: int) -> int:
+    """Bytes of one bucket of a weight sync: `most`, but a larger tensor goes whole, and there is no more than the model
+    has."""
+    return min(max(most, item * max(tensor.size for tensor in shape.tensors())), item * shape.parameters)
 
 
 def _pass_bytes(role: RolloutRole) -> int:

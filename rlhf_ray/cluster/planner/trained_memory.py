@@ -11,6 +11,7 @@ from rlhf_ray.cluster.planner.activations import FLOAT32, ITEMSIZE, PassShape
 from rlhf_ray.cluster.planner.adapters import adapted_layers, adapter_sizes, frozen_bytes
 from rlhf_ray.cluster.planner.footprint import PLACES, Item, Moment, Place, always, during
 from rlhf_ray.cluster.planner.roles import TrainedRole
+from rlhf_ray.cluster.planner.rollout_memory import sync_bucket
 from rlhf_ray.cluster.planner.shapes import ModelShape
 from rlhf_ray.config.training import Lora
 from rlhf_ray.engines.level import Level
@@ -219,5 +220,5 @@ class _Rank:
         largest = max(tensor.size for tensor in self.role.shape.tensors())
         if self.stage == 3 or not self.cpu:
             buckets = 1 if self.cpu else 2
-            return buckets * max(self.role.sync_bytes, self.item * largest)
+            return buckets * sync_bucket(self.role.sync_bytes, self.role.shape, self.item)
         return 2 * FLOAT32 * largest if self.role.lora is not None else 0
