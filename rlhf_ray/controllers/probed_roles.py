@@ -68,13 +68,16 @@ def probed_roles(gpus: int, threads: int, models: Sequence[Path]) -> Iterator[Pr
             max_model_len=4096, max_num_seqs=256, prefix_caching=False, gpu_memory_utilization=0.4, cpu_kv_cache_gib=1
         )
         rollout = Rollout(sampling=Sampling(max_new_tokens=256), engine=settings)
-        loading = [
-            actor.load_model.remote(RolloutSetup(str(model), settings, DTYPE, 1, seed=0, beside_policy=beside))
-            for actor, model in zip(engines.actors, models, strict=True)
-        ]
+        setups = [RolloutSetup(str(model), settings, DTYPE, 1, seed=0, beside_policy=beside) for model in models]
+        # An engine counts what is free on its device, so those on one device start one after the other.
+        at_once = 1 if beside else len(setups)
+        waiting = list(zip(engines.actors, setups, strict=True))
+        loading = [actor.load_model.remote(setup) for actor, setup in waiting[:at_once]]
         join_collectives([policy], Timeouts(setup_s=TIMEOUT_S))
         process_s = time.perf_counter() - began
         wait(loading, "rollout: load_model")
+        for actor, setup in waiting[at_once:]:
+            wait([actor.load_model.remote(setup)], "rollout: load_model")
         engine_s = time.perf_counter() - began
         groups = [RolloutGroup([actor], rollout, deterministic=False, timeout_s=TIMEOUT_S) for actor in engines.actors]
         weights = read_shape(str(models[0])).parameters * BYTES[DTYPE]

@@ -30,7 +30,6 @@ from rlhf_ray.engines.rollout_setup import EnginePart, RolloutSetup
 from rlhf_ray.models.lora import Adapter
 from rlhf_ray.platform import TransferBackend, platform, transfer_backend
 
-
 PICKLED: frozenset[TransferBackend] = frozenset({"ipc"})
 """Transfer backends whose updates hold what vLLM sends to the engine's own process only as pickles, and those only if
 it is allowed to: handles of GPU memory. The pickles come from the policy's ranks, through this actor."""
