@@ -3,9 +3,9 @@
 import asyncio
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 from vllm import AsyncEngineArgs, SamplingParams
 from vllm.config import WeightTransferConfig
@@ -17,6 +17,7 @@ from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind
 from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
@@ -29,6 +30,11 @@ from rlhf_ray.engines.level import Level
 from rlhf_ray.engines.rollout_setup import EnginePart, RolloutSetup
 from rlhf_ray.models.lora import Adapter
 from rlhf_ray.platform import TransferBackend, platform, transfer_backend
+
+_T = TypeVar("_T")
+
+_LOOK_S = 0.5
+"""How often to look whether the engine's own process lives, while its answer is awaited."""
 
 PICKLED: frozenset[TransferBackend] = frozenset({"ipc"})
 """Transfer backends whose updates hold what vLLM sends to the engine's own process only as pickles, and those only if
@@ -81,7 +87,7 @@ class RolloutEngine:
     async def pause(self) -> None:
         """Hold all requests where they are and forget cached keys and values."""
         # AsyncLLM's own pause_generation also sleeps for 20 ms, to let aborted requests answer first.
-        await self._engine.engine_core.pause_scheduler_async(mode="keep", clear_cache=True)
+        await self._answer(self._engine.engine_core.pause_scheduler_async(mode="keep", clear_cache=True))
 
     async def resume(self) -> None:
         """Go on with held requests; an engine that is not on its devices as a whole does so when it comes back.
@@ -91,7 +97,7 @@ class RolloutEngine:
         """
         self.held.check_generating()
         if self.held.level == Level.FULL:
-            await self._engine.resume_generation()
+            await self._answer(self._engine.resume_generation())
 
     async def move(self, level: Level) -> None:
         """Leave the device, or come back to it, as far as `level` says. No request may be under way.
@@ -103,21 +109,22 @@ class RolloutEngine:
         if level < self.held.level:
             lost = self.held.moved(Level.OUT)
             if not on_cpu:
-                await self._engine.sleep(self._sleep)
+                await self._answer(self._engine.sleep(self._sleep))
             else:
                 await self.pause()
                 if lost:
-                    await self._engine.collective_rpc("lose_weights")
+                    await self._answer(self._engine.collective_rpc("lose_weights"))
         if level > self.held.level:
             if not on_cpu:
-                await self._engine.wake_up(["weights"] if level == Level.WEIGHTS else None)
+                await self._answer(self._engine.wake_up(["weights"] if level == Level.WEIGHTS else None))
             elif level == Level.FULL:
-                await self._engine.resume_generation()
+                await self._answer(self._engine.resume_generation())
             self.held.moved(level)
 
     async def init_transfer(self, init_info: dict[str, Any]) -> None:
         """Join the trainer's weight-transfer group."""
-        await self._engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info=init_info))
+        request = WeightTransferInitRequest(init_info=init_info)
+        await self._answer(self._engine.init_weight_transfer_engine(request))
 
     async def start_update(self) -> None:
         """Make ready for new weights; until all have come the engine has none.
@@ -126,19 +133,19 @@ class RolloutEngine:
             WeightsMissing: its memory for weights is not on the device.
         """
         self.held.arriving()
-        await self._engine.start_weight_update()
+        await self._answer(self._engine.start_weight_update())
 
     async def update(self, update_info: dict[str, Any]) -> None:
         """Receive weights. After a failure the engine is half loaded, and has none."""
         try:
-            await self._engine.update_weights(WeightTransferUpdateRequest(update_info=update_info))
+            await self._answer(self._engine.update_weights(WeightTransferUpdateRequest(update_info=update_info)))
         except BaseException:
             self.held.lost("its last weight sync failed half-way")
             raise
 
     async def finish_update(self, version: int) -> None:
         """Make the new weights the engine's."""
-        await self._engine.finish_weight_update(str(version))
+        await self._answer(self._engine.finish_weight_update(str(version)))
         self.held.has(version)
 
     async def load_adapter(self, adapter: Adapter) -> None:
@@ -151,18 +158,32 @@ class RolloutEngine:
         with tempfile.TemporaryDirectory(prefix="rlhf-ray-adapter-") as folder:
             adapter.write(Path(folder))
             replace = LoRARequest("policy", 1, folder, load_inplace=True)
-            if not await self._engine.add_lora(replace):
+            if not await self._answer(self._engine.add_lora(replace)):
                 raise RuntimeError("vLLM did not load the policy's adapter and gives no reason")
         self._adapter = LoRARequest("policy", 1, folder)  # it is loaded: the folder, which is gone, is not read again
 
     async def set_version(self, version: int) -> None:
         """Name the weights in use."""
-        await self._engine.update_weight_version(str(version))
+        await self._answer(self._engine.update_weight_version(str(version)))
         self.held.has(version)
 
     async def version(self) -> int | None:
         """Version of the weights, in the words of vLLM; None where it has none."""
-        return None if self.held.version is None else int(await self._engine.get_weight_version())
+        return None if self.held.version is None else int(await self._answer(self._engine.get_weight_version()))
+
+    async def _answer(self, call: Coroutine[Any, Any, _T]) -> _T:
+        """What the engine's own process answers.
+
+        Raises:
+            EngineDeadError: it died. vLLM 0.32 tells that to requests alone; its other calls would wait for ever.
+        """
+        answer = asyncio.ensure_future(call)
+        while not answer.done():
+            await asyncio.wait([answer], timeout=_LOOK_S)
+            if self._engine.errored and not answer.done():
+                answer.cancel()
+                raise EngineDeadError()
+        return answer.result()
 
     def shutdown(self) -> None:
         """End the engine's processes."""
