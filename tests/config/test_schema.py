@@ -360,6 +360,12 @@ CONFLICTS: list[tuple[dict[str, Any], str]] = [
         "reference.engine.offload_parameters to cpu, or reference.engine.zero_stage to 0",
     ),
     (
+        ppo(placement={"policy": {"gpus": 0.5, "ranks": 2}}),
+        "placement.policy.gpus is 0.5 and placement.policy.ranks is 2: two ranks of one role would share a GPU, which "
+        "NCCL refuses. Set placement.policy.gpus to 1, or placement.policy.ranks to 1, or placement.policy.strategy to "
+        "STRICT_SPREAD, which gives each its own node",
+    ),
+    (
         ppo(placement={"policy": {"gpus": 2}}),
         "placement.policy.gpus is 2, but a rank drives one device: raise placement.policy.ranks instead",
     ),
