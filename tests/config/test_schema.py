@@ -578,6 +578,19 @@ CONFLICTS: list[tuple[dict[str, Any], str]] = [
 ]
 
 
+@pytest.mark.parametrize(
+    "policy",
+    [
+        {"gpus": 0.5},
+        {"gpus": 0.6, "ranks": 2},
+        {"gpus": 0.5, "ranks": 2, "strategy": "STRICT_SPREAD"},
+        {"gpus": 0.5, "ranks": 2, "nodes": 2},
+    ],
+)
+def test_ranks_with_a_part_of_a_gpu_each_may_not_meet_on_one(policy: dict[str, Any]) -> None:
+    assert parse_config(sft(placement={"policy": policy}))
+
+
 @pytest.mark.parametrize(("raw", "message"), CONFLICTS)
 def test_a_conflict_names_both_paths(raw: dict[str, Any], message: str) -> None:
     assert problems_of(raw) == [message]
