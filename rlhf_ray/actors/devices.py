@@ -31,7 +31,9 @@ class Devices:
     def __init__(self, config: Job, groups: Mapping[str, Sequence[Movable]]) -> None:
         there = {role: placed for role, placed in config.places.items() if groups.get(role)}
         self._sharing = DeviceSharing(
-            shared_places(there) if config.placement.leaves_idle else [], needs_by_phase(config.roles)
+            shared_places(there) if config.placement.leaves_idle else [],
+            needs_by_phase(config.roles),
+            losing=[role.placed_as for role in config.roles if not role.keeps_weights],
         )
         self._groups = groups
         self._timeouts = config.run.timeouts
@@ -39,6 +41,18 @@ class Devices:
     def shares(self, role: str) -> bool:
         """Whether a role comes and goes."""
         return role in self._sharing.levels
+
+    def loses_weights(self, role: str) -> bool:
+        """Whether a role has lost its weights each time that it comes back."""
+        return role in self._sharing.losing
+
+    def lacks_weights(self, role: str) -> bool:
+        """Whether a role has lost its weights and not got new ones."""
+        return role in self._sharing.empty
+
+    def received(self, phase: str) -> None:
+        """Whoever gets new weights in this phase has them."""
+        self._sharing.received(phase)
 
     def loaded(self, role: str) -> None:
         """Have a role leave that has just loaded its models."""

@@ -145,7 +145,7 @@ class PolicyWorker(PPOTrainedWorker):
         group = SyncGroup(
             self.rank, host, port, len(engines) * workers_per_engine, bucket_bytes, timeout_s, same_devices
         )
-        self._sync = WeightSync(client, WeightSender(self.engine.model, group, client))
+        self._sync = WeightSync(client, client.beside(lambda: WeightSender(self.engine.model, group, client)))
 
     def send_weights(self, version: int) -> None:
         """Give every engine the present weights under the name `version`."""

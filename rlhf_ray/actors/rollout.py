@@ -36,7 +36,6 @@ class RolloutWorker(Watched):
         self.recorder = SpanRecorder()
         self.engine: Any = None  # vLLM is imported when the engine starts
         self._load: EngineLoad | None = None
-        self._version = 0
 
     async def address(self) -> tuple[str, int]:
         """Address of this node and a free port on it."""
@@ -100,7 +99,6 @@ class RolloutWorker(Watched):
     async def finish_update(self, version: int) -> None:
         """Go on with the new weights."""
         await self.engine.finish_update(version)
-        self._version = version
         await self.engine.resume()
 
     async def load_adapter(self, adapter: "Adapter", version: int) -> None:
@@ -109,19 +107,19 @@ class RolloutWorker(Watched):
         with self.recorder.span("receive adapter"):
             await self.engine.load_adapter(adapter)
         await self.engine.set_version(version)
-        self._version = version
         await self.engine.resume()
 
-    async def version(self) -> int:
-        """Version of the weights in use."""
-        return await self.engine.version()
+    async def version(self) -> int | None:
+        """Version of the weights in use; None where the engine has none."""
+        version: int | None = await self.engine.version()
+        return version
 
     def queue(self) -> tuple[int | None, int | None, int | None]:
-        """Running and waiting requests, and the version of the weights; None until the engine is up, and where only a
-        part of its workers sits."""
+        """Running and waiting requests, and the version of the weights, which is None while it has none; all are None
+        until the engine is up, and where only some of its workers sit."""
         if self._load is None:
             return None, None, None
-        return self._load.running, self._load.waiting, self._version
+        return self._load.running, self._load.waiting, self.engine.held.version
 
     def device_bytes(self) -> tuple[int, int] | None:
         """Device memory in use and in all; None on CPU, and until torch is imported, with the engine."""

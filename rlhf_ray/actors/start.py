@@ -10,7 +10,7 @@ import ray
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rlhf_ray.actors.watched import actor_class
-from rlhf_ray.cluster.assignment import requests_of
+from rlhf_ray.cluster.assignment import PlacementError, requests_of
 from rlhf_ray.cluster.placement import Bundle, reserve
 from rlhf_ray.config.placement import RolePlacement, RolloutPlacement
 
@@ -39,9 +39,21 @@ class ResourceSpec:
         return self.bundles[rank * (self.span or 1)]
 
     def devices_of(self, rank: int) -> dict[str, str]:
-        """Environment that shows a rank the devices of all its bundles."""
+        """Environment that shows a rank the devices of all its bundles.
+
+        Raises:
+            PlacementError: they are several slices of GPUs.
+        """
         own = self.bundles[rank * self.span : (rank + 1) * self.span]
         shown = [device for bundle in own for device in bundle.devices]
+        if len(shown) > 1 and any(device.startswith("MIG-") for device in shown):
+            raise PlacementError(
+                "rollout",
+                f"placement.rollout: an engine would sit on {' and '.join(shown)}, but CUDA shows a process one slice "
+                "of a GPU (MIG) only: set placement.rollout.tensor_parallel to 1, or use whole GPUs",
+                rank * self.span,
+                {},
+            )
         return {"CUDA_VISIBLE_DEVICES": ",".join(shown), "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"} if shown else {}
 
 

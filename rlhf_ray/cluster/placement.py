@@ -144,7 +144,13 @@ def _by_device(request: Request, bundles: list[Bundle]) -> list[Bundle]:
         replace(bundle, devices=tuple(ids)) for bundle, ids in zip(bundles, ray.get(probes, timeout=60), strict=True)
     ]
     order = {id(node): number for number, node in enumerate({id(p.node): p.node for p in bundles}.values())}
-    return sorted(found, key=lambda bundle: (order[id(bundle.node)], [int(device) for device in bundle.devices]))
+    return sorted(found, key=lambda bundle: (order[id(bundle.node)], [_rank_of(device) for device in bundle.devices]))
+
+
+def _rank_of(device: str) -> tuple[int, str]:
+    """Sorts numbered devices by number. A node whose devices are shown by name, such as `GPU-8f3a…` or `MIG-5c1e…`, has
+    no order that is known; their names give one that stays."""
+    return (int(device), "") if device.isdecimal() else (0, device)
 
 
 @ray.remote(num_cpus=0, max_retries=0)

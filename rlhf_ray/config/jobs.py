@@ -156,6 +156,11 @@ class PPOJob(Job):
         """The policy with its adapters off is the reference, so there are no actors for one."""
         return self.policy.lora is not None and self.reference.from_model == "policy"
 
+    @property
+    def sends_adapters(self) -> bool:
+        """Engines get the policy's adapters alone, and keep its base model."""
+        return self.policy.lora is not None and self.rollout.lora_sync == "adapters"
+
     def _critic_source(self, critic: Critic) -> ModelSource:
         trusted = critic.trust_remote_code
         if critic.init_from != "reward":
@@ -221,6 +226,7 @@ class PPOJob(Job):
             placement=at.rollout,
             ranks=at.rollout.engines,
             needs={"generate": Level.FULL, "sync": Level.WEIGHTS},
+            keeps_weights=self.sends_adapters,  # a base model for adapters is not sent again
         )
         return (*found, rollout)
 

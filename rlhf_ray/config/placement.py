@@ -77,6 +77,12 @@ class RolePlacement(_Place):
         if self.gpus > 1:
             raise ValueError(f".gpus is {self.gpus:g}, but a rank drives one device: raise .ranks instead")
         ranks = self.ranks or 1
+        spread = self.strategy == "STRICT_SPREAD" or self.nodes == ranks
+        if 0 < self.gpus <= 0.5 and ranks > 1 and not spread:
+            raise ValueError(
+                f".gpus is {self.gpus:g} and .ranks is {ranks}: two ranks of one role would share a GPU, which NCCL "
+                "refuses. Set .gpus to 1, or .ranks to 1, or .strategy to STRICT_SPREAD, which gives each its own node"
+            )
         if self.nodes is not None and ranks % self.nodes:
             raise ValueError(f".ranks ({ranks}) can't be spread equally over .nodes ({self.nodes})")
         return self

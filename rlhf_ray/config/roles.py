@@ -75,6 +75,7 @@ class RoleSpec:
         trained: it has an optimizer.
         checkpointed: it writes a part of each checkpoint.
         exported: its model is the result of the job.
+        keeps_weights: it takes them to host memory where it leaves its devices; else it drops them, and needs new ones.
         modules: Python modules that it imports on its nodes, by the setting that names them.
         variables: environment variables that it reads on its nodes, by the setting that names them.
     """
@@ -92,6 +93,7 @@ class RoleSpec:
     trained: bool = False
     checkpointed: bool = False
     exported: bool = False
+    keeps_weights: bool = True
     modules: Mapping[str, str] = field(default_factory=dict)
     variables: Mapping[str, str] = field(default_factory=dict)
 

@@ -28,6 +28,7 @@ from rlhf_ray.data.requests import PromptRequest, cut_evenly, cut_into_shards, r
 from rlhf_ray.data.seeds import derive_seed
 from rlhf_ray.data.trajectory import Floats
 from rlhf_ray.rewards.combine import combine
+from rlhf_ray.telemetry.trace import SpanRecorder
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ class SynchronousSource:
         self, requests: Sequence[PromptRequest], record: StepRecord, version: int
     ) -> Iterator[GeneratedShard]:
         shards = cut_into_shards(requests, self._config.rollout.shard_samples)
-        self._roles.devices.enter("generate")
+        wake_engines(self._roles, record.recorder, version, self._limits.sync)
         with record.timing("generate"):
             yield from self._roles.rollout.generate(shards, version)
 
@@ -220,3 +221,18 @@ def collect_scores(scored: Sequence[tuple[GeneratedShard, Calls[ScorePart]]], li
             scores[list(found.samples)] = found.scores
         columns.append(scores)
     return np.concatenate(columns)
+
+
+def send_weights(roles: PPORoles, version: int, limit: Limit) -> None:
+    """Give the engines the policy's weights under the name `version`."""
+    roles.devices.enter("sync")
+    roles.policy.send_weights(version).wait(limit)
+    roles.devices.received("sync")
+
+
+def wake_engines(roles: PPORoles, recorder: SpanRecorder, version: int, limit: Limit) -> None:
+    """Bring the engines to their devices, with weights; they lose them to whoever needed the devices since."""
+    if roles.devices.lacks_weights("rollout"):
+        with recorder.span("weight_sync"):
+            send_weights(roles, version, limit)
+    roles.devices.enter("generate")

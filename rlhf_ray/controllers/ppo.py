@@ -17,6 +17,7 @@ from rlhf_ray.controllers.experience import (
     ExperienceSource,
     SynchronousSource,
     collect_scores,
+    send_weights,
     start_rewards,
 )
 from rlhf_ray.controllers.inputs import PPOInputs
@@ -76,7 +77,11 @@ class PPOController:
             policy, critic = self._update(batch, step)
         if policy:
             self.version += 1
-        if policy or self.devices.shares("rollout"):
+        # Before the sync: engines that share devices leave them for a checkpoint, and would lose what they just got.
+        if self.folder.checkpoint_due(step, last=step == self.config.run.steps):
+            with record.timing("checkpoint"):
+                self.checkpointing.save(step)
+        if policy or self.devices.lacks_weights("rollout"):
             with record.timing("weight_sync"):
                 self._send_weights()
         self.kl.update(float(batch.kl.mean()), len(batch.scores))
@@ -89,8 +94,8 @@ class PPOController:
         step."""
         if checkpoint is None:
             lora = self.config.policy.lora
-            # Rounding to fewer bits gave the policy other weights than the engines have; engines that left have none.
-            if (lora is not None and lora.base != "as_model") or self.devices.shares("rollout"):
+            # Rounding to fewer bits gave the policy other weights than the engines have.
+            if lora is not None and lora.base != "as_model":
                 self._send_weights()
             return
         self.checkpointing.load(checkpoint)
@@ -167,10 +172,6 @@ class PPOController:
     def _finish(
         self, step: int, record: StepRecord, batch: Experience, policy: list[UpdateReport], critic: list[UpdateReport]
     ) -> None:
-        due = self.folder.checkpoint_due(step, last=step == self.config.run.steps)
-        if due:
-            with record.timing("checkpoint"):
-                self.checkpointing.save(step)
         metrics = self.report.metrics(record, batch, policy, critic)
         spans = self.folder.collect_spans(self.roles.groups, self.config.run.timeouts.setup)
         metrics |= record.timings(spans)
@@ -178,7 +179,7 @@ class PPOController:
         if step % self.config.run.samples_every == 0 or step in (1, self.config.run.steps):
             self.folder.samples.append(step, self._first_samples(batch))
         self.folder.log_step(step, metrics)
-        if due:
+        if self.folder.checkpoint_due(step, last=step == self.config.run.steps):
             self.checkpointing.commit(step, self.state_dict(), metrics)
             if self.config.run.export and step < self.config.run.steps:
                 self.checkpointing.export("policy", wait=False)
@@ -188,7 +189,7 @@ class PPOController:
         cursor = PromptCursor(len(self.inputs.prompts), seed=0, shuffle=False)
         tickets = cursor.take(min(self.config.run.samples_kept, len(self.inputs.prompts)))
         requests = requests_for(self.inputs.prompts, tickets, 1, derive_seed(self.config.seed, "showcase"))
-        self.devices.enter("generate")
+        self._wake_engines()
         [shard] = self.roles.rollout.generate([requests], self.version)
         self.devices.enter("score", ["reward"])
         limit = self.config.run.timeouts.score
@@ -216,5 +217,4 @@ class PPOController:
         return fetched
 
     def _send_weights(self) -> None:
-        self.devices.enter("sync")
-        self.roles.policy.send_weights(self.version).wait(self.config.run.timeouts.sync)
+        send_weights(self.roles, self.version, self.config.run.timeouts.sync)

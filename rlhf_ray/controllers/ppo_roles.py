@@ -6,7 +6,7 @@ from typing import Any
 
 from rlhf_ray.actors.critic import CriticGroup, CriticWorker
 from rlhf_ray.actors.devices import Devices, Movable
-from rlhf_ray.actors.group import ActorGroup, Calls
+from rlhf_ray.actors.group import ActorGroup, Calls, wait_together
 from rlhf_ray.actors.policy import PolicyGroup, PolicyWorker
 from rlhf_ray.actors.reference import ReferenceGroup, ReferenceWorker
 from rlhf_ray.actors.reward import RewardModelGroup, RewardModelWorker, ScorePart, TextRewardGroup, TextRewardWorker
@@ -109,15 +109,16 @@ def _reward_part(config: PPOJob, index: int, actors: Actors) -> RewardPart:
 
 def _load_ppo_models(config: PPOJob, inputs: PPOInputs, roles: PPORoles) -> None:
     timeouts, loads = config.run.timeouts, _ppo_loads(config, inputs, roles)
-    # Engines take longest, and count what is free on their devices.
-    load_engines = loads.pop("rollout")
-    starting = load_engines()
+    # Engines take longest, and count what is free on their devices, where others must not load meanwhile.
+    starting = list(loads.pop("rollout")())
+    if config.placement.rollout.colocate is not None:
+        wait_together(starting, timeouts.setup, "rollout: load_model")
     join_collectives_of([*roles.models, *roles.reward_models], timeouts)
     load_models({"rollout": lambda: starting} | loads, roles.devices, timeouts)
     roles.policy.connect(
         roles.rollout.actors,
         config.placement.rollout.tensor_parallel,
-        config.rollout.sync_bucket_mib * 2**20,
+        config.rollout.sync_bucket_bytes(on_gpu=config.placement.gpus_of("rollout") > 0),
         timeouts,
         same_devices=config.placement.rollout.colocate == "policy",
     ).wait(timeouts.setup)
@@ -129,7 +130,6 @@ def _ppo_loads(config: PPOJob, inputs: PPOInputs, roles: PPORoles) -> dict[str, 
     temperature = config.rollout.sampling.temperature
     updates = config.algorithm.epochs * config.algorithm.optimizer_steps
     policy_steps = (config.run.steps - config.algorithm.critic_warmup_steps) * updates
-    adapters = config.policy.lora is not None and config.rollout.lora_sync == "adapters"
     setup = RolloutSetup(
         config.policy.model,
         config.rollout.engine,
@@ -137,9 +137,9 @@ def _ppo_loads(config: PPOJob, inputs: PPOInputs, roles: PPORoles) -> dict[str, 
         config.placement.rollout.tensor_parallel,
         config.seed,
         trust_remote_code=trust,
-        adapter_rank=config.policy.lora.rank if config.policy.lora and adapters else None,
+        adapter_rank=config.policy.lora.rank if config.policy.lora and config.sends_adapters else None,
         beside_policy=config.placement.rollout.colocate == "policy",
-        sleep=(1 if adapters else 2) if roles.devices.shares("rollout") else 0,
+        sleep=2 if roles.devices.loses_weights("rollout") else 1 if roles.devices.shares("rollout") else 0,
     )
 
     def rewards() -> list[Calls[None]]:

@@ -65,13 +65,16 @@ def probed_roles(gpus: int, threads: int, models: Sequence[Path]) -> Iterator[Pr
             actors.own_engines(RolloutGroup([actor], rollout, deterministic=False, timeouts=TIMEOUTS))
             for actor in started
         ]
-        loading = [
-            engine.load_model(RolloutSetup(str(model), settings, DTYPE, 1, seed=0, beside_policy=beside))
-            for engine, model in zip(engines, models, strict=True)
-        ]
+        setups = [RolloutSetup(str(model), settings, DTYPE, 1, seed=0, beside_policy=beside) for model in models]
+        waiting = list(zip(engines, setups, strict=True))
+        # An engine counts what is free on its device, so those on one device start one after the other.
+        at_once = 1 if beside else len(setups)
+        loading = [engine.load_model(setup) for engine, setup in waiting[:at_once]]
         join_collectives_of([policy], TIMEOUTS)
         process_s = time.perf_counter() - began
         wait_together(loading, LIMIT, "rollout: load_model")
+        for engine, setup in waiting[at_once:]:
+            engine.load_model(setup).wait(LIMIT)
         engine_s = time.perf_counter() - began
         weights = read_shape(str(models[0])).parameters * BYTES[DTYPE]
         [rank_memory], [engine_bytes] = policy.memory().wait(LIMIT), engine_memory(engines[0]).wait(LIMIT)

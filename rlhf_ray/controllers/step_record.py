@@ -13,7 +13,7 @@ class StepRecord:
 
     def __init__(self, step: int, recorder: SpanRecorder, kl_coef: float = 0.0) -> None:
         self.step = step
-        self._recorder = recorder
+        self.recorder = recorder
         self.kl_coef = kl_coef
         self.seconds: dict[str, float] = {}
         self._began, self._began_wall = time.perf_counter(), time.time()
@@ -24,14 +24,14 @@ class StepRecord:
         """Record the body's seconds as `time/<phase>_s`."""
         began = time.perf_counter()
         try:
-            with self._recorder.span(phase, self.step):
+            with self.recorder.span(phase, self.step):
                 yield
         finally:
             self.seconds[phase] = time.perf_counter() - began
 
     def span(self, phase: str) -> AbstractContextManager[None]:
         """Record the body as a span of the step, without a metric."""
-        return self._recorder.span(phase, self.step)
+        return self.recorder.span(phase, self.step)
 
     def scoring_started(self) -> None:
         """The first shard went to be scored."""

@@ -224,7 +224,7 @@ class _Rank:
         largest = max(tensor.size for tensor in self.role.shape.tensors())
         if self.stage == 3 or not self.cpu:
             buckets = 1 if self.cpu else 2
-            return buckets * max(self.role.sync_bytes, self.item * largest)
+            return buckets * sync_bucket(self.role.sync_bytes, self.role.shape, self.item)
         return 2 * FLOAT32 * largest if self.role.lora is not None else 0
 
 
@@ -315,7 +315,7 @@ def engine_plan(role: RolloutRole, device_memory: int, *, cpu: bool) -> EnginePl
         # A GPU's pass is measured when the engine starts and stays its own.
         always("pass", passing) if not cpu else during("pass", passing, "generate"),
         always("KV cache", max(0, cache)),
-        during("sync bucket", max(role.sync_bytes, item * max(t.size for t in shape.tensors())), "sync"),
+        during("sync bucket", sync_bucket(role.sync_bytes, shape, item), "sync"),
     )
     return EnginePlan(
         items,
@@ -337,3 +337,9 @@ def _pass_bytes(role: RolloutRole) -> int:
     tokens = max(engine.max_num_batched_tokens, engine.max_model_len)
     states = item * (3 * shape.hidden + 3 * -(-inner // workers)) * tokens
     return states + SORTED_LOGIT * shape.vocab * min(engine.max_num_seqs, tokens)
+
+
+def sync_bucket(most: int, shape: ModelShape, item: int) -> int:
+    """Bytes of one bucket of a weight sync: `most`, but a larger tensor goes whole, and there is no more than the model
+    has."""
+    return min(max(most, item * max(tensor.size for tensor in shape.tensors())), item * shape.parameters)

@@ -243,7 +243,7 @@ def _ppo(job: PPOJob) -> Workload:
     place = job.placement
     policy = read_shape(job.policy.model)
     _check_heads(policy, place.rollout.tensor_parallel, "placement.rollout.tensor_parallel")
-    bucket = job.rollout.sync_bucket_mib * MIB
+    bucket = job.rollout.sync_bucket_bytes(on_gpu=place.gpus_of("rollout") > 0)
     critic = job.reward_models[0].model if job.critic.init_from == "reward" else job.critic.init_from
     roles: list[Role] = [
         TrainedRole(
