@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 import typer
 from pydantic import BaseModel, ConfigDict, Field
 
-from rlhf_ray.actors.group import KEEP_MEMORY, QUIET
+from rlhf_ray.actors.start import KEEP_MEMORY, QUIET
 from rlhf_ray.cli.failures import errors_as_messages
 from rlhf_ray.telemetry.manifest import git_state
 

@@ -51,7 +51,8 @@ from rlhf_ray.config.loading import load_config
 from rlhf_ray.config.preference import Preference, SigmoidLoss
 from rlhf_ray.config.training import Policy
 from rlhf_ray.controllers.epochs import Split
-from rlhf_ray.controllers.inputs import PreferenceInputs, check
+from rlhf_ray.controllers.inputs import PreferenceInputs
+from rlhf_ray.controllers.job import check
 from rlhf_ray.controllers.reference_columns import LiveReference
 from rlhf_ray.controllers.roles import PreferenceRoles, preference_roles
 from rlhf_ray.data.comparisons import ComparisonSet

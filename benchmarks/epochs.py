@@ -39,7 +39,8 @@ from rlhf_ray.config.jobs import RewardModelJob, SFTJob
 from rlhf_ray.config.loading import load_config
 from rlhf_ray.config.reward_loss import BradleyTerry
 from rlhf_ray.config.training import Optimizer, TrainingEngine
-from rlhf_ray.controllers.inputs import EpochInputs, RowSet, check
+from rlhf_ray.controllers.inputs import EpochInputs, RowSet
+from rlhf_ray.controllers.job import check
 from rlhf_ray.controllers.roles import epoch_role
 from rlhf_ray.data.comparisons import ComparisonSet
 from rlhf_ray.data.conversations import ConversationSet
@@ -58,7 +59,7 @@ def main(
     """Tokens/s of an optimizer step, as a share of a bare torch loop's."""
     arguments, machine = dict(locals()), Machine.here()
     job, train, micro_batches = _first_step(config, overrides or [])
-    section = job.role.trained
+    section = job.section
     rows = [row for micro_batch in micro_batches for row in micro_batch]
     tokens, weight = int(train.lengths[rows].sum()), int(train.weights[rows].sum())
     threads = job.role.placement.threads or max(1, int(job.role.placement.cpus))
@@ -118,7 +119,7 @@ def _first_step(config: Path, overrides: Sequence[str]) -> tuple[SFTJob | Reward
         raise typer.BadParameter("job must be sft or reward_model", param_hint="CONFIG")
     if isinstance(job, RewardModelJob) and job.loss != BradleyTerry(type="bradley_terry"):
         raise typer.BadParameter("the bare loop knows plain Bradley–Terry only", param_hint="CONFIG")
-    name = job.role.name
+    name = job.trained.name
     still = (f"placement.{name}.ranks=1", f"{name}.optimizer.lr=1e-8", f"{name}.optimizer.warmup_steps=0")
     job = load_config(config, [*overrides, *still])
     assert isinstance(job, SFTJob | RewardModelJob)
@@ -126,7 +127,7 @@ def _first_step(config: Path, overrides: Sequence[str]) -> tuple[SFTJob | Reward
     assert isinstance(inputs, EpochInputs)
     assert not isinstance(inputs.train, ConversationStream)
     lengths = inputs.train.lengths[: job.role.rows_per_step]
-    [plan] = plan_micro_batches(lengths, 1, job.role.trained.engine.micro_batch_tokens)
+    [plan] = plan_micro_batches(lengths, 1, job.section.engine.micro_batch_tokens)
     return job, inputs.train, plan
 
 

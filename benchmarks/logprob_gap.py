@@ -75,7 +75,7 @@ def main(
         policy_role(policy, threads=threads) as trainer,
         rollout_role(model, rollout, dtype, engines=1, threads=threads) as group,
     ):
-        connect(trainer, group, rollout.sync_bucket_mib)
+        connect(trainer, group, rollout.sync_bucket_bytes(on_gpu=False))
         old = _sample(group, first, version=0)
         before = np.abs(old.engine_logprobs - policy_logprobs(trainer, old))
         update(trainer, UpdateBatch.of(trainer, old, len(old)), 1, _MICRO_BATCH_TOKENS)

@@ -74,7 +74,7 @@ def main(
             ):
                 [(trained, weights)] = _counts(trainer)
                 small = _checkpoint_bytes(trainer)
-                connect(trainer, engines, rollout.sync_bucket_mib)
+                connect(trainer, engines, rollout.sync_bucket_bytes(on_gpu=False))
                 found[sync] = _measure(trainer, engines, batches, rollout)
     report(
         "lora",

@@ -15,12 +15,12 @@ import typer
 from benchmarks.common import RESULTS, Machine, Measure, ResultsOption, report, run_command, say, spread
 from benchmarks.measured_job import WATCHED_STEPS, measured_job
 from benchmarks.plan_cases import CASES
-from rlhf_ray.cluster.planner.calibration import constants
-from rlhf_ray.cluster.planner.hardware import this_machine
-from rlhf_ray.cluster.planner.lengths import Lengths, lengths_of
-from rlhf_ray.cluster.planner.memory import MemoryPlan, plan_memory
-from rlhf_ray.cluster.planner.steptime import StepTime, predict
 from rlhf_ray.config.jobs import JobConfig, PPOJob
+from rlhf_ray.planner.calibration import constants
+from rlhf_ray.planner.hardware import this_machine
+from rlhf_ray.planner.memory import MemoryPlan, plan_memory
+from rlhf_ray.planner.step_time import StepTime, predict
+from rlhf_ray.planner.workload import Lengths, lengths_of
 from rlhf_ray.platform import machine_name
 from rlhf_ray.telemetry.metrics import Metrics
 

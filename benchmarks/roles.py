@@ -89,12 +89,10 @@ def policy_role(policy: Policy, *, threads: int, lora_sync: LoraSync = "merged")
         seating.release()
 
 
-def connect(policy: ActorGroup, rollout: RolloutGroup, bucket_mib: int) -> None:
+def connect(policy: ActorGroup, rollout: RolloutGroup, bucket_bytes: int) -> None:
     """Have policy and engines meet for weight transfer."""
     [(host, port)] = _wait([policy.call_one(0, "address")], "policy: address")
-    _wait(
-        policy.call("connect", rollout.actors, 1, host, port, bucket_mib * 2**20, _TIMEOUTS.sync_s), "policy: connect"
-    )
+    _wait(policy.call("connect", rollout.actors, 1, host, port, bucket_bytes, _TIMEOUTS.sync_s), "policy: connect")
 
 
 def send_weights(policy: ActorGroup, version: int) -> None:

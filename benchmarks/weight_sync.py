@@ -96,7 +96,7 @@ def _ours(model: Path, policy: Policy, engines: int, bucket_mib: int, threads: i
         policy_role(policy, threads=threads) as trainer,
         rollout_role(model, rollout, policy.engine.dtype, engines=engines, threads=threads) as group,
     ):
-        connect(trainer, group, bucket_mib)
+        connect(trainer, group, bucket_mib * 2**20)
         for version in range(1, repeats + 2):  # the first is the warm-up
             began = perf_counter()
             send_weights(trainer, version)

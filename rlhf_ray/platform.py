@@ -109,6 +109,11 @@ def device_memory() -> tuple[int, int] | None:
     import pynvml
 
     pynvml.nvmlInit()
-    seen = [torch.cuda._get_nvml_device_index(number) for number in range(torch.cuda.device_count())]
-    found = [pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByIndex(index)) for index in seen]
+    slices = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.startswith("MIG-")]
+    if slices:  # CUDA shows a process one of them, which torch does not find among the GPUs' names
+        handles = [pynvml.nvmlDeviceGetHandleByUUID(slices[0])]
+    else:
+        seen = [torch.cuda._get_nvml_device_index(number) for number in range(torch.cuda.device_count())]
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in seen]
+    found = [pynvml.nvmlDeviceGetMemoryInfo(handle) for handle in handles]
     return sum(memory.used for memory in found), sum(memory.total for memory in found)

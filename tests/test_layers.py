@@ -20,6 +20,7 @@ LAYERS = (
     {"models"},
     {"engines"},
     {"cluster"},
+    {"planner"},
     {"recovery", "telemetry", "evaluation"},
     {"actors"},
     {"controllers"},

@@ -25,10 +25,6 @@ from rlhf_ray.actors.devices import Devices
 from rlhf_ray.actors.group import ActorGroup
 from rlhf_ray.actors.rollout import RolloutGroup
 from rlhf_ray.actors.waiting import wait_all
-from rlhf_ray.cluster.planner.calibration import defaults
-from rlhf_ray.cluster.planner.hardware import load_hardware
-from rlhf_ray.cluster.planner.lengths import Lengths
-from rlhf_ray.cluster.planner.steptime import StepTime, predict
 from rlhf_ray.cluster.session import ray_session
 from rlhf_ray.config.jobs import PPOJob
 from rlhf_ray.config.placement import Cluster
@@ -38,6 +34,10 @@ from rlhf_ray.controllers.ppo_roles import PPORoles, RewardPart
 from rlhf_ray.controllers.run_folder import Checkpointing, RunFolder
 from rlhf_ray.data.prompts import PromptSet
 from rlhf_ray.data.trajectory import offsets_of
+from rlhf_ray.planner.calibration import defaults
+from rlhf_ray.planner.hardware import load_hardware
+from rlhf_ray.planner.step_time import StepTime, predict
+from rlhf_ray.planner.workload import Lengths
 from rlhf_ray.telemetry.metrics import Metrics, read_metrics
 
 WORKERS: dict[str, type] = {

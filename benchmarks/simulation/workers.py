@@ -23,6 +23,7 @@ from rlhf_ray.actors.waiting import fetch_data
 from rlhf_ray.config.rollout import Sampling
 from rlhf_ray.data.columns import ColumnPart, TrainingColumns
 from rlhf_ray.data.minibatches import OptimizerStep
+from rlhf_ray.data.prompt_rows import PromptRows
 from rlhf_ray.data.requests import PromptRequest
 from rlhf_ray.data.trajectory import Floats, TrajectoryBatch, offsets_of
 from rlhf_ray.telemetry.trace import Span, SpanRecorder
@@ -232,4 +233,5 @@ def _responses(prompts: Sequence[PromptRequest], max_new_tokens: int, version: i
         engine_logprobs=np.zeros(tokens, np.float32),
         weight_versions=np.full(tokens, version, np.int32),
         truncated=lengths == max_new_tokens,
+        rows=PromptRows.of([prompt.row for prompt in prompts]),
     )

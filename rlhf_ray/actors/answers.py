@@ -6,12 +6,17 @@ from functools import cached_property
 from typing import Self
 
 import numpy as np
+import ray
 import torch
 
 from rlhf_ray.data.comparisons import ComparisonSet
 from rlhf_ray.data.trajectory import Floats, Offsets, offsets_of, take_rows
 from rlhf_ray.models.answers import AnswerPack
 from rlhf_ray.platform import platform
+
+AnswerPlan = Sequence[tuple[list[ray.ObjectRef], list[list[int]]]]
+"""For each data-parallel rank, a reference to a `ComparisonSet`, in a list so that it stays in the object store, and
+the rows of each of its micro-batches."""
 
 
 @dataclass(frozen=True)

@@ -1,55 +1,38 @@
 """Numbers per response token: computed by ranks in parts, joined, and taken apart again for training."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from rlhf_ray.actors.worker import Share
-from rlhf_ray.algorithms.moments import Moments
-from rlhf_ray.algorithms.value_loss import ExplainedVariance
-from rlhf_ray.data.columns import ColumnPart, TrainingColumns
+from rlhf_ray.actors.worker import DataSlice
+from rlhf_ray.data.columns import ColumnPart, Columns, TrainingShard
 from rlhf_ray.data.packing import plan_micro_batches
-from rlhf_ray.data.trajectory import Floats, TrajectoryBatch, offsets_of, take_rows
+from rlhf_ray.data.trajectory import Floats, TrajectoryBatch, take_rows
 from rlhf_ray.models.responses import ResponsePack
 from rlhf_ray.platform import platform, to_device
 
 
-@dataclass(frozen=True)
-class PortionReport:
-    """What the controller needs to know of a portion's columns.
-
-    Attributes:
-        advantages: moments, for whitening over the whole batch.
-        explained_variance: of the returns by the critic's values.
-        kl: KL to the reference per response in nats (k1, summed over tokens), `[samples]`.
-        mismatch: sum over tokens of |engine's log-prob − trainer's|.
-    """
-
-    advantages: Moments
-    explained_variance: ExplainedVariance
-    kl: Floats
-    mismatch: float
-
-
 def response_column(
-    batch: TrajectoryBatch, share: Share, max_tokens: int, forward: Callable[[ResponsePack], torch.Tensor]
+    batch: TrajectoryBatch, data_slice: DataSlice, max_tokens: int, forward: Callable[[ResponsePack], torch.Tensor]
 ) -> ColumnPart:
-    """A rank's share of a column: `forward` gives float32 `[response tokens]` for each pack."""
+    """A rank's slice of a column: `forward` gives float32 `[response tokens]` for each pack."""
     samples: list[int] = []
     values: list[torch.Tensor] = []
-    for micro_batch in micro_batches(batch, share, max_tokens):
+    for micro_batch in micro_batches(batch, data_slice, max_tokens):
         values.append(forward(ResponsePack.of(batch, micro_batch, platform().device)).float())
         samples += micro_batch
-    if not share.reports:
+    if not data_slice.reports:
         return ColumnPart((), np.empty(0, np.float32))
     return ColumnPart(tuple(samples), torch.cat(values).cpu().numpy())
 
 
-def micro_batches(batch: TrajectoryBatch, share: Share, max_tokens: int) -> list[list[int]]:
-    """A share of a shard, packed. All shares have the same number of micro-batches."""
-    return plan_micro_batches(batch.prompt_lengths + batch.response_lengths, share.count, max_tokens)[share.number]
+def micro_batches(batch: TrajectoryBatch, data_slice: DataSlice, max_tokens: int) -> list[list[int]]:
+    """A slice of a shard, packed. All slices have the same number of micro-batches."""
+    lengths = batch.prompt_lengths + batch.response_lengths
+    return plan_micro_batches(lengths, data_slice.count, max_tokens)[data_slice.index]
 
 
 def assemble(parts: Sequence[ColumnPart], batch: TrajectoryBatch) -> torch.Tensor:
@@ -65,50 +48,60 @@ class RankBatch:
     """The samples that one rank trains on, with their columns.
 
     Attributes:
-        number: place of a sample in `batch`, by its number in the PPO batch.
+        samples: with their columns.
+        place: of a sample in them, by its number in the step's batch.
     """
 
-    batch: TrajectoryBatch
-    columns: TrainingColumns
-    number: dict[int, int]
+    samples: TrainingShard
+    place: dict[int, int]
 
     @classmethod
     def of(
         cls,
-        portions: Sequence[tuple[TrajectoryBatch, TrainingColumns]],
+        shards: Sequence[TrainingShard],
         starts: Sequence[int],
         samples: Sequence[int],
+        advantages: Floats | None = None,
     ) -> "RankBatch":
-        """Take `samples`, by number in the PPO batch; `starts` are the numbers of the portions' first samples."""
-        wanted = np.asarray(sorted(samples), np.int64)
-        batches, columns = [], []
-        for (batch, found), start in zip(portions, starts, strict=True):
-            rows = wanted[(wanted >= start) & (wanted < start + len(batch))] - start
-            batches.append(batch.select(rows.tolist()))
-            columns.append(found.take(take_rows(batch.response_offsets, rows)))
-        return cls(
-            TrajectoryBatch.concat(batches),
-            TrainingColumns.concat(columns),
-            {int(sample): place for place, sample in enumerate(wanted)},
-        )
+        """Take `samples`, by number in the step's batch.
 
-    def pack(self, samples: Sequence[int]) -> tuple[ResponsePack, TrainingColumns]:
-        """A micro-batch and its columns."""
-        places = [self.number[sample] for sample in samples]
-        rows = take_rows(self.batch.response_offsets, places)
-        return ResponsePack.of(self.batch, places, platform().device), self.columns.take(rows)
+        Args:
+            starts: numbers of the shards' first samples.
+            advantages: of whole samples, float32 `[samples of the batch]`, for all tokens of each; None where the
+                shards have a column of them.
+        """
+        wanted = np.asarray(sorted(samples), np.int64)
+        taken = TrainingShard.concat(
+            [
+                shard.select((wanted[(wanted >= start) & (wanted < start + len(shard.batch))] - start).tolist())
+                for shard, start in zip(shards, starts, strict=True)
+            ]
+        )
+        if advantages is not None:
+            column = np.repeat(advantages[wanted], taken.batch.response_lengths)
+            taken = replace(taken, columns=replace(taken.columns, advantages=column))
+        return cls(taken, {int(sample): place for place, sample in enumerate(wanted)})
+
+    def pack(self, samples: Sequence[int]) -> tuple[ResponsePack, Columns]:
+        """A micro-batch and its columns, those of the trajectories too."""
+        places = [self.place[sample] for sample in samples]
+        batch = self.samples.batch
+        rows = take_rows(batch.response_offsets, places)
+        columns = replace(
+            self.samples.columns.take(rows),
+            engine_logprobs=batch.engine_logprobs[rows],
+            loss_mask=batch.loss_mask[rows],
+        )
+        return ResponsePack.of(batch, places, platform().device), columns
 
     def names(self, samples: Sequence[int]) -> list[str]:
         """uid and sample index of samples, for errors."""
-        places = [self.number[sample] for sample in samples]
-        return [f"{self.batch.uids[place]}#{self.batch.sample_index[place]}" for place in places]
+        batch, places = self.samples.batch, [self.place[sample] for sample in samples]
+        return [f"{batch.uids[place]}#{batch.sample_index[place]}" for place in places]
 
 
-def on_device(column: Floats) -> torch.Tensor:
-    """A column of a micro-batch where the model is."""
+def on_device(column: Floats | NDArray[np.bool_] | None) -> torch.Tensor:
+    """A column of a micro-batch where the model is. Raises ValueError for one that the batch has not."""
+    if column is None:
+        raise ValueError("this column is not among those that the algorithm asked for")
     return to_device(torch.from_numpy(np.ascontiguousarray(column)))
-
-
-def column_offsets(batch: TrajectoryBatch) -> torch.Tensor:
-    """Response offsets as the algorithms take them, int64 `[samples + 1]`."""
-    return torch.from_numpy(offsets_of(batch.response_lengths))

@@ -1,49 +1,65 @@
 """Has the actors of roles that share devices come and go with the phases of a step."""
 
 from collections.abc import Collection, Mapping, Sequence
+from typing import Protocol
 
 import ray
 
-from rlhf_ray.actors.group import ActorGroup
-from rlhf_ray.actors.waiting import RoleTimeout, wait_all
-from rlhf_ray.cluster.sharing import DeviceSharing, Moves, Phase
-from rlhf_ray.config.placement import Placed
-from rlhf_ray.config.run import Timeouts
+from rlhf_ray.actors.group import Calls, wait_together
+from rlhf_ray.actors.waiting import RoleTimeout
+from rlhf_ray.cluster.sharing import DeviceSharing, Moves
+from rlhf_ray.config.jobs import Job
+from rlhf_ray.config.roles import Level, needs_by_phase
 from rlhf_ray.config.sharing import shared_places
-from rlhf_ray.engines.level import Level
+
+
+class Movable(Protocol):
+    """Actors that can leave their devices."""
+
+    def move(self, level: Level) -> Calls[None]:
+        """Have all of them leave their devices, or come back, as far as `level` says."""
 
 
 class Devices:
     """The devices of a job.
 
     Args:
-        places: as `JobConfig.places`.
-        groups: actors of each role.
-        offload_idle: whether roles that share devices leave them; if not, nothing ever moves.
+        config: of the job. Where its placement does not say that idle roles leave, nothing ever moves.
+        groups: actors of each role, by the name that its placement has.
     """
 
-    def __init__(
-        self,
-        places: Mapping[str, Placed],
-        groups: Mapping[str, Sequence[ActorGroup]],
-        timeouts: Timeouts,
-        *,
-        offload_idle: bool,
-    ) -> None:
-        self._sharing = DeviceSharing(shared_places(places) if offload_idle else [])
+    def __init__(self, config: Job, groups: Mapping[str, Sequence[Movable]]) -> None:
+        there = {role: placed for role, placed in config.places.items() if groups.get(role)}
+        self._sharing = DeviceSharing(
+            shared_places(there) if config.placement.leaves_idle else [],
+            needs_by_phase(config.roles),
+            losing=[role.placed_as for role in config.roles if not role.keeps_weights],
+        )
         self._groups = groups
-        self._timeouts = timeouts
+        self._timeouts = config.run.timeouts
 
     def shares(self, role: str) -> bool:
         """Whether a role comes and goes."""
         return role in self._sharing.levels
+
+    def loses_weights(self, role: str) -> bool:
+        """Whether a role has lost its weights each time that it comes back."""
+        return role in self._sharing.losing
+
+    def lacks_weights(self, role: str) -> bool:
+        """Whether a role has lost its weights and not got new ones."""
+        return role in self._sharing.empty
+
+    def received(self, phase: str) -> None:
+        """Whoever gets new weights in this phase has them."""
+        self._sharing.received(phase)
 
     def loaded(self, role: str) -> None:
         """Have a role leave that has just loaded its models."""
         if self.shares(role):
             self._make({role: Level.OUT})
 
-    def enter(self, phase: Phase, only: Collection[str] | None = None) -> None:
+    def enter(self, phase: str, only: Collection[str] | None = None) -> None:
         """Have everyone who is needed come, and go who is in the way; see `DeviceSharing.enter`."""
         for moves in self._sharing.enter(phase, only):
             self._make(moves)
@@ -61,8 +77,6 @@ class Devices:
                 raise RoleTimeout(what, limit, "run.timeouts.score_s")
 
     def _make(self, moves: Moves) -> None:
-        refs = [
-            ref for role, level in moves.items() for group in self._groups[role] for ref in group.call("move", level)
-        ]
+        calls = [group.move(level) for role, level in moves.items() for group in self._groups[role]]
         what = ", ".join(f"{role} going to {level.name.lower()}" for role, level in moves.items())
-        wait_all(refs, self._timeouts.sync_s, what, "run.timeouts.sync_s")
+        wait_together(calls, self._timeouts.sync, what)

@@ -3,13 +3,14 @@
 from abc import abstractmethod
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 import torch
 
 from rlhf_ray.actors.device_means import MicroStats, StepNumbers
-from rlhf_ray.actors.trained import Stats, Stopwatch, TrainedWorker, UpdateReport
+from rlhf_ray.actors.group import Calls
+from rlhf_ray.actors.trained import Stats, Stopwatch, TrainedGroup, TrainedWorker, UpdateReport
 from rlhf_ray.actors.waiting import fetch_data
 from rlhf_ray.telemetry.metrics import Mean
 
@@ -61,7 +62,7 @@ class EpochTrainedWorker(TrainedWorker):
             )
         means["grad_norm"] = Mean(done.grad_norm, 1.0)
         samples = sum(len(micro) for micro in micro_batches)
-        if not self.share.reports:
+        if not self.data_slice.reports:
             means, samples = {}, 0
         return UpdateReport(means, done.lr, 1, samples, watch.seconds)
 
@@ -78,7 +79,25 @@ class EpochTrainedWorker(TrainedWorker):
                 _, stats = self.micro_batch_loss(found, micro_batch)
                 numbers.add(stats)
             _, means = numbers.read()
-        return means if self.share.reports else {}
+        return means if self.data_slice.reports else {}
+
+
+EpochTrainedT = TypeVar("EpochTrainedT", bound=EpochTrainedWorker)
+RowPlan = Sequence[tuple[list[ray.ObjectRef], list[list[int]]]]
+"""For each data-parallel rank, a reference to a data set, in a list so that it stays in the object store, and the rows
+of each of its micro-batches."""
+
+
+class EpochTrainedGroup(TrainedGroup[EpochTrainedT]):
+    """The ranks of a model that learns from rows of a data set."""
+
+    def step(self, plan: RowPlan, step_weight: float, context: Any) -> Calls[UpdateReport]:
+        """One optimizer step."""
+        return self.call_each(EpochTrainedWorker.step, [(*mine, step_weight, context) for mine in plan])
+
+    def evaluate(self, plan: RowPlan, context: Any) -> Calls[Stats]:
+        """What is logged of a step, without learning."""
+        return self.call_each(EpochTrainedWorker.evaluate, [(*mine, context) for mine in plan])
 
 
 def _uids(data: Any, rows: Sequence[int]) -> list[str]:

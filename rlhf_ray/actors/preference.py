@@ -6,9 +6,10 @@ from dataclasses import dataclass, replace
 import ray
 import torch
 
-from rlhf_ray.actors.answers import AnswerLogProbs
+from rlhf_ray.actors.answers import AnswerLogProbs, AnswerPlan
 from rlhf_ray.actors.device_means import DeviceMean, MicroStats
-from rlhf_ray.actors.epoch_training import EpochTrainedWorker
+from rlhf_ray.actors.epoch_training import EpochTrainedGroup, EpochTrainedWorker
+from rlhf_ray.actors.group import Calls
 from rlhf_ray.actors.preference_objective import Answers, label_losses, pair_losses
 from rlhf_ray.actors.waiting import fetch_data
 from rlhf_ray.algorithms.preference.sequence import (
@@ -34,7 +35,7 @@ _BUCKET_BYTES = 256 * 2**20
 
 @dataclass(frozen=True)
 class StepContext:
-    """What the losses of a step need beside its rows. References are to `AnswerLogProbs`, one for each rank's share.
+    """What the losses of a step need beside its rows. References are to `AnswerLogProbs`, one for each rank.
 
     Attributes:
         reference: of the reference model, of the step's rows; empty when there is none.
@@ -91,7 +92,7 @@ class PreferenceWorker(EpochTrainedWorker):
 
     @torch.no_grad()
     def answer_logprobs(self, data: Refs, micro_batches: Sequence[Sequence[int]]) -> AnswerLogProbs:
-        """The policy's log-probs of the answers in this rank's share of some rows."""
+        """The policy's log-probs of the answers in this rank's slice of some rows."""
         [found] = fetch_data(data, "the data set")
         with self.recorder.span("log-probs"):
             logprobs = AnswerLogProbs.of(
@@ -99,7 +100,7 @@ class PreferenceWorker(EpochTrainedWorker):
                 micro_batches,
                 lambda pack: self.engine(pack.packed, pack.positions, pack.targets, 1.0, "nothing")[0],
             )
-            return logprobs if self.share.reports else logprobs.select(())
+            return logprobs if self.data_slice.reports else logprobs.select(())
 
     @torch.no_grad()
     def base_logprobs(self, data: Refs, micro_batches: Sequence[Sequence[int]]) -> AnswerLogProbs:
@@ -212,6 +213,26 @@ class PreferenceWorker(EpochTrainedWorker):
         return Slopes(
             {row: place for place, row in enumerate(rows)}, float(total.detach()) / len(rows), slopes[::2], slopes[1::2]
         )
+
+
+class PreferenceGroup(EpochTrainedGroup[PreferenceWorker]):
+    """The ranks of a policy that learns from preferences."""
+
+    def load_model(self, policy: Policy, algorithm: Preference, total_steps: int) -> Calls[None]:
+        """Have all ranks load the model."""
+        return self.call(PreferenceWorker.load_model, policy, algorithm, total_steps)
+
+    def answer_logprobs(self, plan: AnswerPlan) -> Calls[AnswerLogProbs]:
+        """Log-probs of the answers of some rows."""
+        return self.call_each(PreferenceWorker.answer_logprobs, plan)
+
+    def base_logprobs(self, plan: AnswerPlan) -> Calls[AnswerLogProbs]:
+        """The same with adapters off."""
+        return self.call_each(PreferenceWorker.base_logprobs, plan)
+
+    def share_weights(self) -> Calls[list[ray.ObjectRef]]:
+        """References to the present weights, in buckets by name, from rank 0."""
+        return self.call(PreferenceWorker.share_weights)
 
 
 def _fetch(parts: Refs) -> AnswerLogProbs | None:

@@ -5,15 +5,17 @@ from pathlib import Path
 
 import ray
 
-from rlhf_ray.actors.answers import AnswerLogProbs
+from rlhf_ray.actors.answers import AnswerLogProbs, AnswerPlan
 from rlhf_ray.actors.columns import response_column
+from rlhf_ray.actors.group import Calls
+from rlhf_ray.actors.shards import GeneratedShard
 from rlhf_ray.actors.waiting import fetch_data
-from rlhf_ray.actors.worker import Worker
+from rlhf_ray.actors.worker import RankGroup, Worker
 from rlhf_ray.config.training import ScoringEngine
 from rlhf_ray.data.columns import ColumnPart
 from rlhf_ray.data.trajectory import TrajectoryBatch
 from rlhf_ray.engines.training import DTYPES, ForwardEngine
-from rlhf_ray.models.heads import load_causal
+from rlhf_ray.models.heads import count_ids, load_causal, load_tokenizer
 from rlhf_ray.telemetry.trace import in_span
 
 
@@ -23,8 +25,20 @@ class ReferenceWorker(Worker):
     engine: ForwardEngine
 
     @in_span("load model")
-    def load_model(self, model: str, engine: ScoringEngine, temperature: float, trust_remote_code: bool) -> None:
-        """Load the model; collective."""
+    def load_model(
+        self,
+        model: str,
+        engine: ScoringEngine,
+        temperature: float,
+        trust_remote_code: bool,
+        tokens_only: bool = False,
+    ) -> None:
+        """Load the model; collective.
+
+        Args:
+            tokens_only: leave rows of the vocabulary that no token has out of every probability, as the rollout engines
+                and the policy of a PPO job do.
+        """
         self.config, self.temperature = engine, temperature
         loaded = load_causal(
             model,
@@ -32,21 +46,22 @@ class ReferenceWorker(Worker):
             vocab_chunk_tokens=engine.vocab_chunk_tokens,
             trust_remote_code=trust_remote_code,
             sharded=engine.zero_stage == 3,
+            token_ids=count_ids(load_tokenizer(model, trust_remote_code=trust_remote_code)) if tokens_only else None,
         )
         self.engine = ForwardEngine(loaded, engine)
 
-    def logprobs(self, batch: TrajectoryBatch, part: int = 0, parts: int = 1) -> ColumnPart:
-        """Log-probs of a part of the responses."""
+    def logprobs(self, batch: TrajectoryBatch, index: int = 0, count: int = 1) -> ColumnPart:
+        """Log-probs of the responses in one of `count` slices."""
         with self.recorder.span("log-probs"):
             return response_column(
                 batch,
-                self.share_of_part(part, parts),
+                self.slice_of(index, count),
                 self.config.micro_batch_tokens,
                 lambda pack: self.engine(pack.packed, pack.positions, pack.targets, self.temperature, "nothing")[0],
             )
 
     def answer_logprobs(self, data: Sequence[ray.ObjectRef], micro_batches: Sequence[Sequence[int]]) -> AnswerLogProbs:
-        """Log-probs of the answers in this rank's share of some rows of a `ComparisonSet`."""
+        """Log-probs of the answers in this rank's slice of some rows of a `ComparisonSet`."""
         [found] = fetch_data(data, "the data set")
         with self.recorder.span("log-probs"):
             logprobs = AnswerLogProbs.of(
@@ -54,17 +69,17 @@ class ReferenceWorker(Worker):
                 micro_batches,
                 lambda pack: self.engine(pack.packed, pack.positions, pack.targets, self.temperature, "nothing")[0],
             )
-            return logprobs if self.share.reports else logprobs.select(())
+            return logprobs if self.data_slice.reports else logprobs.select(())
 
-    def mix_weights(self, shared: Sequence[Sequence[ray.ObjectRef]], share: float) -> None:
-        """Move every weight by `share` of its way to the policy's; collective.
+    def mix_weights(self, shared: Sequence[Sequence[ray.ObjectRef]], fraction: float) -> None:
+        """Move every weight by `fraction` of its way to the policy's; collective.
 
         Args:
             shared: what each of the policy's ranks gave for `PreferenceWorker.share_weights`.
         """
         with self.recorder.span("update reference"):
             for bucket in (ref for refs in shared for ref in refs):
-                self.engine.mix(fetch_data([bucket], "the policy's weights")[0], share)
+                self.engine.mix(fetch_data([bucket], "the policy's weights")[0], fraction)
 
     def save(self, folder: str) -> None:
         """Write the weights of a reference that is updated; rank 0 writes them whole."""
@@ -75,3 +90,39 @@ class ReferenceWorker(Worker):
         """Read what `save` wrote."""
         with self.recorder.span("load checkpoint"):
             self.engine.load(Path(folder))
+
+
+class ReferenceGroup(RankGroup[ReferenceWorker]):
+    """The ranks of the reference model."""
+
+    def load_model(
+        self,
+        model: str,
+        engine: ScoringEngine,
+        temperature: float,
+        trust_remote_code: bool,
+        *,
+        tokens_only: bool = False,
+    ) -> Calls[None]:
+        """Have all ranks load the model."""
+        return self.call(ReferenceWorker.load_model, model, engine, temperature, trust_remote_code, tokens_only)
+
+    def logprobs(self, shard: GeneratedShard) -> Calls[ColumnPart]:
+        """Log-probs of a shard's responses."""
+        return self.call_shard(ReferenceWorker.logprobs, shard)
+
+    def answer_logprobs(self, plan: AnswerPlan) -> Calls[AnswerLogProbs]:
+        """Log-probs of the answers of some rows."""
+        return self.call_each(ReferenceWorker.answer_logprobs, plan)
+
+    def mix_weights(self, shared: Sequence[Sequence[ray.ObjectRef]], fraction: float) -> Calls[None]:
+        """Move every weight by `fraction` of its way to the policy's."""
+        return self.call(ReferenceWorker.mix_weights, shared, fraction)
+
+    def save(self, folder: Path) -> Calls[None]:
+        """Write the weights of a reference that is updated."""
+        return self.call(ReferenceWorker.save, str(folder))
+
+    def load(self, folder: Path) -> Calls[None]:
+        """Read what `save` wrote."""
+        return self.call(ReferenceWorker.load, str(folder))

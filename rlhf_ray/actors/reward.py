@@ -1,15 +1,19 @@
 """The parts of the reward: models in ranks, functions and services in workers."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from rlhf_ray.actors.columns import micro_batches
-from rlhf_ray.actors.worker import Worker
+from rlhf_ray.actors.group import ActorGroup, Calls
+from rlhf_ray.actors.shards import GeneratedShard
+from rlhf_ray.actors.worker import RankGroup, Worker
 from rlhf_ray.config.rewards import FunctionReward, HttpReward, ModelReward
 from rlhf_ray.data.trajectory import Floats, TrajectoryBatch, offsets_of
 from rlhf_ray.engines.training import DTYPES, ForwardEngine
+from rlhf_ray.models.folder_checks import positions_of
 from rlhf_ray.models.heads import load_scalar, load_tokenizer
 from rlhf_ray.models.responses import ResponsePack
 from rlhf_ray.models.score_scale import scale_of
@@ -58,6 +62,7 @@ class RewardModelWorker(Worker):
         )
         self.engine = ForwardEngine(model, part.engine)
         self._scale = scale_of(part.model, trust_remote_code=part.trust_remote_code) if part.normalise else None
+        self._positions = positions_of(part.model, trust_remote_code=part.trust_remote_code)
         self._tokenizers = (
             None
             if same_tokens
@@ -67,19 +72,19 @@ class RewardModelWorker(Worker):
             )
         )
 
-    def score(self, batch: TrajectoryBatch, part: int = 0, parts: int = 1) -> ScorePart:
-        """Scores of a part of the samples."""
-        share = self.share_of_part(part, parts)
+    def score(self, batch: TrajectoryBatch, index: int = 0, count: int = 1) -> ScorePart:
+        """Scores of the samples in one of `count` slices."""
+        data_slice = self.slice_of(index, count)
         with self.recorder.span("score"):
             if self._tokenizers is not None:
                 batch = self._translate(batch)
             samples: list[int] = []
             scores: list[torch.Tensor] = []
-            for micro_batch in micro_batches(batch, share, self.part.engine.micro_batch_tokens):
+            for micro_batch in micro_batches(batch, data_slice, self.part.engine.micro_batch_tokens):
                 pack = ResponsePack.of(batch, micro_batch, platform().device)
                 scores.append(self.engine(pack.packed, pack.last).float())
                 samples += micro_batch
-            if not share.reports:
+            if not data_slice.reports:
                 return ScorePart((), np.empty(0, np.float32))
             together = torch.cat(scores).cpu().numpy()
             found = ScorePart(tuple(samples), self._scale.normalise(together) if self._scale else together)
@@ -88,12 +93,25 @@ class RewardModelWorker(Worker):
             raise RewardError(self.name, f"the reward model {self.part.model!r} gave NaN or infinity", bad)
         return found
 
+    def _check_room(self, batch: TrajectoryBatch, lengths: Sequence[int]) -> None:
+        """How long a sample is in this model's tokens is known only now."""
+        positions = self._positions
+        if positions is None or not positions.in_table or max(lengths) <= positions.tokens:
+            return
+        raise RewardError(
+            self.name,
+            f"the reward model {self.part.model!r} has positions for {positions.tokens} tokens, but samples have up to "
+            f"{max(lengths)} of its tokens: lower data.max_prompt_tokens or rollout.sampling.max_new_tokens",
+            [uid for uid, length in zip(batch.uids, lengths, strict=True) if length > positions.tokens],
+        )
+
     def _translate(self, batch: TrajectoryBatch) -> TrajectoryBatch:
         """The same texts in this model's tokens, prompt and response as one text."""
         assert self._tokenizers is not None
         theirs, ours = self._tokenizers
         prompts, responses = decode_responses(batch, theirs)
         rows = ours([p + r for p, r in zip(prompts, responses, strict=True)], add_special_tokens=True)["input_ids"]
+        self._check_room(batch, [len(row) for row in rows])
         tokens = np.concatenate([np.asarray(row, np.int32) for row in rows])
         return TrajectoryBatch(
             uids=batch.uids,
@@ -106,6 +124,8 @@ class RewardModelWorker(Worker):
             engine_logprobs=np.zeros(len(tokens), np.float32),
             weight_versions=np.zeros(len(tokens), np.int32),
             truncated=batch.truncated,
+            loss_mask=np.ones(len(tokens), np.bool_),
+            rows=batch.rows,
         )
 
 
@@ -113,8 +133,20 @@ class TextRewardWorker(Worker):
     """One worker of a function or a service that scores texts. Workers share the shards, each scoring whole ones."""
 
     @in_span("load model")
-    def load_model(self, part: FunctionReward | HttpReward, policy_model: str, trust_remote_code: bool) -> None:
-        """Import the function, or make ready to call the service."""
+    def load_model(
+        self,
+        part: FunctionReward | HttpReward,
+        policy_model: str,
+        trust_remote_code: bool,
+        columns: Sequence[str] = (),
+    ) -> None:
+        """Import the function, or make ready to call the service.
+
+        Args:
+            policy_model: whose tokenizer wrote the tokens.
+            columns: that rows of prompts have beside their prompts.
+        """
+        self._columns = columns
         self._scorer = FunctionScorer(part) if isinstance(part, FunctionReward) else HttpScorer(part)
         self._tokenizer = load_tokenizer(policy_model, trust_remote_code=trust_remote_code)
 
@@ -125,5 +157,33 @@ class TextRewardWorker(Worker):
         """Scores of all samples of a shard."""
         with self.recorder.span("score"):
             prompts, responses = decode_responses(batch, self._tokenizer)
-            scores = self._scorer.score(prompts, responses, batch.uids)
+            scores = self._scorer.score(prompts, responses, batch.uids, batch.rows.columns(self._columns))
             return ScorePart(tuple(range(len(batch))), scores)
+
+
+class RewardModelGroup(RankGroup[RewardModelWorker]):
+    """The ranks of a reward model, which may divide a shard."""
+
+    def load_model(
+        self, part: ModelReward, name: str, policy_model: str, policy_trusted: bool, same_tokens: bool
+    ) -> Calls[None]:
+        """Have all ranks load the model."""
+        return self.call(RewardModelWorker.load_model, part, name, policy_model, policy_trusted, same_tokens)
+
+    def score(self, shard: GeneratedShard) -> Calls[ScorePart]:
+        """Scores of a shard."""
+        return self.call_shard(RewardModelWorker.score, shard)
+
+
+class TextRewardGroup(ActorGroup[TextRewardWorker]):
+    """The workers of a function or a service, which take turns with whole shards."""
+
+    def load_model(
+        self, part: FunctionReward | HttpReward, policy_model: str, trust_remote_code: bool, columns: Sequence[str]
+    ) -> Calls[None]:
+        """Have all workers make ready; `columns` are those of the prompts' rows."""
+        return self.call(TextRewardWorker.load_model, part, policy_model, trust_remote_code, columns)
+
+    def score(self, shard: GeneratedShard) -> Calls[ScorePart]:
+        """Scores of a shard."""
+        return self.call_rank(shard.number, TextRewardWorker.score, shard.trajectories)

@@ -9,7 +9,8 @@ import torch
 from numpy.typing import NDArray
 
 from rlhf_ray.actors.device_means import MicroStats
-from rlhf_ray.actors.epoch_training import EpochTrainedWorker
+from rlhf_ray.actors.epoch_training import EpochTrainedGroup, EpochTrainedWorker, RowPlan
+from rlhf_ray.actors.group import Calls
 from rlhf_ray.actors.reward_losses import Judgements, row_losses, row_stats
 from rlhf_ray.actors.waiting import fetch_data
 from rlhf_ray.config.jobs import RewardModel
@@ -73,7 +74,7 @@ class RewardTrainingWorker(EpochTrainedWorker):
         with self.recorder.span("evaluate"):
             # An empty micro-batch is a forward pass too, which ZeRO-3's collectives need.
             scores = [self._scores(found, rows)[: len(found.candidates(rows))] for rows in micro_batches]
-        if not self.share.reports:
+        if not self.data_slice.reports:
             return CandidateScores(np.empty(0, np.int64), np.empty(0, np.float32))
         candidates = [found.candidates(rows) for rows in micro_batches]
         return CandidateScores(np.concatenate(candidates), torch.cat(scores).cpu().numpy())
@@ -84,3 +85,15 @@ class RewardTrainingWorker(EpochTrainedWorker):
         packed = PackedSequences.of(texts, platform().device)
         scores: torch.Tensor = self.engine(packed, packed.cu_seqlens[1:].long() - 1)
         return scores
+
+
+class RewardTrainingGroup(EpochTrainedGroup[RewardTrainingWorker]):
+    """The ranks of a reward model in training."""
+
+    def load_model(self, reward: RewardModel, loss: RewardLoss, total_steps: int, seed: int) -> Calls[None]:
+        """Have all ranks load the model."""
+        return self.call(RewardTrainingWorker.load_model, reward, loss, total_steps, seed)
+
+    def score(self, plan: RowPlan) -> Calls[CandidateScores]:
+        """Scores of the candidates of rows."""
+        return self.call_each(RewardTrainingWorker.score, plan)

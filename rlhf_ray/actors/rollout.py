@@ -2,61 +2,30 @@
 
 import asyncio
 import os
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import ray
-from numpy.typing import NDArray
 
 from rlhf_ray.actors.address import own_address
-from rlhf_ray.actors.group import ActorGroup
+from rlhf_ray.actors.group import ActorGroup, Calls
+from rlhf_ray.actors.shards import GeneratedShard, ShardFacts
 from rlhf_ray.actors.waiting import RoleTimeout, fetch, wait_all
 from rlhf_ray.actors.watched import Watched
+from rlhf_ray.config.roles import Level
 from rlhf_ray.config.rollout import Rollout, Sampling
+from rlhf_ray.config.run import Timeouts
 from rlhf_ray.data.requests import PromptRequest
 from rlhf_ray.data.trajectory import TrajectoryBatch
-from rlhf_ray.engines.level import Level
 from rlhf_ray.engines.rollout_setup import EnginePart, RolloutSetup
 from rlhf_ray.telemetry.status import Shards
-from rlhf_ray.telemetry.trace import Span, SpanRecorder
+from rlhf_ray.telemetry.trace import SpanRecorder
 
 if TYPE_CHECKING:  # torch is imported with vLLM, when the engine starts
     from rlhf_ray.engines.engine_metrics import EngineLoad
     from rlhf_ray.models.lora import Adapter
-
-
-@dataclass(frozen=True)
-class ShardFacts:
-    """What the controller knows of a shard: numbers per sample, no tokens.
-
-    Attributes:
-        uids: `[samples]`.
-        sample_index: `[samples]`.
-        prompt_lengths, response_lengths: tokens, int64 `[samples]`.
-        truncated: bool `[samples]`.
-        version_lag: sum over response tokens of versions that the sampling weights were behind the newest.
-    """
-
-    uids: tuple[str, ...]
-    sample_index: NDArray[np.int32]
-    prompt_lengths: NDArray[np.int64]
-    response_lengths: NDArray[np.int64]
-    truncated: NDArray[np.bool_]
-    version_lag: int
-
-    @classmethod
-    def of(cls, batch: TrajectoryBatch, version: int) -> "ShardFacts":
-        """Of a shard; `version` is the newest of the policy."""
-        return cls(
-            batch.uids,
-            batch.sample_index,
-            batch.prompt_lengths,
-            batch.response_lengths,
-            batch.truncated,
-            int((version - batch.weight_versions).sum()),
-        )
 
 
 class RolloutWorker(Watched):
@@ -67,7 +36,6 @@ class RolloutWorker(Watched):
         self.recorder = SpanRecorder()
         self.engine: Any = None  # vLLM is imported when the engine starts
         self._load: EngineLoad | None = None
-        self._version = 0
 
     async def address(self) -> tuple[str, int]:
         """Address of this node and a free port on it."""
@@ -131,7 +99,6 @@ class RolloutWorker(Watched):
     async def finish_update(self, version: int) -> None:
         """Go on with the new weights."""
         await self.engine.finish_update(version)
-        self._version = version
         await self.engine.resume()
 
     async def load_adapter(self, adapter: "Adapter", version: int) -> None:
@@ -140,23 +107,19 @@ class RolloutWorker(Watched):
         with self.recorder.span("receive adapter"):
             await self.engine.load_adapter(adapter)
         await self.engine.set_version(version)
-        self._version = version
         await self.engine.resume()
 
-    async def version(self) -> int:
-        """Version of the weights in use."""
-        return await self.engine.version()
-
-    async def drain_spans(self) -> list[Span]:
-        """What this engine did since the last call."""
-        return self.recorder.drain()
+    async def version(self) -> int | None:
+        """Version of the weights in use; None where the engine has none."""
+        version: int | None = await self.engine.version()
+        return version
 
     def queue(self) -> tuple[int | None, int | None, int | None]:
-        """Running and waiting requests, and the version of the weights; None until the engine is up, and where only a
-        part of its workers sits."""
+        """Running and waiting requests, and the version of the weights, which is None while it has none; all are None
+        until the engine is up, and where only some of its workers sit."""
         if self._load is None:
             return None, None, None
-        return self._load.running, self._load.waiting, self._version
+        return self._load.running, self._load.waiting, self.engine.held.version
 
     def device_bytes(self) -> tuple[int, int] | None:
         """Device memory in use and in all; None on CPU, and until torch is imported, with the engine."""
@@ -170,23 +133,6 @@ class RolloutWorker(Watched):
         """End the engine's processes."""
         if self.engine is not None:
             self.engine.shutdown()
-
-
-@dataclass(frozen=True)
-class GeneratedShard:
-    """A shard that is complete.
-
-    Attributes:
-        number: of the shard within the step.
-        shards: of the step.
-        trajectories: reference to its `TrajectoryBatch`.
-        facts: its numbers per sample.
-    """
-
-    number: int
-    shards: int
-    trajectories: ray.ObjectRef
-    facts: ShardFacts
 
 
 class LoadBalancer:
@@ -208,9 +154,13 @@ class LoadBalancer:
         if not free:
             return None
         engine = min(free, key=lambda e: (self._tokens[e], e))
+        self.take(engine, tokens, samples)
+        return engine
+
+    def take(self, engine: int, tokens: int, samples: int) -> None:
+        """A shard goes to `engine`."""
         self._tokens[engine] += tokens
         self._samples[engine] += samples
-        return engine
 
     def done(self, engine: int, tokens: int, samples: int) -> None:
         """A shard came back from `engine`."""
@@ -218,39 +168,70 @@ class LoadBalancer:
         self._samples[engine] -= samples
 
 
-class RolloutGroup(ActorGroup):
+@dataclass
+class _Queued:
+    """A shard that waits for an engine, or is with one."""
+
+    number: int
+    shards: int
+    requests: Sequence[PromptRequest]
+    sampling: Sampling
+    version: int
+    engine: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """At most."""
+        return sum(len(request.tokens) + self.sampling.max_new_tokens for request in self.requests)
+
+
+class RolloutGroup(ActorGroup[RolloutWorker]):
     """All rollout engines: calls go to the actors that lead them.
 
     Args:
-        actors: those of each engine, one after the other; of an engine in several parts the first one leads.
-        parts: of each engine.
+        actors: those of each engine, one after the other; where an engine sits on several nodes the first one leads.
+        nodes_per_engine: actors of each engine.
 
     Attributes:
-        shards: counts of those that `generate` was last given.
+        shards: counts of those that were submitted since all were complete last.
     """
 
     def __init__(
-        self, actors: Sequence[Any], rollout: Rollout, *, deterministic: bool, timeout_s: float, parts: int = 1
+        self,
+        actors: Sequence[Any],
+        rollout: Rollout,
+        *,
+        deterministic: bool,
+        timeouts: Timeouts,
+        nodes_per_engine: int = 1,
     ) -> None:
-        super().__init__("rollout", actors[::parts])
-        self._all = ActorGroup("rollout", actors)
-        self._parts = parts
+        super().__init__("rollout", actors[::nodes_per_engine])
+        self._all = ActorGroup[RolloutWorker]("rollout", actors, nodes_per_engine)
+        self._nodes_per_engine = nodes_per_engine
         self._rollout = rollout
         self._deterministic = deterministic
-        self._timeout_s = timeout_s
+        self._timeouts = timeouts
+        # Twice what an engine decodes at a time, so that it never runs dry between shards.
+        self._balancer = LoadBalancer(len(self), 2 * rollout.engine.max_num_seqs)
+        self._waiting: deque[_Queued] = deque()
+        self._running: dict[ray.ObjectRef, tuple[_Queued, ray.ObjectRef]] = {}
+        self._released: list[ray.ObjectRef] = []
+        self._generated = 0
         self.shards = Shards()
 
-    def start_engines(self, setup: RolloutSetup, timeout_s: float) -> list[ray.ObjectRef]:
-        """Have every actor start its engine, or its part of one."""
-        if self._parts == 1:
-            return self.call("load_model", setup)
-        addresses = self.run("address", timeout_s=timeout_s, setting="run.timeouts.setup_s")
-        parts = [EnginePart(n, self._parts, host, port) for host, port in addresses for n in range(self._parts)]
-        return self._all.call_each("load_model", [(setup, part) for part in parts])
+    def load_model(self, setup: RolloutSetup) -> Calls[None]:
+        """Have every actor start its engine, or its node's part of one."""
+        if self._nodes_per_engine == 1:
+            return self.call(RolloutWorker.load_model, setup)
+        count = self._nodes_per_engine
+        addresses = self.call(RolloutWorker.address).wait(self._timeouts.setup)
+        parts = [EnginePart(n, count, host, port) for host, port in addresses for n in range(count)]
+        refs = [actor.load_model.remote(setup, part) for actor, part in zip(self._all.actors, parts, strict=True)]
+        return Calls(refs, "rollout: load_model")
 
-    def end_engines(self, timeout_s: float) -> None:
+    def end_engines(self) -> Calls[None]:
         """Have the engines end their own processes, which outlive an actor that is killed."""
-        self._all.run("shutdown", timeout_s=timeout_s, setting="run.timeouts.setup_s")
+        return self._all.call(RolloutWorker.shutdown)
 
     @property
     def processes(self) -> list[Any]:
@@ -258,74 +239,99 @@ class RolloutGroup(ActorGroup):
         return self._all.actors
 
     def kill(self) -> None:
-        """End the processes of all parts."""
+        """End the processes of all nodes."""
         self._all.kill()
+
+    def move(self, level: Level) -> Calls[None]:
+        """Have all engines leave their devices, or come back to them."""
+        return self.call(RolloutWorker.move, level)
+
+    def hold(self) -> Calls[None]:
+        """Have engines queue prompts without generating."""
+        return self.call(RolloutWorker.hold)
+
+    def release(self, counts: Sequence[int]) -> Calls[None]:
+        """Have each engine generate, once this many prompts have been queued since the last release."""
+        return self.call_each(RolloutWorker.release, [(count, self._timeouts.rollout_s) for count in counts])
+
+    def versions(self) -> Calls[int]:
+        """Version of the weights that each engine uses."""
+        return self.call(RolloutWorker.version)
 
     def generate(
         self, shards: Sequence[Sequence[PromptRequest]], version: int, sampling: Sampling | None = None
     ) -> Iterator[GeneratedShard]:
-        """Sample all shards and yield each when it is complete.
+        """Sample all shards and yield each when it is complete. Raises as `completed`."""
+        self.submit(shards, version, sampling)
+        yield from self.completed()
 
-        Deterministic runs give shards to engines by number and start generation once all are queued, so that
-        engines see the same batches each time.
+    def submit(self, shards: Sequence[Sequence[PromptRequest]], version: int, sampling: Sampling | None = None) -> None:
+        """Queue shards of requests. `version` is the newest of the policy.
+
+        Engines begin at once, except for those of a deterministic run: it gives shards to engines by number and starts
+        generation once all are queued, so that engines see the same batches each time.
+        """
+        sampling = sampling or self._rollout.sampling
+        if not self._waiting and not self._running:
+            self._generated = 0
+        queued = [_Queued(number, len(shards), requests, sampling, version) for number, requests in enumerate(shards)]
+        if self._deterministic:
+            self._queue_all_at_once(queued)
+        else:
+            self._waiting.extend(queued)
+            self._dispatch()
+        self._count()
+
+    def completed(self) -> Iterator[GeneratedShard]:
+        """Each shard when it is complete, until none is left.
 
         Raises:
             RoleTimeout, RoleFailure: as `wait_all`.
         """
-        sampling = sampling or self._rollout.sampling
-        if self._deterministic:
-            yield from self._generate_all_at_once(shards, version, sampling)
-        else:
-            yield from self._generate_balanced(shards, version, sampling)
+        for ref in self._released:
+            wait_all([ref], self._timeouts.rollout_s, "rollout: release", "run.timeouts.rollout_s")
+        self._released = []
+        while self._waiting or self._running:
+            facts, queued, trajectories = self._next()
+            self._dispatch()
+            self._count()
+            yield GeneratedShard(queued.number, queued.shards, trajectories, facts)
 
-    def _generate_balanced(
-        self, shards: Sequence[Sequence[PromptRequest]], version: int, sampling: Sampling
-    ) -> Iterator[GeneratedShard]:
-        # Twice what an engine decodes at a time, so that it never runs dry between shards.
-        balancer = LoadBalancer(len(self), 2 * self._rollout.engine.max_num_seqs)
-        loads = [sum(len(p.tokens) + sampling.max_new_tokens for p in shard) for shard in shards]
-        running: dict[ray.ObjectRef, tuple[int, int, ray.ObjectRef]] = {}
-        waiting = list(range(len(shards)))[::-1]
-        while waiting or running:
-            while waiting and (engine := balancer.place(loads[waiting[-1]], len(shards[waiting[-1]]))) is not None:
-                number = waiting.pop()
-                trajectories, facts = self.call_one(
-                    engine, "generate", shards[number], sampling, version, num_returns=2
-                )
-                running[facts] = (number, engine, trajectories)
-            self._count(len(shards), len(waiting), len(running))
-            facts, (number, engine, trajectories) = self._next(running)
-            self._count(len(shards), len(waiting), len(running))
-            balancer.done(engine, loads[number], len(shards[number]))
-            yield GeneratedShard(number, len(shards), trajectories, facts)
+    def _dispatch(self) -> None:
+        """Give waiting shards to engines that have room."""
+        while self._waiting:
+            queued = self._waiting[0]
+            engine = self._balancer.place(queued.tokens, len(queued.requests))
+            if engine is None:
+                return
+            self._start(self._waiting.popleft(), engine)
 
-    def _generate_all_at_once(
-        self, shards: Sequence[Sequence[PromptRequest]], version: int, sampling: Sampling
-    ) -> Iterator[GeneratedShard]:
-        self.run("hold", timeout_s=self._timeout_s, setting="run.timeouts.rollout_s")
-        running: dict[ray.ObjectRef, tuple[int, int, ray.ObjectRef]] = {}
-        queued = [0] * len(self)
-        for number, shard in enumerate(shards):
-            engine = number % len(self)
-            queued[engine] += len(shard)
-            trajectories, facts = self.call_one(engine, "generate", shard, sampling, version, num_returns=2)
-            running[facts] = (number, engine, trajectories)
-        released = self.call_each("release", [(count, self._timeout_s) for count in queued])
-        wait_all(released, self._timeout_s, "rollout: release", "run.timeouts.rollout_s")
-        self._count(len(shards), 0, len(running))
-        while running:
-            facts, (number, _, trajectories) = self._next(running)
-            self._count(len(shards), 0, len(running))
-            yield GeneratedShard(number, len(shards), trajectories, facts)
+    def _queue_all_at_once(self, shards: Sequence[_Queued]) -> None:
+        self.hold().wait(self._timeouts.rollout)
+        counts = [0] * len(self)
+        for queued in shards:
+            engine = queued.number % len(self)
+            counts[engine] += len(queued.requests)
+            self._balancer.take(engine, queued.tokens, len(queued.requests))
+            self._start(queued, engine)
+        self._released = self.release(counts).refs
 
-    def _count(self, shards: int, waiting: int, generating: int) -> None:
-        self.shards = Shards(waiting, generating, shards - waiting - generating)
+    def _start(self, queued: _Queued, engine: int) -> None:
+        queued.engine = engine
+        trajectories, facts = self.call_rank_for_two(
+            engine, RolloutWorker.generate, queued.requests, queued.sampling, queued.version
+        )
+        self._running[facts] = (queued, trajectories)
 
-    def _next(
-        self, running: dict[ray.ObjectRef, tuple[int, int, ray.ObjectRef]]
-    ) -> tuple[ShardFacts, tuple[int, int, ray.ObjectRef]]:
-        done, _ = ray.wait(list(running), num_returns=1, timeout=self._timeout_s)
+    def _next(self) -> tuple[ShardFacts, _Queued, ray.ObjectRef]:
+        done, _ = ray.wait(list(self._running), num_returns=1, timeout=self._timeouts.rollout_s)
         if not done:
-            raise RoleTimeout("rollout: generate", self._timeout_s, "run.timeouts.rollout_s")
-        entry = running.pop(done[0])
-        return fetch(done[0], f"rollout/{entry[1]}: generate"), entry
+            raise RoleTimeout("rollout: generate", self._timeouts.rollout_s, "run.timeouts.rollout_s")
+        queued, trajectories = self._running.pop(done[0])
+        facts: ShardFacts = fetch(done[0], f"rollout/{queued.engine}: generate")
+        self._generated += 1
+        self._balancer.done(queued.engine, queued.tokens, len(queued.requests))
+        return facts, queued, trajectories
+
+    def _count(self) -> None:
+        self.shards = Shards(len(self._waiting), len(self._running), self._generated)

@@ -6,7 +6,8 @@ import numpy as np
 import torch
 
 from rlhf_ray.actors.device_means import DeviceMean, MicroStats
-from rlhf_ray.actors.epoch_training import EpochTrainedWorker
+from rlhf_ray.actors.epoch_training import EpochTrainedGroup, EpochTrainedWorker
+from rlhf_ray.actors.group import Calls
 from rlhf_ray.config.training import SFTPolicy
 from rlhf_ray.data.conversations import ConversationSet
 from rlhf_ray.models.packed import PackedSequences
@@ -30,6 +31,14 @@ class SFTWorker(EpochTrainedWorker):
         tokens = len(targets)
         found = {"loss": DeviceMean(loss.detach(), tokens), "entropy": DeviceMean(entropy.detach().sum(), tokens)}
         return loss, found if rows else {}
+
+
+class SFTGroup(EpochTrainedGroup[SFTWorker]):
+    """The ranks of the policy."""
+
+    def load_model(self, policy: SFTPolicy, total_steps: int) -> Calls[None]:
+        """Have all ranks load the model."""
+        return self.call(SFTWorker.load_model, policy, total_steps)
 
 
 def pack_learnt(

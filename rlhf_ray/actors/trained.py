@@ -6,18 +6,20 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from rlhf_ray.actors.worker import Worker, load_rng, save_rng
+from rlhf_ray.actors.group import Calls
+from rlhf_ray.actors.worker import RankGroup, Worker, load_rng, save_rng
 from rlhf_ray.config.training import Policy
 from rlhf_ray.engines.training import DTYPES, TrainingEngine, full_adapter, full_weights
 from rlhf_ray.engines.weight_files import is_written_as_held, write_sharded
 from rlhf_ray.models.heads import load_causal, load_tokenizer
 from rlhf_ray.models.lora import ADAPTER_FOLDER, Adapter, has_adapters
+from rlhf_ray.models.saving import save_model
 from rlhf_ray.models.score_scale import ScoreScale, write_scale
 from rlhf_ray.telemetry.metrics import Mean
 
@@ -73,8 +75,8 @@ class TrainedWorker(Worker):
     model_source: str
     trust_remote_code: bool
 
-    def load_language_model(self, policy: Policy, total_steps: int) -> None:
-        """Load a causal model and build its training engine; collective."""
+    def load_language_model(self, policy: Policy, total_steps: int, token_ids: int | None = None) -> None:
+        """Load a causal model and build its training engine; collective. `token_ids` as in `load_causal`."""
         self.model_source, self.trust_remote_code = policy.model, policy.trust_remote_code
         model = load_causal(
             policy.model,
@@ -83,6 +85,7 @@ class TrainedWorker(Worker):
             trust_remote_code=policy.trust_remote_code,
             lora=policy.lora,
             sharded=policy.engine.zero_stage == 3,
+            token_ids=token_ids,
         )
         self.engine = TrainingEngine(model, policy.engine, policy.optimizer, total_steps)
 
@@ -150,8 +153,7 @@ class TrainedWorker(Worker):
     ) -> None:
         try:
             if weights is not None:  # else they are there
-                model: Any = self.engine.model.model
-                model.save_pretrained(partial, state_dict=weights, safe_serialization=True)
+                save_model(self.engine.model.model, partial, weights)
             write_scale(partial, scale)
             if adapter is not None:
                 adapter.write(partial / ADAPTER_FOLDER)
@@ -173,6 +175,29 @@ class TrainedWorker(Worker):
         """Raise `NonFiniteLossError` for NaN and infinity."""
         if value != value or value in (float("inf"), float("-inf")):
             raise NonFiniteLossError(self.role, quantity, value, samples())
+
+
+TrainedT = TypeVar("TrainedT", bound=TrainedWorker)
+
+
+class TrainedGroup(RankGroup[TrainedT]):
+    """The ranks of a model that is trained."""
+
+    def save(self, folder: Path) -> Calls[None]:
+        """Have every rank write its part of a checkpoint."""
+        return self.call(TrainedWorker.save, str(folder))
+
+    def load(self, folder: Path) -> Calls[None]:
+        """Have every rank read its part of a checkpoint."""
+        return self.call(TrainedWorker.load, str(folder))
+
+    def start_export(self, folder: Path, scale: ScoreScale | None) -> Calls[None]:
+        """Have the weights copied, and written in the background."""
+        return self.call(TrainedWorker.start_export, str(folder), scale)
+
+    def finish_export(self) -> Calls[None]:
+        """Wait until they are written."""
+        return self.call(TrainedWorker.finish_export)
 
 
 def sum_over_ranks(value: float, device: torch.device) -> float:

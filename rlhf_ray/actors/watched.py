@@ -8,7 +8,7 @@ import ray
 
 from rlhf_ray.actors.host_memory import host_bytes
 from rlhf_ray.telemetry.status import Activity, phase_of
-from rlhf_ray.telemetry.trace import SpanRecorder
+from rlhf_ray.telemetry.trace import Span, SpanRecorder
 
 _GROUP = "status"
 
@@ -48,6 +48,10 @@ class Watched:
     def device_bytes(self) -> tuple[int, int] | None:
         """Device memory in use and in all; None for a role without a device."""
         return None
+
+    def drain_spans(self) -> list[Span]:
+        """What this process did since the last call."""
+        return self.recorder.drain()
 
     @cached_property
     def _node(self) -> tuple[str, str]:

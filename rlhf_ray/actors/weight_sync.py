@@ -1,7 +1,10 @@
 """New weights for the rollout engines, as the trainer sends them: all of them, or adapters alone."""
 
+import threading
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 from torch import nn
@@ -9,12 +12,18 @@ from torch import nn
 from rlhf_ray.actors.waiting import wait_all
 from rlhf_ray.engines.training import full_adapter
 
+_T = TypeVar("_T")
+
+_CAUSE_S = 10.0
+"""How long a failure of the trainer's own side waits for the failure of an engine that may have caused it: a broken
+connection is noticed sooner than the death behind it."""
+
 
 class EngineClient:
     """vLLM's `VLLMWeightSyncClient` protocol over the rollout actors.
 
-    Each engine's workers have ranks of their own in the transfer group; vLLM's own Ray client gives all engines the
-    same. Engines pause before an update and go on, under the new version, after it.
+    Where a backend numbers all workers, each engine's workers get ranks of their own; vLLM's own Ray client gives all
+    engines the same. Engines pause before an update and go on, under the new version, after it.
     """
 
     def __init__(self, engines: list[Any], workers_per_engine: int, timeout_s: float) -> None:
@@ -22,16 +31,40 @@ class EngineClient:
         self._workers_per_engine = workers_per_engine
         self._timeout_s = timeout_s
         self.version = 0
+        self._calling = 0
+        self._failed: Future[None] = Future()
+
+    def beside(self, work: Callable[[], _T]) -> _T:
+        """Do work of the trainer in which it meets the engines, and raise the error of an engine that fails as soon as
+        it does: the work may sit in a collective then, until its own limit, and end in an error that names nothing.
+
+        A thread that is left in a collective ends with the process, which is of no more use.
+        """
+        done: Future[_T] = Future()
+
+        def run() -> None:
+            try:
+                done.set_result(work())
+            except BaseException as error:
+                done.set_exception(error)
+
+        threading.Thread(target=run, daemon=True, name="weight sync").start()
+        either: list[Future[Any]] = [done, self._failed]
+        wait(either, return_when=FIRST_COMPLETED)
+        if done.done() and done.exception() is not None and self._calling:
+            wait([self._failed], timeout=_CAUSE_S)
+        if self._failed.done():
+            self._failed.result()
+        return done.result()
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         """Have every engine join."""
-        self._each(
-            "init_transfer",
-            [
-                (init_info | {"rank_offset": init_info["rank_offset"] + number * self._workers_per_engine},)
-                for number in range(len(self._engines))
-            ],
-        )
+        self._each("init_transfer", [(self._of_engine(init_info, number),) for number in range(len(self._engines))])
+
+    def _of_engine(self, init_info: dict[str, Any], number: int) -> dict[str, Any]:
+        if "rank_offset" not in init_info:  # ipc: each worker finds the memory of its own device
+            return init_info
+        return init_info | {"rank_offset": init_info["rank_offset"] + number * self._workers_per_engine}
 
     def start_weight_update(self) -> None:
         """Pause every engine."""
@@ -46,10 +79,18 @@ class EngineClient:
         self._each("finish_update", [(self.version,)] * len(self._engines))
 
     def _each(self, method: str, arguments: list[tuple[Any, ...]]) -> None:
-        refs: list[ray.ObjectRef] = [
-            getattr(engine, method).remote(*args) for engine, args in zip(self._engines, arguments, strict=True)
-        ]
-        wait_all(refs, self._timeout_s, f"rollout: {method}", "run.timeouts.sync_s")
+        self._calling += 1
+        try:
+            refs: list[ray.ObjectRef] = [
+                getattr(engine, method).remote(*args) for engine, args in zip(self._engines, arguments, strict=True)
+            ]
+            wait_all(refs, self._timeout_s, f"rollout: {method}", "run.timeouts.sync_s")
+        except BaseException as error:
+            if not self._failed.done():  # of several failures the first is the cause
+                self._failed.set_exception(error)
+            raise
+        finally:
+            self._calling -= 1
 
 
 @dataclass(frozen=True)
@@ -67,7 +108,7 @@ class WeightSync:
     def send(self, version: int) -> None:
         """Give every engine the present weights under the name `version`; collective."""
         self.client.version = version
-        self.sender.send()
+        self.client.beside(self.sender.send)
 
 
 @dataclass(frozen=True)

@@ -2,39 +2,42 @@
 
 import os
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import ray
 import torch
 
 from rlhf_ray.actors.address import own_address
+from rlhf_ray.actors.group import ActorGroup, Calls, wait_together
 from rlhf_ray.actors.watched import Watched
+from rlhf_ray.config.roles import Level
+from rlhf_ray.config.run import Timeouts
 from rlhf_ray.data.seeds import derive_seed
 from rlhf_ray.engines.collectives import Rendezvous, join_collectives
 from rlhf_ray.engines.interfaces import use_interface_of
-from rlhf_ray.engines.level import Level
 from rlhf_ray.platform import device_memory
-from rlhf_ray.telemetry.trace import Span, SpanRecorder, in_span
+from rlhf_ray.telemetry.trace import SpanRecorder, in_span
 
 if TYPE_CHECKING:
     from rlhf_ray.engines.training import ForwardEngine, TrainingEngine
 
 
 @dataclass(frozen=True)
-class Share:
-    """What part of the samples a rank works on.
+class DataSlice:
+    """Which of several equal parts of some samples a rank works on.
 
     Attributes:
-        number: of the part, from 0.
+        index: of the part, from 0.
         count: of parts.
-        reports: whether results are this rank's to give. Of the ranks that work on the same part together one gives
-            them, the others give none.
+        reports: whether results are this rank's to give. Of the ranks that work on the same part because they share
+            sequences one gives them, the others give none.
     """
 
-    number: int
+    index: int
     count: int
     reports: bool = True
 
@@ -66,22 +69,41 @@ class Worker(Watched):
             self.engine.move(level)
 
     @property
-    def share(self) -> Share:
+    def data_slice(self) -> DataSlice:
         """This rank's part of the samples: that of its neighbours too where they share sequences."""
-        together = self.engine.sequence_parallel
-        return Share(self.rank // together, self.world_size // together, reports=self.rank % together == 0)
+        sp_size = self.engine.sequence_parallel
+        return DataSlice(self.rank // sp_size, self.world_size // sp_size, reports=self.rank % sp_size == 0)
 
-    def share_of_part(self, part: int, parts: int) -> Share:
+    def slice_of(self, index: int, count: int) -> DataSlice:
         """A part of some samples, which this rank works on alone or with those that it shares sequences with."""
-        return Share(part, parts, reports=self.share.reports)
-
-    def drain_spans(self) -> list[Span]:
-        """What this rank did since the last call."""
-        return self.recorder.drain()
+        return DataSlice(index, count, reports=self.data_slice.reports)
 
     def device_bytes(self) -> tuple[int, int] | None:
         """Device memory in use and in all; None on CPU."""
         return device_memory()
+
+
+WorkerT = TypeVar("WorkerT", bound=Worker)
+
+
+class RankGroup(ActorGroup[WorkerT]):
+    """Ranks that meet for collectives."""
+
+    def move(self, level: Level) -> Calls[None]:
+        """Have all ranks leave their devices, or come back to them."""
+        return self.call(Worker.move, level)
+
+
+def join_collectives_of(groups: Sequence[RankGroup[Any]], timeouts: Timeouts) -> None:
+    """Have the ranks of each group meet at its rank 0."""
+    first = [group.call_rank(0, Worker.address) for group in groups]
+    addresses = [calls.wait(timeouts.setup)[0] for calls in first]
+    # A collective must outlast the slowest rank's longest phase; the controller's own limits end a run sooner.
+    longest = max(timeouts.setup_s, timeouts.update_s, timeouts.score_s, timeouts.checkpoint_s)
+    joined = [
+        group.call(Worker.join, host, port, longest) for group, (host, port) in zip(groups, addresses, strict=True)
+    ]
+    wait_together(joined, timeouts.setup, "ranks joining their groups")
 
 
 def seed_everything(seed: int, deterministic: bool) -> None:

@@ -43,6 +43,17 @@ class Moments:
         mean = mean + (x - mean).mean()
         return cls(float(x.numel()), mean.item(), (x - mean).square().sum().item())
 
+    @classmethod
+    def weighted(cls, values: Tensor, counts: Tensor) -> Self:
+        """Moments of numbers that each stand several times, `[n]` both, computed in float64."""
+        x, n = values.detach().double(), counts.double()
+        count = n.sum()
+        if count == 0:
+            return cls()
+        mean = (n * x).sum() / count
+        mean = mean + (n * (x - mean)).sum() / count
+        return cls(count.item(), mean.item(), (n * (x - mean).square()).sum().item())
+
     def merge(self, other: "Moments") -> "Moments":
         """Moments of both sets together.
 

@@ -17,12 +17,32 @@ class PolicyLossInputs:
         old_logprobs: the same under the policy that the ratio is taken against.
         advantages: A per token.
         entropy: entropy of the policy's next-token distribution, in nats.
+        engine_logprobs, reference_logprobs: for losses that ask for them (`PolicyLoss.columns`), else None.
     """
 
     logprobs: Tensor
     old_logprobs: Tensor
     advantages: Tensor
     entropy: Tensor
+    engine_logprobs: Tensor | None = None
+    reference_logprobs: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class PolicyLossOptions:
+    """What a config says of the loss.
+
+    Attributes:
+        clip_low: in [0, 1].
+        clip_high: at least 0.
+        dual_clip: above 1 (Ye et al. use 3), or None.
+        entropy_coef: weight of the bonus; at 0 the entropy is left out of the graph.
+    """
+
+    clip_low: float
+    clip_high: float
+    dual_clip: float | None = None
+    entropy_coef: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -42,9 +62,7 @@ class PolicyLossOutput:
     approx_kl: Tensor
 
 
-def clipped_policy_loss(
-    inputs: PolicyLossInputs, *, clip_low: float, clip_high: float, dual_clip: float | None, entropy_coef: float
-) -> PolicyLossOutput:
+def clipped_policy_loss(inputs: PolicyLossInputs, options: PolicyLossOptions) -> PolicyLossOutput:
     """Clipped surrogate of PPO with separate bounds, optional dual clip, and entropy bonus.
 
         r = exp(logprobs - old_logprobs)
@@ -58,10 +76,7 @@ def clipped_policy_loss(
 
     Args:
         inputs: `[tokens]` each.
-        clip_low: in [0, 1].
-        clip_high: at least 0.
-        dual_clip: above 1 (Ye et al. use 3), or None.
-        entropy_coef: weight of the bonus; at 0 the entropy is left out of the graph.
+        options: bounds of the ratio, and weight of the bonus.
 
     Returns:
         Values per token. A log-ratio above 88 overflows float32; it is not clamped, so that a finite check sees it.
@@ -76,6 +91,7 @@ def clipped_policy_loss(
         advantages=inputs.advantages,
         entropy=inputs.entropy,
     )
+    clip_low, clip_high, dual_clip = options.clip_low, options.clip_high, options.dual_clip
     check_option("clip_low", clip_low, 0 <= clip_low <= 1, "in [0, 1]")
     check_option("clip_high", clip_high, clip_high >= 0, "at least 0")
 
@@ -93,8 +109,8 @@ def clipped_policy_loss(
         objective = torch.where(floored, floor, objective)
         clipped = clipped | floored
     loss = -objective
-    if entropy_coef != 0:
-        loss = loss - entropy_coef * inputs.entropy
+    if options.entropy_coef != 0:
+        loss = loss - options.entropy_coef * inputs.entropy
 
     log_ratio = log_ratio.detach()
     return PolicyLossOutput(

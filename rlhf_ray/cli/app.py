@@ -140,7 +140,7 @@ def validate(
     job = load_config(config, overrides or ())
     inputs = None
     if not schema_only:
-        from rlhf_ray.controllers.inputs import check
+        from rlhf_ray.controllers.job import check
 
         _import_from_here()
         with problems_of(config):

@@ -29,8 +29,8 @@ def calibrate(
       rlhf-ray plan configs/quickstart.yaml --calibration h100.yaml
     """
     from rlhf_ray.cli.results import show
-    from rlhf_ray.cluster.planner.calibration import default_place, save_calibration
     from rlhf_ray.controllers.calibrate import calibrate as measure
+    from rlhf_ray.planner.calibration import default_place, save_calibration
 
     found = measure()
     path = out or default_place()

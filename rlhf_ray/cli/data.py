@@ -30,7 +30,7 @@ def inspect(config: Config, overrides: Overrides = None) -> None:
     with problems_of(config):
         for number, report in enumerate(inspect_sources(job)):
             print_report(report, first=number == 0)
-            problems += len(report.problems)
+            problems += report.count
     if problems:
-        say("1 problem" if problems == 1 else f"{problems} problems", error=True)
+        say("1 problem" if problems == 1 else f"{problems:,} problems", error=True)
         raise typer.Exit(BAD_INPUT)

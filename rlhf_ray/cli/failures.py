@@ -18,10 +18,15 @@ logger = logging.getLogger("rlhf_ray")
 
 FAILURE_REPORT = "failure.txt"
 
+MOST_LINES = 20
+"""Of one error: who corrects these meets the others."""
+
 FAILED, BAD_INPUT, INTERRUPTED, TERMINATED = 1, 2, 130, 143
 
 # By name, since importing the modules that define them would load torch or Ray.
-_BAD_INPUT = frozenset({"ConfigError", "ExportError", "PackageError", "PlanError", "ResumeError", "UnknownJob"})
+_BAD_INPUT = frozenset(
+    {"ConfigError", "ExportError", "PackageError", "PlanError", "ResumeError", "ShapeError", "UnknownJob"}
+)
 
 
 class Commands(TyperGroup):
@@ -78,7 +83,9 @@ def message_of(error: BaseException) -> str:
     if isinstance(error, ConfigError):
         if len(error.problems) == 1:
             return f"{error.source}: {error.problems[0]}"
-        return "\n  ".join([f"{error.source} has {len(error.problems)} problems", *error.problems])
+        more = len(error.problems) - MOST_LINES
+        told = [*error.problems[:MOST_LINES], *([f"and {more:,} more"] if more > 0 else [])]
+        return "\n  ".join([f"{error.source} has {len(error.problems):,} problems", *told])
     return "\n".join([without_traceback(str(error)), *getattr(error, "__notes__", [])])
 
 

@@ -12,9 +12,9 @@ from rlhf_ray.cli.arguments import Config, Overrides
 from rlhf_ray.cli.failures import FAILED
 
 if TYPE_CHECKING:
-    from rlhf_ray.cluster.planner.calibration import Calibration, Device
-    from rlhf_ray.cluster.planner.hardware import Hardware
     from rlhf_ray.config.jobs import JobConfig
+    from rlhf_ray.planner.calibration import Calibration, Device
+    from rlhf_ray.planner.hardware import Hardware
 
 
 def plan(
@@ -77,12 +77,12 @@ def plan(
     """
     from rlhf_ray.cli.plan_report import print_plan, to_json
     from rlhf_ray.cli.time_report import print_proposals, print_time, proposals_json, time_json
-    from rlhf_ray.cluster.planner.changes import nearest_changes
-    from rlhf_ray.cluster.planner.lengths import lengths_of
-    from rlhf_ray.cluster.planner.memory import plan_memory
-    from rlhf_ray.cluster.planner.search import best_placements
-    from rlhf_ray.cluster.planner.steptime import predict
     from rlhf_ray.config.loading import load_config
+    from rlhf_ray.planner.changes import nearest_changes
+    from rlhf_ray.planner.memory import plan_memory
+    from rlhf_ray.planner.search import best_placements
+    from rlhf_ray.planner.step_time import predict
+    from rlhf_ray.planner.workload import lengths_of
 
     job = load_config(config, overrides or ())
     lengths = lengths_of(job, prompt_tokens, response_tokens)
@@ -110,8 +110,8 @@ def plan(
 
 
 def _constants(hardware: "Hardware", path: Path | None, cluster: str | None) -> "Mapping[Device, Calibration]":
-    from rlhf_ray.cluster.planner.calibration import constants, load_calibration
-    from rlhf_ray.cluster.planner.errors import PlanError
+    from rlhf_ray.planner.calibration import constants, load_calibration
+    from rlhf_ray.planner.hardware import PlanError
     from rlhf_ray.platform import machine_name
 
     if path is not None and (device := load_calibration(path).device) != hardware.device:
@@ -125,7 +125,7 @@ def _constants(hardware: "Hardware", path: Path | None, cluster: str | None) -> 
 def _hardware(job: "JobConfig", cluster: str | None, nodes: int) -> Iterator["Hardware"]:
     import os
 
-    from rlhf_ray.cluster.planner.hardware import load_hardware, this_machine
+    from rlhf_ray.planner.hardware import load_hardware, this_machine
 
     address = job.cluster.address or os.environ.get("RAY_ADDRESS")
     if cluster not in (None, "live"):
@@ -133,7 +133,7 @@ def _hardware(job: "JobConfig", cluster: str | None, nodes: int) -> Iterator["Ha
     elif cluster is None and address is None:
         yield this_machine(job.cluster.cpus)
     else:
-        from rlhf_ray.cluster.planner.live import live_hardware
+        from rlhf_ray.planner.hardware import live_hardware
 
         with live_hardware(address or "auto") as hardware:
             yield hardware

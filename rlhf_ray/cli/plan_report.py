@@ -8,10 +8,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rlhf_ray.cluster.planner.changes import Change
-from rlhf_ray.cluster.planner.footprint import Item, total
-from rlhf_ray.cluster.planner.hardware import Hardware
-from rlhf_ray.cluster.planner.memory import MemoryPlan, Shelf, Tenant
+from rlhf_ray.planner.changes import Change
+from rlhf_ray.planner.footprint import Item, total
+from rlhf_ray.planner.hardware import Hardware
+from rlhf_ray.planner.memory import MemoryPlan, Shelf, Tenant
 from rlhf_ray.telemetry.progress import QuietConsole
 
 GIB = 2**30

@@ -21,6 +21,8 @@ def preflight(
 ) -> None:
     """Look at every node of the cluster, in half a minute at most, without loading a model.
 
+    Where GPUs of several nodes meet over NCCL it may take 73 s.
+
     Places for all roles; the same libraries; models readable; run.dir writable, shared and large enough; clocks, ports
     and collectives between the nodes that will talk. The exit code is 1 when something would fail.
 

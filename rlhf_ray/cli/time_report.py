@@ -8,10 +8,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rlhf_ray.cluster.planner.calibration import Calibration
-from rlhf_ray.cluster.planner.lengths import Lengths
-from rlhf_ray.cluster.planner.search import Proposal
-from rlhf_ray.cluster.planner.steptime import StepTime
+from rlhf_ray.planner.calibration import Calibration
+from rlhf_ray.planner.search import Proposal
+from rlhf_ray.planner.step_time import StepTime
+from rlhf_ray.planner.workload import Lengths
 from rlhf_ray.telemetry.progress import QuietConsole
 
 _PHASES = {

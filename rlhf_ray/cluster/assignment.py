@@ -1,4 +1,4 @@
-"""Which node each place of each role goes to: a pure function of what is asked for and what the nodes have.
+"""Which node each bundle of each role goes to: a pure function of what is asked for and what the nodes have.
 
 Deciding it here, instead of leaving it to Ray's scheduler, numbers ranks by node, says exactly what does not fit, and
 lets the planner ask the same question of a cluster that does not exist yet.
@@ -15,20 +15,20 @@ from rlhf_ray.config.placement import RolePlacement, RolloutPlacement, Strategy
 
 @dataclass(frozen=True)
 class Request:
-    """The places that a role asks for, all alike.
+    """The bundles that a role asks for, all alike.
 
     Attributes:
         role: as in `placement.<role>`.
-        places: one for each rank or engine.
-        resources: of one place, which is never divided between nodes.
+        bundles: one for each rank or engine.
+        resources: of one bundle, which is never divided between nodes.
         strategy: as in `placement.<role>.strategy`.
-        nodes: how many nodes share the places equally; None leaves it to the strategy.
+        nodes: how many nodes share the bundles equally; None leaves it to the strategy.
         labels: selectors that a node must meet.
-        block: so many places in a row must share a node.
+        block: so many bundles in a row must share a node.
     """
 
     role: str
-    places: int
+    bundles: int
     resources: dict[str, float]
     strategy: Strategy = "PACK"
     nodes: int | None = None
@@ -51,43 +51,43 @@ def requests_of(placements: Mapping[str, RolePlacement | RolloutPlacement]) -> l
 
 def _request(role: str, placement: RolePlacement | RolloutPlacement, block: int) -> Request:
     if isinstance(placement, RolloutPlacement):
-        places, workers = placement.engines * placement.parts, placement.tensor_parallel // placement.parts
+        bundles, workers = placement.engines * placement.parts, placement.tensor_parallel // placement.parts
     else:
-        places, workers = placement.ranks or 1, 1
+        bundles, workers = placement.ranks or 1, 1
     each = {"CPU": placement.cpus, "GPU": float(placement.gpus), **placement.resources}
-    # Ray has no empty places.
+    # Ray has no empty bundles.
     resources = {key: amount * workers for key, amount in each.items() if amount} or {"CPU": 0.001}
-    return Request(role, places, resources, placement.strategy, placement.nodes, placement.labels, block)
+    return Request(role, bundles, resources, placement.strategy, placement.nodes, placement.labels, block)
 
 
 class PlacementError(Exception):
-    """A role has no place in the cluster.
+    """A role has no bundle in the cluster.
 
     Attributes:
         role: the role, as in `placement.<role>`.
-        place: number of the first of its places that no node can take.
+        bundle: number of the first of its bundles that no node can take.
         lacking: for each node by name, what it lacks: a resource, or `label NAME`.
     """
 
-    def __init__(self, role: str, message: str, place: int, lacking: dict[str, str]) -> None:
-        self.role, self.place, self.lacking = role, place, lacking
+    def __init__(self, role: str, message: str, bundle: int, lacking: dict[str, str]) -> None:
+        self.role, self.bundle, self.lacking = role, bundle, lacking
         self._message = message
         super().__init__(message)
 
     def __reduce__(self) -> tuple[type["PlacementError"], tuple[str, str, int, dict[str, str]]]:
-        return type(self), (self.role, self._message, self.place, self.lacking)
+        return type(self), (self.role, self._message, self.bundle, self.lacking)
 
 
 Assignment = dict[str, list[Node]]
 
 
 def assign(requests: Sequence[Request], nodes: Sequence[Node]) -> Assignment:
-    """The node of each place of each role; a role's places on one node follow each other, in the nodes' order.
+    """The node of each bundle of each role; a role's bundles on one node follow each other, in the nodes' order.
 
     Roles that fit on the fewest nodes choose first; where that fails, every other order is tried.
 
     Raises:
-        PlacementError: naming the first role and place without a node, and what each node lacks.
+        PlacementError: naming the first role and bundle without a node, and what each node lacks.
     """
     hardest_first = sorted(requests, key=lambda request: _choices(request, nodes))
     first_error = None
@@ -120,7 +120,7 @@ def _in_order(requests: Sequence[Request], nodes: Sequence[Node]) -> Assignment:
 
 
 def _choices(request: Request, nodes: Sequence[Node]) -> int:
-    """Places of this role that all nodes together could take if it came first."""
+    """Bundles of this role that all nodes together could take if it came first."""
     return sum(_capacity(request, node, node.free) for node in nodes)
 
 
@@ -130,21 +130,21 @@ def _capacity(request: Request, node: Node, free: dict[str, float]) -> int:
         return 0
     # Ray counts in ten-thousandths: without rounding, sums of shares would miss the whole by less than that.
     room = [int(round(free.get(key, 0.0) / amount, 4)) for key, amount in request.resources.items()]
-    return min(room, default=request.places) // request.block * request.block
+    return min(room, default=request.bundles) // request.block * request.block
 
 
 def _spread(request: Request, nodes: Sequence[Node], free: dict[int, dict[str, float]]) -> list[int]:
-    """How many places each node takes."""
+    """How many bundles each node takes."""
     room = [_capacity(request, node, free[id(node)]) for node in nodes]
     each = _each(request)
     if each is not None:
         # The tightest nodes that do, so that the others stay whole.
-        able = sorted((number for number, places in enumerate(room) if places >= each), key=lambda n: (room[n], n))
-        chosen = able[: request.places // each]
+        able = sorted((number for number, bundles in enumerate(room) if bundles >= each), key=lambda n: (room[n], n))
+        chosen = able[: request.bundles // each]
         counts = [each * (number in chosen) for number in range(len(nodes))]
     else:
         counts = (_evenly if request.strategy == "SPREAD" else _tightly)(room, request)
-    if sum(counts) < request.places:
+    if sum(counts) < request.bundles:
         raise _error(request, counts, nodes, free)
     return counts
 
@@ -152,13 +152,13 @@ def _spread(request: Request, nodes: Sequence[Node], free: dict[int, dict[str, f
 def _each(request: Request) -> int | None:
     """Places that every node of the role takes; None where they may differ."""
     if request.nodes is not None:
-        return request.places // request.nodes
-    return {"STRICT_PACK": request.places, "STRICT_SPREAD": 1}.get(request.strategy)
+        return request.bundles // request.nodes
+    return {"STRICT_PACK": request.bundles, "STRICT_SPREAD": 1}.get(request.strategy)
 
 
 def _evenly(room: Sequence[int], request: Request) -> list[int]:
     counts = [0] * len(room)
-    while sum(counts) < request.places:
+    while sum(counts) < request.bundles:
         open_nodes = [number for number in range(len(room)) if counts[number] < room[number]]
         if not open_nodes:
             break
@@ -169,7 +169,7 @@ def _evenly(room: Sequence[int], request: Request) -> list[int]:
 
 def _tightly(room: Sequence[int], request: Request) -> list[int]:
     counts = [0] * len(room)
-    while left := request.places - sum(counts):
+    while left := request.bundles - sum(counts):
         open_nodes = [number for number in range(len(room)) if room[number] and not counts[number]]
         if not open_nodes:
             break
@@ -190,12 +190,12 @@ def _error(
     need = describe(request.resources) + "".join(f", {label}={value}" for label, value in request.labels.items())
     group = "" if each in (None, 1) else f", {each} on each node"
     table = "; ".join(f"{name} {lack}" for name, lack in lacking.items()) or "the cluster has none"
-    place = sum(counts)
+    bundle = sum(counts)
     return PlacementError(
         request.role,
-        f"{role}: bundle {place} of {request.places} ({need}{group}) has no node: {table}. Ask for less in {role}, "
+        f"{role}: bundle {bundle} of {request.bundles} ({need}{group}) has no node: {table}. Ask for less in {role}, "
         "wait for what other jobs hold, or add nodes (on one machine, cluster.cpus sets how many CPUs Ray counts)",
-        place,
+        bundle,
         lacking,
     )
 
@@ -204,11 +204,11 @@ def _lack(request: Request, node: Node, free: dict[str, float], count: int, each
     for label, selector in request.labels.items():
         if not matches(selector, value := node.labels.get(label)):
             return f"has {'no label' if value is None else f'{value} as'} {label}"
-    places = each or request.block
+    bundles = each or request.block
     for key, amount in request.resources.items():
         total, left = node.resources.get(key, 0.0), free.get(key, 0.0) - amount * count
-        if total < amount * places:
+        if total < amount * bundles:
             return f"has {total:g} {key}"
-        if left < amount * places:
+        if left < amount * bundles:
             return f"has {left:g} of {total:g} {key} free"
     return f"takes {count}"

@@ -1,4 +1,4 @@
-"""Reserving places for all roles of a job at once, each on a node that was chosen for it."""
+"""Reserving bundles for all roles of a job at once, each on a node that was chosen for it."""
 
 import logging
 import time
@@ -20,36 +20,36 @@ _NODE_LABEL = "ray.io/node-id"
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where one rank or engine sits.
+class Bundle:
+    """What is reserved for one rank or engine.
 
     Attributes:
-        group, bundle: what is reserved for it.
+        group, index: the placement group, and which of its bundles it is.
         node: that has it.
         devices: ids of its GPUs on that node; empty on CPU.
     """
 
     group: PlacementGroup
-    bundle: int
+    index: int
     node: Node
     devices: tuple[str, ...]
 
 
 class Reservation:
-    """Places of roles, in rank order: by node, and on a node by device, so that neighbours are neighbours."""
+    """Bundles of roles, in rank order: by node, and on a node by device, so that neighbours are neighbours."""
 
-    def __init__(self, places: dict[str, list[Place]]) -> None:
-        self._places = places
+    def __init__(self, bundles: dict[str, list[Bundle]]) -> None:
+        self._bundles = bundles
 
-    def of(self, role: str) -> list[Place]:
-        """The places of a role."""
-        return self._places[role]
+    def of(self, role: str) -> list[Bundle]:
+        """The bundles of a role."""
+        return self._bundles[role]
 
     def release(self) -> None:
         """Give all of them back."""
-        for places in self._places.values():
-            remove_placement_group(places[0].group)
-        self._places = {}
+        for bundles in self._bundles.values():
+            remove_placement_group(bundles[0].group)
+        self._bundles = {}
 
 
 def reserve(requests: Sequence[Request], timeout_s: float, *, autoscaling: bool = False) -> Reservation:
@@ -98,17 +98,17 @@ _ATTEMPT_S = 10.0
 def _ask_for_nodes(requests: Sequence[Request]) -> None:
     logger.info("asking the cluster's autoscaler for nodes")
     request_resources(
-        bundles=[request.resources for request in requests for _ in range(request.places)],
-        bundle_label_selectors=[request.labels for request in requests for _ in range(request.places)],
+        bundles=[request.resources for request in requests for _ in range(request.bundles)],
+        bundle_label_selectors=[request.labels for request in requests for _ in range(request.bundles)],
     )
 
 
 def _reserve(requests: Sequence[Request], chosen: Assignment, timeout_s: float) -> Reservation | None:
-    """None when the chosen nodes had given away the places by then."""
+    """None when the chosen nodes had given away the bundles by then."""
     deadline = time.monotonic() + timeout_s
     groups = {
         request.role: placement_group(
-            [request.resources] * request.places,
+            [request.resources] * request.bundles,
             strategy="PACK",
             # Names must differ within a namespace, and two runs of one config share theirs.
             name=f"{request.role}-{uuid4().hex[:8]}",
@@ -118,7 +118,7 @@ def _reserve(requests: Sequence[Request], chosen: Assignment, timeout_s: float) 
     }
     reservation = Reservation(
         {
-            role: [Place(group, bundle, node, ()) for bundle, node in enumerate(chosen[role])]
+            role: [Bundle(group, index, node, ()) for index, node in enumerate(chosen[role])]
             for role, group in groups.items()
         }
     )
@@ -129,20 +129,28 @@ def _reserve(requests: Sequence[Request], chosen: Assignment, timeout_s: float) 
     return Reservation({request.role: _by_device(request, reservation.of(request.role)) for request in requests})
 
 
-def _by_device(request: Request, places: list[Place]) -> list[Place]:
-    """Places of one node in the order of their GPUs, which Ray hands out as it likes."""
+def _by_device(request: Request, bundles: list[Bundle]) -> list[Bundle]:
+    """Bundles of one node in the order of their GPUs, which Ray hands out as it likes."""
     gpus = request.resources.get("GPU", 0.0)
     if not gpus:
-        return places
+        return bundles
     probes = [
         _device_ids.options(
-            num_gpus=gpus, scheduling_strategy=PlacementGroupSchedulingStrategy(place.group, place.bundle)
+            num_gpus=gpus, scheduling_strategy=PlacementGroupSchedulingStrategy(bundle.group, bundle.index)
         ).remote()
-        for place in places
+        for bundle in bundles
     ]
-    found = [replace(place, devices=tuple(ids)) for place, ids in zip(places, ray.get(probes, timeout=60), strict=True)]
-    order = {id(node): number for number, node in enumerate({id(p.node): p.node for p in places}.values())}
-    return sorted(found, key=lambda place: (order[id(place.node)], [int(device) for device in place.devices]))
+    found = [
+        replace(bundle, devices=tuple(ids)) for bundle, ids in zip(bundles, ray.get(probes, timeout=60), strict=True)
+    ]
+    order = {id(node): number for number, node in enumerate({id(p.node): p.node for p in bundles}.values())}
+    return sorted(found, key=lambda bundle: (order[id(bundle.node)], [_rank_of(device) for device in bundle.devices]))
+
+
+def _rank_of(device: str) -> tuple[int, str]:
+    """Sorts numbered devices by number. A node whose devices are shown by name, such as `GPU-8f3a…` or `MIG-5c1e…`, has
+    no order that is known; their names give one that stays."""
+    return (int(device), "") if device.isdecimal() else (0, device)
 
 
 @ray.remote(num_cpus=0, max_retries=0)

@@ -3,27 +3,13 @@
 A pure state machine. It says who must go and who may come; `actors/devices.py` has the actors do it.
 """
 
-from collections.abc import Collection, Sequence
-from typing import Literal
+from collections.abc import Collection, Mapping, Sequence
 
-from rlhf_ray.engines.level import Level
+from rlhf_ray.config.roles import Level
+from rlhf_ray.engines.held_weights import SYNC_FIRST, WeightsMissing
 
-Phase = Literal["generate", "score", "update", "sync", "checkpoint", "export"]
-
-# What each phase needs at least. Roles that are not named are not needed.
-NEEDS: dict[Phase, dict[str, Level]] = {
-    "generate": {"rollout": Level.FULL},
-    "score": {
-        "policy": Level.WEIGHTS,
-        "critic": Level.WEIGHTS,
-        "reference": Level.WEIGHTS,
-        "reward": Level.WEIGHTS,
-    },
-    "update": {"policy": Level.FULL, "critic": Level.FULL},
-    "sync": {"policy": Level.WEIGHTS, "rollout": Level.WEIGHTS},
-    "checkpoint": {"policy": Level.FULL, "critic": Level.FULL, "reference": Level.WEIGHTS},
-    "export": {"policy": Level.WEIGHTS},
-}
+# Who gets new weights in a phase, and so need have none before it.
+RECEIVES = {"sync": "rollout"}
 
 Moves = dict[str, Level]
 
@@ -33,13 +19,27 @@ class DeviceSharing:
 
     Args:
         together: lists of roles that sit on the same devices; a role is in one of them at most.
+        needs: for each phase, the roles that work in it and what they must have on their devices then.
+        losing: roles that lose their weights when they go, instead of taking them to host memory.
+
+    Attributes:
+        levels: of the roles that share devices.
+        empty: roles that have lost their weights and not got new ones.
     """
 
-    def __init__(self, together: Sequence[Sequence[str]]) -> None:
+    def __init__(
+        self,
+        together: Sequence[Sequence[str]],
+        needs: Mapping[str, Mapping[str, Level]],
+        losing: Collection[str] = (),
+    ) -> None:
         self._together = [tuple(roles) for roles in together]
+        self._needs = needs
         self.levels = {role: Level.OUT for roles in together for role in roles}
+        self.losing = frozenset(losing) & self.levels.keys()
+        self.empty = set(self.losing)
 
-    def enter(self, phase: Phase, only: Collection[str] | None = None) -> list[Moves]:
+    def enter(self, phase: str, only: Collection[str] | None = None) -> list[Moves]:
         """Moves that bring about what a phase needs, to be made one after the other: those that go, those that come.
 
         Where somebody comes, all others on the same devices go as far as the phase lets them. Where nobody comes,
@@ -47,8 +47,16 @@ class DeviceSharing:
 
         Args:
             only: roles that take part; by default all that the phase needs.
+
+        Raises:
+            WeightsMissing: a role that takes part has none, and the phase gives it none.
         """
-        needs = {role: level for role, level in NEEDS[phase].items() if only is None or role in only}
+        needs = {role: level for role, level in self._needs[phase].items() if only is None or role in only}
+        for role in sorted(self.empty & needs.keys()):
+            if RECEIVES.get(phase) != role:
+                raise WeightsMissing(
+                    role, phase, "it left its devices to other roles and dropped its weights", SYNC_FIRST
+                )
         going: Moves = {}
         coming: Moves = {}
         for roles in self._together:
@@ -57,7 +65,12 @@ class DeviceSharing:
                 coming |= short
                 going |= {r: needs.get(r, Level.OUT) for r in roles if self.levels[r] > needs.get(r, Level.OUT)}
         self.levels |= going | coming
+        self.empty |= self.losing & going.keys()
         return [moves for moves in (going, coming) if moves]
+
+    def received(self, phase: str) -> None:
+        """Whoever gets new weights in this phase has them."""
+        self.empty.discard(RECEIVES[phase])
 
     def turns(self, roles: Collection[str]) -> list[list[str]]:
         """Roles that would work at the same time, so divided that no two of a turn share devices."""

@@ -4,10 +4,14 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from rlhf_ray.config.base import PositiveFloat, PositiveInt, Section, nearest
+from rlhf_ray.config.base import PositiveFloat, PositiveInt, RowCount, Section, nearest
+from rlhf_ray.config.paths import UsablePath
 
 # What comparisons are for: to score whole texts, to prefer one answer to another, to judge single answers.
 ComparisonKind = Literal["rewards", "pairs", "labels"]
+
+# What happens to answers in plain text that begin with their whole prompt.
+RepeatedPrompt = Literal["refuse", "strip", "keep"]
 
 DEFAULT_SHUFFLE_BUFFER = 1000
 
@@ -33,14 +37,17 @@ class PromptData(RowData):
 
     OWN_COLUMNS = ("uid", "prompt")
 
-    prompts: str
+    prompts: UsablePath
     """Source of rows with `prompt` (text, or a list of chat messages): a JSONL, JSON, CSV or Parquet file, a folder of
     `datasets.save_to_disk`, or a name on the hub."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Our columns that the source names otherwise: `{prompt: question}`."""
-    prompts_per_step: PositiveInt = 128
+    keep_columns: Literal["all"] | tuple[str, ...] = "all"
+    """Other columns of a row, by the source's names, that travel with its samples to reward functions, services and
+    `samples.jsonl`: `all`, or a list. Those of one row may take 64 KiB as JSON."""
+    prompts_per_step: RowCount = 128
     """Prompts in one PPO step."""
-    samples_per_prompt: PositiveInt = 1
+    samples_per_prompt: RowCount = 1
     """Responses to each prompt."""
     max_prompt_tokens: PositiveInt | None = None
     """Budget of a prompt; by default what `rollout.engine.max_model_len` leaves beside the longest response."""
@@ -68,31 +75,45 @@ class ComparisonData(RowData):
         "weight",
     )
 
-    train: str
+    train: UsablePath
     """Source of rows with `chosen` and `rejected`, or `completions` and their `ranks`, and optionally `prompt`: a
     JSONL, JSON, CSV or Parquet file, a folder of `datasets.save_to_disk`, or a name on the hub."""
     train_rows: PositiveInt | None = None
     """Rows of `train` that are used, from its beginning; by default all."""
-    eval: str | None = None
+    eval: UsablePath | None = None
     """Source of held-out rows."""
     eval_rows: PositiveInt | None = None
     """Rows of `eval` that are used, from its beginning; by default all."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Our columns that the sources name otherwise: `{chosen: better, rejected: worse}`."""
-    rows_per_step: PositiveInt = 32
+    rows_per_step: RowCount = 32
     """Rows in one optimizer step."""
     max_tokens: PositiveInt = 1024
     """Budget of one text with its prompt."""
     overlong: Literal["drop", "truncate"] = "drop"
     """What happens to a row with a text over the budget; `truncate` keeps the end of each. Both are reported."""
+    repeated_prompt: RepeatedPrompt = "refuse"
+    """What happens to a row of plain text whose answers all begin with the whole prompt: `refuse` is an error, `strip`
+    takes the prompt out of them, `keep` has it there twice. Of conversations it is always taken once."""
 
 
 class PreferenceData(ComparisonData):
     """Answers that people preferred to others, or judged one by one."""
 
-    OWN_COLUMNS = ("uid", "prompt", "chosen", "rejected", "completion", "label", "margin", "weight")
+    OWN_COLUMNS = (
+        "uid",
+        "prompt",
+        "chosen",
+        "rejected",
+        "completion",
+        "label",
+        "margin",
+        "chosen_rating",
+        "rejected_rating",
+        "weight",
+    )
 
-    train: str
+    train: UsablePath
     """Source of rows with `chosen` and `rejected` and mostly `prompt`, or `prompt`, `completion` and `label`: a JSONL,
     JSON, CSV or Parquet file, a folder of `datasets.save_to_disk`, or a name on the hub."""
     max_tokens: PositiveInt = 1024
@@ -104,7 +125,7 @@ class PreferenceData(ComparisonData):
 class ConversationSource(Section):
     """One of several sources of rows."""
 
-    path: str
+    path: UsablePath
     """Source, as `data.train`."""
     weight: PositiveFloat = 1.0
     """How often an epoch has each row: 2 has all twice, 0.5 the first half of the source once. With `data.streaming`
@@ -116,13 +137,13 @@ class ConversationData(RowData):
 
     OWN_COLUMNS = ("uid", "text", "messages", "prompt", "completion")
 
-    train: str | tuple[ConversationSource, ...]
+    train: UsablePath | tuple[ConversationSource, ...]
     """Source of rows with `text`, or `messages` (a list of chat messages), or `prompt` and `completion` (both text or
     both lists of chat messages): a JSONL, JSON, CSV or Parquet file, a folder of `datasets.save_to_disk`, or a name on
     the hub; or several sources with weights."""
     train_rows: PositiveInt | None = None
     """Rows of each source of `train` that are used, from its beginning; by default all."""
-    eval: str | None = None
+    eval: UsablePath | None = None
     """Source of held-out rows."""
     eval_rows: PositiveInt | None = None
     """Rows of `eval` that are used, from its beginning; by default all."""
@@ -131,9 +152,9 @@ class ConversationData(RowData):
     streaming: bool = False
     """Read rows while training instead of before, so that they need not fit into memory. Needs `run.steps`. Rows that
     can't be used are skipped and told of."""
-    shuffle_buffer: PositiveInt = DEFAULT_SHUFFLE_BUFFER
+    shuffle_buffer: RowCount = DEFAULT_SHUFFLE_BUFFER
     """With `streaming`: rows that wait, of which the next is drawn at random; 1 keeps the order of the sources."""
-    rows_per_step: PositiveInt = 32
+    rows_per_step: RowCount = 32
     """Rows in one optimizer step."""
     loss: Literal["assistant", "all"] = "assistant"
     """What is learnt: `assistant` the assistant's turns and completions (and all of `text`), `all` every token."""
@@ -141,6 +162,9 @@ class ConversationData(RowData):
     """Budget of one row."""
     overlong: Literal["drop", "truncate"] = "drop"
     """What happens to a row over the budget; `truncate` keeps its beginning. Both are counted and reported."""
+    repeated_prompt: RepeatedPrompt = "refuse"
+    """What happens to a completion in plain text that begins with the whole prompt: `refuse` is an error, `strip` takes
+    the prompt out of it, `keep` has it there twice. Of conversations it is always taken once."""
 
     @property
     def sources(self) -> tuple[ConversationSource, ...]:

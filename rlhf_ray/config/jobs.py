@@ -1,28 +1,32 @@
 """The job types: what a config file as a whole may say, and which of its sections conflict."""
 
-from dataclasses import dataclass
-from typing import Literal
+from abc import abstractmethod
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from rlhf_ray.config.algorithm import PPO
-from rlhf_ray.config.base import NonNegativeInt, Section
+from rlhf_ray.config.base import MOST_ROWS, Section
 from rlhf_ray.config.data import ComparisonData, ComparisonKind, ConversationData, PreferenceData, PromptData
+from rlhf_ray.config.paths import UsablePath
 from rlhf_ray.config.placement import (
     Cluster,
+    JobPlacement,
     Placed,
     PPOPlacement,
     PreferencePlacement,
     RewardModelPlacement,
     RolePlacement,
+    RolloutPlacement,
     SFTPlacement,
 )
+from rlhf_ray.config.plugs import ESTIMATORS, Estimator, choose
 from rlhf_ray.config.preference import Preference
 from rlhf_ray.config.reward_loss import BradleyTerry, RewardLoss
-from rlhf_ray.config.rewards import ModelReward, RewardPart, part_name
+from rlhf_ray.config.rewards import FunctionReward, ModelReward, RewardPart, part_name
+from rlhf_ray.config.roles import Level, ModelSource, PhaseSpec, RoleKind, RoleSpec
 from rlhf_ray.config.rollout import Rollout
-from rlhf_ray.config.run import EpochRun, PPORun, SFTRun
-from rlhf_ray.config.shares import Shares
+from rlhf_ray.config.run import EpochRun, PPORun, Run, SFTRun
 from rlhf_ray.config.sharing import check_sharing
 from rlhf_ray.config.training import (
     Critic,
@@ -36,7 +40,6 @@ from rlhf_ray.config.training import (
     TrainingEngine,
 )
 
-TRAINED: tuple[Literal["policy", "critic"], ...] = ("policy", "critic")
 MAX_ENGINE_RANK = 512
 """Largest rank of an adapter that vLLM applies."""
 
@@ -46,24 +49,77 @@ def shard_count(samples: int, shard_samples: int) -> int:
     return -(-samples // shard_samples)
 
 
-class _Job(Section):
-    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
+class Job(Section):
+    """What every job has. A job type adds its sections and declares its roles and the phases of its step."""
+
+    definition: ClassVar[str]
+    """Path of the `JobDefinition` (controllers/job.py) that runs it."""
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$", max_length=100)
     """Name of the run, in telemetry and Ray."""
-    seed: NonNegativeInt = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of everything random."""
     cluster: Cluster = Cluster()
     """The Ray cluster."""
 
+    if TYPE_CHECKING:  # fields of each job type, which have their places among its sections
+        job: str
+        placement: JobPlacement
+        run: Run
 
-class PPOJob(_Job):
+    @property
+    @abstractmethod
+    def roles(self) -> tuple[RoleSpec, ...]:
+        """The role table, in the order in which roles are shown."""
+
+    @property
+    @abstractmethod
+    def phases(self) -> tuple[PhaseSpec, ...]:
+        """The phase table: the phases of a step, in order."""
+
+    def role(self, name: str) -> RoleSpec:
+        """The row of a role. Raises KeyError for a name that is not in the table."""
+        for role in self.roles:
+            if role.name == name:
+                return role
+        raise KeyError(name)
+
+    @property
+    @abstractmethod
+    def data_files(self) -> dict[str, str]:
+        """Data that the controller reads, by the setting that names them."""
+
+    @property
+    def folders(self) -> dict[str, str]:
+        """Folders that the controller writes, by the setting that names them."""
+        return {"run.dir": self.run.dir}
+
+    @property
+    def placements(self) -> dict[str, RolePlacement | RolloutPlacement]:
+        """The sections of the roles that take places in the cluster, by the name that `placement` has for them."""
+        return {role.placed_as: role.placement for role in self.roles if role.placement is not None}
+
+    @property
+    def places(self) -> dict[str, Placed]:
+        """By the name that `placement` has for them, the roles that take places in the cluster."""
+        found: dict[str, Placed] = {}
+        for role in self.roles:
+            if role.placement is not None:
+                before = found.get(role.placed_as)
+                found[role.placed_as] = Placed(role.placement, 1 if before is None else before.groups + 1)
+        return found
+
+
+class PPOJob(Job):
     """Reinforcement learning: policy, critic, reference, reward and rollout engines as Ray actors."""
+
+    definition = "rlhf_ray.controllers.ppo_job:PPO"
 
     job: Literal["ppo"]
     """The job type."""
     policy: Policy
     """The model that is trained."""
-    critic: Critic = Critic()
-    """The value model."""
+    critic: Critic | None = None
+    """The value model. By default it is there where `algorithm.advantage` needs one, as `gae` does."""
     reference: Reference = Reference()
     """The model that the KL penalty is measured against."""
     reward: tuple[RewardPart, ...]
@@ -101,38 +157,169 @@ class PPOJob(_Job):
         return self.policy.lora is not None and self.reference.from_model == "policy"
 
     @property
-    def places(self) -> dict[str, Placed]:
-        """The roles that have actors; each reward model is a group of its own."""
-        groups = {
-            "policy": 1,
-            "critic": 1,
-            "reference": 0 if self.policy_is_reference else 1,
-            "reward": len(self.reward_models),
-            "rollout": 1,
-        }
-        return {role: Placed(getattr(self.placement, role), count) for role, count in groups.items() if count}
+    def sends_adapters(self) -> bool:
+        """Engines get the policy's adapters alone, and keep its base model."""
+        return self.policy.lora is not None and self.rollout.lora_sync == "adapters"
+
+    def _critic_source(self, critic: Critic) -> ModelSource:
+        trusted = critic.trust_remote_code
+        if critic.init_from != "reward":
+            return ModelSource("critic.init_from", critic.init_from, trusted)
+        first = self.reward_models[0]
+        return ModelSource(f"reward.{self.reward.index(first)}.model", first.model, trusted)
 
     @property
-    def shares(self) -> list[Shares]:
-        """What each model deals samples into; policy and critic come first."""
-        ranks = self.placement.ranks_of
+    def roles(self) -> tuple[RoleSpec, ...]:
+        """Policy, critic, reference, the parts of the reward, and the engines."""
+        policy = ModelSource("policy.model", self.policy.model, self.policy.trust_remote_code)
+        at = self.placement
         found = [
-            Shares(f"placement.{role}.ranks", ranks(role), f"{role}.engine", getattr(self, role).engine)
-            for role in TRAINED
+            RoleSpec(
+                name="policy",
+                kind="causal",
+                section="policy",
+                model=policy,
+                engine=self.policy.engine,
+                placed_as="policy",
+                placement=at.policy,
+                ranks=at.ranks_of("policy"),
+                needs={
+                    "score": Level.WEIGHTS,
+                    "update": Level.FULL,
+                    "sync": Level.WEIGHTS,
+                    "checkpoint": Level.FULL,
+                    "export": Level.WEIGHTS,
+                },
+                lora=self.policy.lora,
+                trained=True,
+                checkpointed=True,
+                exported=True,
+            ),
         ]
-        if not self.policy_is_reference:
+        if self.critic is not None:
             found.append(
-                Shares("placement.reference.ranks", ranks("reference"), "reference.engine", self.reference.engine)
+                RoleSpec(
+                    name="critic",
+                    kind="scalar",
+                    section="critic",
+                    model=self._critic_source(self.critic),
+                    engine=self.critic.engine,
+                    placed_as="critic",
+                    placement=at.critic,
+                    ranks=at.ranks_of("critic"),
+                    needs={"score": Level.WEIGHTS, "update": Level.FULL, "checkpoint": Level.FULL},
+                    lora=self.critic.lora,
+                    trained=True,
+                    checkpointed=True,
+                )
             )
-        for index, part in enumerate(self.reward):
-            if isinstance(part, ModelReward):
-                found.append(Shares("placement.reward.ranks", ranks("reward"), f"reward.{index}.engine", part.engine))
-        return found
+        if not self.policy_is_reference:
+            found.append(_reference_role(self.reference, policy, at.reference, at.ranks_of("reference")))
+        found += [self._reward_role(index, part) for index, part in enumerate(self.reward)]
+        rollout = RoleSpec(
+            name="rollout",
+            kind="engine",
+            section="rollout",
+            model=policy,
+            engine=self.rollout.engine,
+            placed_as="rollout",
+            placement=at.rollout,
+            ranks=at.rollout.engines,
+            needs={"generate": Level.FULL, "sync": Level.WEIGHTS},
+            keeps_weights=self.sends_adapters,  # a base model for adapters is not sent again
+        )
+        return (*found, rollout)
+
+    def _reward_role(self, index: int, part: RewardPart) -> RoleSpec:
+        name, section = f"reward-{part_name(part)}", f"reward.{index}"
+        if isinstance(part, ModelReward):
+            return RoleSpec(
+                name=name,
+                kind="scalar",
+                section=section,
+                model=ModelSource(f"{section}.model", part.model, part.trust_remote_code),
+                engine=part.engine,
+                placed_as="reward",
+                placement=self.placement.reward,
+                ranks=self.placement.ranks_of("reward"),
+                needs={"score": Level.WEIGHTS},
+            )
+        modules, variables = dict[str, str](), dict[str, str]()
+        if isinstance(part, FunctionReward):
+            modules[f"{section}.function"] = part.function.partition(":")[0]
+        elif part.token_env is not None:
+            variables[f"{section}.token_env"] = part.token_env
+        return RoleSpec(
+            name=name,
+            kind="texts",
+            section=section,
+            model=None,
+            engine=None,
+            placed_as="reward",
+            placement=None,
+            ranks=part.workers if isinstance(part, FunctionReward) else 1,
+            needs={"score": Level.WEIGHTS},
+            modules=modules,
+            variables=variables,
+        )
+
+    @property
+    def data_files(self) -> dict[str, str]:
+        """The prompts."""
+        return {"data.prompts": self.data.prompts}
+
+    @property
+    def phases(self) -> tuple[PhaseSpec, ...]:
+        """A shard is scored when it is generated; all else waits for what comes before."""
+        return (
+            PhaseSpec("generate"),
+            PhaseSpec("score"),
+            PhaseSpec("update", after=("score",)),
+            PhaseSpec("sync", after=("update",)),
+            PhaseSpec("checkpoint", after=("sync",)),
+            PhaseSpec("export", after=("checkpoint",)),
+        )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _critic_as_the_estimator_asks(cls, raw: Any) -> Any:
+        """A critic where values are needed; without one the reward models sit with the policy by default."""
+        algorithm = raw.get("algorithm") if isinstance(raw, dict) else None
+        name = algorithm.get("advantage", "gae") if isinstance(algorithm, dict) else "gae"
+        if not isinstance(raw, dict) or not isinstance(name, str) or (":" not in name and name not in ESTIMATORS):
+            return raw
+        if choose("algorithm.advantage", name, ESTIMATORS, Estimator).values:
+            return raw if raw.get("critic") is not None else raw | {"critic": {}}
+        placement = raw.get("placement", {})
+        if isinstance(placement, dict) and "reward" not in placement:
+            return raw | {"placement": placement | {"reward": {"colocate": "policy"}}}
+        return raw
+
+    def _check_critic(self) -> None:
+        estimator, name = self.algorithm.estimator, f"algorithm.advantage: {self.algorithm.advantage}"
+        if estimator.groups and self.data.samples_per_prompt < 2:
+            raise ValueError(
+                f"data.samples_per_prompt is {self.data.samples_per_prompt}, but {name} compares the samples of a "
+                "prompt: set it to 2 or more"
+            )
+        if estimator.values:
+            return
+        own = {"critic": self.critic is not None, "placement.critic": self.placement.critic != RolePlacement()}
+        for key in (key for key, is_set in own.items() if is_set):
+            raise ValueError(f"{key} has no effect with {name}, which needs no critic: leave it out")
+        for role in ("policy", "reference", "reward", "rollout"):
+            if self.placement.section(role).colocate == "critic":
+                raise ValueError(f"placement.{role}.colocate is 'critic', but with {name} there is none")
 
     @model_validator(mode="after")
     def _sections_agree(self) -> "PPOJob":
         if not self.reward:
             raise ValueError("reward: needs at least one part")
+        if self.samples_per_step > MOST_ROWS:
+            raise ValueError(
+                f"data.prompts_per_step ({self.data.prompts_per_step}) × data.samples_per_prompt "
+                f"({self.data.samples_per_prompt}) is more than the {MOST_ROWS:,} samples that a step may have"
+            )
         prompt, new = self.max_prompt_tokens, self.rollout.sampling.max_new_tokens
         if prompt + new > self.rollout.engine.max_model_len:
             raise ValueError(
@@ -151,18 +338,21 @@ class PPOJob(_Job):
                 raise ValueError(f"reward.{index}.name: {name!r} is the name of a metric of the sum; choose another")
         if not any(part.weight for part in self.reward):
             raise ValueError("every reward.N.weight is 0: there is nothing to learn")
-        if self.critic.init_from == "reward" and not self.reward_models:
+        self._check_critic()
+        if self.critic is not None and self.critic.init_from == "reward" and not self.reward_models:
             raise ValueError(
                 "critic.init_from is 'reward', but reward has no part with a model: name a model folder in "
                 "critic.init_from"
             )
-        for shares in self.shares:
-            shares.check()
-        for shares in self.shares[: len(TRAINED)]:
-            if self.samples_per_step // self.algorithm.optimizer_steps < shares.count:
+        models = [role for role in self.roles if role.model_engine is not None]
+        for role in models:
+            role.check_sequence_parallel()
+        for role in (role for role in models if role.trained):
+            if self.samples_per_step // self.algorithm.optimizer_steps < role.dp_size:
                 raise ValueError(
                     f"data.prompts_per_step × data.samples_per_prompt ({self.samples_per_step}) split into "
-                    f"algorithm.optimizer_steps ({self.algorithm.optimizer_steps}) gives fewer samples than {shares}"
+                    f"algorithm.optimizer_steps ({self.algorithm.optimizer_steps}) gives fewer samples than "
+                    f"{role.dp_size_text}"
                 )
         if self.algorithm.kl.target is not None and self.algorithm.kl.horizon <= 0.2 * self.samples_per_step:
             raise ValueError(
@@ -171,12 +361,13 @@ class PPOJob(_Job):
                 "β negative"
             )
         shards = shard_count(self.samples_per_step, self.rollout.shard_samples)
-        for shares in self.shares:
-            if shares.engine.zero_stage == 3 and self.samples_per_step // shards < shares.count:
+        for role in models:
+            sharded = role.model_engine is not None and role.model_engine.zero_stage == 3
+            if sharded and self.samples_per_step // shards < role.dp_size:
                 raise ValueError(
                     f"rollout.shard_samples ({self.rollout.shard_samples}) cuts {self.samples_per_step} samples into "
-                    f"shards of {self.samples_per_step // shards}, fewer than {shares}, which all work on each shard "
-                    f"because {shares.engine_key}.zero_stage is 3"
+                    f"shards of {self.samples_per_step // shards}, fewer than {role.dp_size_text}, which all work on "
+                    f"each shard because {role.section}.engine.zero_stage is 3"
                 )
         gpus = {role: self.placement.gpus_of(role) for role in ("policy", "rollout")}
         if (gpus["rollout"] > 0) != (gpus["policy"] > 0):
@@ -189,8 +380,8 @@ class PPOJob(_Job):
                 f"algorithm.critic_warmup_steps ({self.algorithm.critic_warmup_steps}) leaves no step of "
                 f"run.steps ({self.run.steps}) in which the policy learns"
             )
-        for role in TRAINED:
-            _check_lora(role, getattr(self, role), self.placement.gpus_of(role))
+        for role in self.roles:
+            _check_lora(role, self.placement.host_of(role.placed_as).gpus)
         if self.rollout.lora_sync == "adapters":
             if self.policy.lora is None:
                 raise ValueError("rollout.lora_sync is 'adapters', but policy.lora is not set: there are none to send")
@@ -211,20 +402,14 @@ class PPOJob(_Job):
                 )
         if self.policy_is_reference:
             _check_unused_reference(self.reference, self.placement.reference)
-        engines: dict[str, tuple[TrainingEngine | ScoringEngine, ...]] = {
-            "policy": (self.policy.engine,),
-            "critic": (self.critic.engine,),
-            "reference": (self.reference.engine,),
-            "reward": tuple(part.engine for part in self.reward_models),
-        }
-        check_sharing(self.places, engines, offload_idle=self.placement.offload_idle)
+        check_sharing(self.roles, offload_idle=self.placement.offload_idle)
         return self
 
 
 class RewardModel(Section):
     """The model that learns to score."""
 
-    model: str
+    model: UsablePath
     """Folder of a causal language model, which gets a new scalar head, or of a reward model to train on."""
     trust_remote_code: bool = False
     """Run Python code that comes with this model. Off unless you have read that code."""
@@ -236,35 +421,88 @@ class RewardModel(Section):
     """How it is updated."""
 
 
-@dataclass(frozen=True)
-class EpochRole:
-    """The role of a job that goes over a data set in epochs.
+def _trained_role(kind: RoleKind, name: str, section: RewardModel | Policy, placement: RolePlacement) -> RoleSpec:
+    """The model that learns from the rows of a data set."""
+    return RoleSpec(
+        name=name,
+        kind=kind,
+        section=name,
+        model=ModelSource(f"{name}.model", section.model, section.trust_remote_code),
+        engine=section.engine,
+        placed_as=name,
+        placement=placement,
+        ranks=placement.ranks or 1,
+        needs={
+            "score": Level.WEIGHTS,
+            "update": Level.FULL,
+            "checkpoint": Level.FULL,
+            "export": Level.WEIGHTS,
+        },
+        lora=section.lora,
+        trained=True,
+        checkpointed=True,
+        exported=True,
+    )
 
-    Attributes:
-        name: of the role.
-        trained: its model.
-        placement: where its ranks sit.
-        rows_per_step: rows of the data set in one optimizer step.
-    """
 
-    name: Literal["policy", "reward"]
-    trained: RewardModel | Policy
-    placement: RolePlacement
-    rows_per_step: int
+def _reference_role(
+    reference: Reference, policy: ModelSource, placement: RolePlacement, ranks: int, *, updated: bool = False
+) -> RoleSpec:
+    """The model that the policy is held close to or compared with; `updated` where it follows the policy."""
+    own = reference.from_model != "policy"
+    return RoleSpec(
+        name="reference",
+        kind="causal",
+        section="reference",
+        model=ModelSource("reference.from", reference.from_model, policy.trust_remote_code) if own else policy,
+        engine=reference.engine,
+        placed_as="reference",
+        placement=placement,
+        ranks=ranks,
+        needs={"score": Level.WEIGHTS, "checkpoint": Level.WEIGHTS},
+        checkpointed=updated,
+    )
+
+
+def _train_and_eval(train: str, held_out: str | None) -> dict[str, str]:
+    return {"data.train": train} | ({} if held_out is None else {"data.eval": held_out})
+
+
+class EpochJob(Job):
+    """A job that goes over a data set in epochs."""
+
+    if TYPE_CHECKING:
+        run: EpochRun
 
     @property
-    def ranks(self) -> int:
-        """Processes that train the model."""
-        return self.placement.ranks or 1
+    @abstractmethod
+    def section(self) -> Policy | RewardModel:
+        """The section of the model that learns."""
 
     @property
-    def shares(self) -> Shares:
-        """What its rows are dealt into."""
-        return Shares(f"placement.{self.name}.ranks", self.ranks, f"{self.name}.engine", self.trained.engine)
+    @abstractmethod
+    def rows_per_step(self) -> int:
+        """Rows of the data set in one optimizer step."""
+
+    @property
+    def trained(self) -> RoleSpec:
+        """The role that learns."""
+        return self.roles[0]
+
+    @property
+    def phases(self) -> tuple[PhaseSpec, ...]:
+        """One after the other."""
+        return (
+            PhaseSpec("update"),
+            PhaseSpec("checkpoint", after=("update",)),
+            PhaseSpec("export", after=("checkpoint",)),
+        )
 
 
-class RewardModelJob(_Job):
+class RewardModelJob(EpochJob):
     """Training of a reward model on pairs, choices or rankings."""
+
+    definition = "rlhf_ray.controllers.epoch_jobs:REWARD_MODEL"
 
     job: Literal["reward_model"]
     """The job type."""
@@ -280,14 +518,24 @@ class RewardModelJob(_Job):
     """The run."""
 
     @property
-    def role(self) -> EpochRole:
-        """The one role."""
-        return EpochRole("reward", self.reward, self.placement.reward, self.data.rows_per_step)
+    def section(self) -> RewardModel:
+        """The section of the model that learns."""
+        return self.reward
 
     @property
-    def places(self) -> dict[str, Placed]:
-        """The one role, which has actors."""
-        return {"reward": Placed(self.placement.reward, 1)}
+    def rows_per_step(self) -> int:
+        """Rows of the data set in one optimizer step."""
+        return self.data.rows_per_step
+
+    @property
+    def roles(self) -> tuple[RoleSpec, ...]:
+        """The reward model alone."""
+        return (_trained_role("scalar", "reward", self.reward, self.placement.reward),)
+
+    @property
+    def data_files(self) -> dict[str, str]:
+        """What it trains on and is evaluated on."""
+        return _train_and_eval(self.data.train, self.data.eval)
 
     @property
     def kind(self) -> ComparisonKind:
@@ -296,17 +544,14 @@ class RewardModelJob(_Job):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> "RewardModelJob":
-        _check_epochs(
-            self.role,
-            self.run,
-            self.data.eval,
-            {"eval/loss", "eval/accuracy", "eval/margin"},
-        )
+        _check_epochs(self, self.data.eval, {"eval/loss", "eval/accuracy", "eval/margin"})
         return self
 
 
-class SFTJob(_Job):
+class SFTJob(EpochJob):
     """Supervised fine-tuning of a language model."""
+
+    definition = "rlhf_ray.controllers.epoch_jobs:SFT"
 
     job: Literal["sft"]
     """The job type."""
@@ -320,14 +565,27 @@ class SFTJob(_Job):
     """The run."""
 
     @property
-    def role(self) -> EpochRole:
-        """The one role."""
-        return EpochRole("policy", self.policy, self.placement.policy, self.data.rows_per_step)
+    def section(self) -> SFTPolicy:
+        """The section of the model that learns."""
+        return self.policy
 
     @property
-    def places(self) -> dict[str, Placed]:
-        """The one role, which has actors."""
-        return {"policy": Placed(self.placement.policy, 1)}
+    def rows_per_step(self) -> int:
+        """Rows of the data set in one optimizer step."""
+        return self.data.rows_per_step
+
+    @property
+    def roles(self) -> tuple[RoleSpec, ...]:
+        """The language model alone."""
+        return (_trained_role("causal", "policy", self.policy, self.placement.policy),)
+
+    @property
+    def data_files(self) -> dict[str, str]:
+        """What it trains on and is evaluated on."""
+        if isinstance(self.data.train, str):
+            return _train_and_eval(self.data.train, self.data.eval)
+        sources = {f"data.train.{index}.path": source.path for index, source in enumerate(self.data.train)}
+        return sources | ({} if self.data.eval is None else {"data.eval": self.data.eval})
 
     @model_validator(mode="after")
     def _sections_agree(self) -> "SFTJob":
@@ -337,17 +595,14 @@ class SFTJob(_Job):
             raise ValueError(f"run.epochs ({self.run.epochs}) has no effect with data.streaming: set run.steps")
         if self.run.steps is not None and not self.data.streaming:
             raise ValueError(f"run.steps ({self.run.steps}) is for data.streaming: true; set run.epochs")
-        _check_epochs(
-            self.role,
-            self.run,
-            self.data.eval,
-            {"eval/loss", "eval/entropy", "eval/perplexity"},
-        )
+        _check_epochs(self, self.data.eval, {"eval/loss", "eval/entropy", "eval/perplexity"})
         return self
 
 
-class PreferenceJob(_Job):
+class PreferenceJob(EpochJob):
     """Offline preference learning: DPO and its family."""
+
+    definition = "rlhf_ray.controllers.preference_job:PREFERENCE"
 
     job: Literal["preference"]
     """The job type."""
@@ -365,17 +620,48 @@ class PreferenceJob(_Job):
     """The run."""
 
     @property
-    def role(self) -> EpochRole:
-        """The role that is trained."""
-        return EpochRole("policy", self.policy, self.placement.policy, self.data.rows_per_step)
+    def section(self) -> Policy:
+        """The section of the model that learns."""
+        return self.policy
 
     @property
-    def places(self) -> dict[str, Placed]:
-        """The roles that have actors."""
-        policy = {"policy": Placed(self.placement.policy, 1)}
+    def rows_per_step(self) -> int:
+        """Rows of the data set in one optimizer step."""
+        return self.data.rows_per_step
+
+    @property
+    def roles(self) -> tuple[RoleSpec, ...]:
+        """The policy, and the reference where a loss needs one of its own."""
+        policy = _trained_role("causal", "policy", self.policy, self.placement.policy)
         if not self.algorithm.needs_reference or self.policy_is_reference:
-            return policy
-        return policy | {"reference": Placed(self.placement.reference, 1)}
+            return (policy,)
+        assert policy.model is not None
+        ranks, updated = self.placement.reference_ranks, self.reference.update_every > 0
+        return (
+            policy,
+            _reference_role(self.reference, policy.model, self.placement.reference, ranks, updated=updated),
+        )
+
+    @property
+    def data_files(self) -> dict[str, str]:
+        """What it trains on and is evaluated on."""
+        return _train_and_eval(self.data.train, self.data.eval)
+
+    @property
+    def folders(self) -> dict[str, str]:
+        """The run's own, and the one that the reference's log-probs are kept in."""
+        kept = {} if self.reference.cache is None else {"reference.cache": self.reference.cache}
+        return super().folders | kept
+
+    @property
+    def phases(self) -> tuple[PhaseSpec, ...]:
+        """The reference's log-probs come before each update."""
+        return (
+            PhaseSpec("score"),
+            PhaseSpec("update", after=("score",)),
+            PhaseSpec("checkpoint", after=("update",)),
+            PhaseSpec("export", after=("checkpoint",)),
+        )
 
     @property
     def kind(self) -> ComparisonKind:
@@ -395,7 +681,7 @@ class PreferenceJob(_Job):
     @model_validator(mode="after")
     def _sections_agree(self) -> "PreferenceJob":
         measures = {f"eval/{name}" for name in self.algorithm.measures}
-        _check_epochs(self.role, self.run, self.data.eval, measures)
+        _check_epochs(self, self.data.eval, measures)
         if not self.algorithm.needs_reference and self.reference != PreferenceReference():
             raise ValueError("reference has no effect: algorithm.loss and algorithm.reference_free compare with none")
         if self.algorithm.needs_reference and self.policy_is_reference:
@@ -405,14 +691,7 @@ class PreferenceJob(_Job):
                     f"reference.update_every is {self.reference.update_every}, but with policy.lora the reference is "
                     "the policy with its adapters off, which stays as it is"
                 )
-        engines: dict[str, tuple[TrainingEngine | ScoringEngine, ...]] = {
-            "policy": (self.policy.engine,),
-            "reference": (self.reference.engine,),
-        }
-        check_sharing(self.places, engines, offload_idle=self.placement.offload_idle)
-        if self.algorithm.needs_reference and not self.policy_is_reference:
-            ranks, engine = self.placement.reference_ranks, self.reference.engine
-            _check_shares(Shares("placement.reference.ranks", ranks, "reference.engine", engine), self.role)
+        check_sharing(self.roles, offload_idle=self.placement.offload_idle)
         return self
 
 
@@ -429,23 +708,25 @@ def _check_unused_reference(reference: Reference, placement: RolePlacement) -> N
         )
 
 
-def _check_lora(role: str, section: Policy | Critic | RewardModel, gpus: float) -> None:
-    if section.lora is None or section.lora.base == "as_model":
+def _check_lora(role: RoleSpec, gpus: float) -> None:
+    if role.lora is None or role.lora.base == "as_model":
         return
-    if section.engine.zero_stage == 3:
-        raise ValueError(
-            f"{role}.lora.base is {section.lora.base!r}, which ZeRO can't shard, but {role}.engine.zero_stage is 3"
-        )
+    base, name = f"{role.section}.lora.base is {role.lora.base!r}", role.section
+    if role.model_engine is not None and role.model_engine.zero_stage == 3:
+        raise ValueError(f"{base}, which ZeRO can't shard, but {name}.engine.zero_stage is 3")
     if not gpus:
-        raise ValueError(
-            f"{role}.lora.base is {section.lora.base!r}, which needs a GPU, but placement.{role}.gpus is 0"
-        )
+        raise ValueError(f"{base}, which needs a GPU, but placement.{role.placed_as}.gpus is 0")
 
 
-def _check_epochs(role: EpochRole, run: EpochRun, held_out: str | None, measures: set[str]) -> None:
+def _check_epochs(job: EpochJob, held_out: str | None, measures: set[str]) -> None:
     """`measures` are the metrics of an evaluation."""
-    _check_lora(role.name, role.trained, role.placement.gpus)
-    _check_shares(role.shares, role)
+    run = job.run
+    assert job.trained.placement is not None
+    _check_lora(job.trained, job.trained.placement.gpus)
+    for role in job.roles:  # each data-parallel rank needs a row
+        role.check_sequence_parallel()
+        if job.rows_per_step < role.dp_size:
+            raise ValueError(f"data.rows_per_step ({job.rows_per_step}) is less than {role.dp_size_text}")
     metric = "" if run.keep_best is None else run.keep_best.metric
     if metric.startswith("eval/"):
         assert run.keep_best is not None
@@ -466,18 +747,9 @@ def _check_epochs(role: EpochRole, run: EpochRun, held_out: str | None, measures
         raise ValueError("run.patience counts evaluations, but run.eval_every is 0: one, after the last step")
 
 
-def _check_shares(shares: Shares, role: EpochRole) -> None:
-    """Each share of the ranks needs a row."""
-    shares.check()
-    if role.rows_per_step < shares.count:
-        raise ValueError(f"data.rows_per_step ({role.rows_per_step}) is less than {shares}")
+JobConfig = Job
 
-
-EpochJob = PreferenceJob | RewardModelJob | SFTJob
-
-JobConfig = PPOJob | PreferenceJob | RewardModelJob | SFTJob
-
-JOB_TYPES: dict[str, type[PPOJob] | type[PreferenceJob] | type[RewardModelJob] | type[SFTJob]] = {
+JOB_TYPES: dict[str, type[Job]] = {
     "ppo": PPOJob,
     "preference": PreferenceJob,
     "reward_model": RewardModelJob,

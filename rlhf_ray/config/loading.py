@@ -3,15 +3,29 @@
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from types import NoneType, UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
-from rlhf_ray.config.base import Section, nearest
+from rlhf_ray.config.base import Section, nearest, shown
 from rlhf_ray.config.jobs import JOB_TYPES, JobConfig
+from rlhf_ray.config.yaml_text import MAX_DEPTH, YamlProblem, dump_yaml, parse_yaml, read_yaml
 
 SectionT = TypeVar("SectionT", bound=Section)
+
+# What pydantic says of a value of another kind than the key's, in the words of a config file.
+_KINDS = {
+    "tuple_type": "should be a list",
+    "model_type": "should be a section",
+    "model_attributes_type": "should be a section",
+    "dict_type": "should be a section",
+    "int_type": "should be a whole number, in digits",
+    "float_type": "should be a number, such as 0.5 or 1e-5",
+    "bool_type": "should be true or false",
+    "string_type": "should be text, in quotes where it looks like something else",
+}
+_LONGEST_LINE = 1000
 
 
 class ConfigError(Exception):
@@ -31,58 +45,13 @@ class ConfigError(Exception):
         return type(self), (self.source, self.problems)
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML without the silent overwriting of a key that stands twice, and with 1e-5 read as a number."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":
-                continue
-            if not isinstance(key_node, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(None, None, "a key must be a word", key_node.start_mark)
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                mark = key_node.start_mark
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-    def construct_scalar_or_number(self, node: yaml.ScalarNode) -> str | float:
-        text = str(self.construct_scalar(node))
-        number = _as_number(text) if node.style is None else None
-        return text if number is None else number
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes the words that the loader above would read as numbers."""
-
-    def represent_text(self, text: str) -> yaml.ScalarNode:
-        quoted = "'" if _as_number(text) is not None else None
-        return self.represent_scalar("tag:yaml.org,2002:str", text, style=quoted)
-
-
-def _as_number(text: str) -> float | None:
-    """Exponents without a point, such as 1e-5, which YAML 1.1 takes for words."""
-    if text[:1] not in tuple("+-.0123456789") or "e" not in text.lower():
-        return None
-    try:
-        return float(text)
-    except ValueError:
-        return None
-
-
-_UniqueKeyLoader.add_constructor("tag:yaml.org,2002:str", _UniqueKeyLoader.construct_scalar_or_number)
-_Dumper.add_representer(str, _Dumper.represent_text)
-
-
 def load_config(path: Path, overrides: Sequence[str] = ()) -> JobConfig:
     """Read `path`, apply `key.path=value` overrides and check the whole.
 
     Raises:
         ConfigError: with every problem found, each naming its dotted path.
     """
-    raw = _read_yaml(path)
+    raw = _read(path)
     for override in overrides:
         apply_override(raw, override)
     return parse_config(raw, source=str(path))
@@ -97,11 +66,11 @@ def parse_config(raw: dict[str, Any], *, source: str = "config") -> JobConfig:
     job = raw.get("job")
     if not isinstance(job, str) or job not in JOB_TYPES:
         known = ", ".join(JOB_TYPES)
-        close = nearest(str(job), JOB_TYPES)
+        close = nearest(job, JOB_TYPES) if isinstance(job, str) else None
         said = (
             "is missing"
             if job is None
-            else f"{job!r} is not a job type" + (f"; did you mean {close!r}?" if close else "")
+            else f"{shown(job)} is not a job type" + (f"; did you mean {close!r}?" if close else "")
         )
         raise ConfigError(source, [f"job: {said} (known: {known})"])
     return _validated(JOB_TYPES[job], raw, source)
@@ -113,14 +82,15 @@ def load_section(path: Path, section: type[SectionT]) -> SectionT:
     Raises:
         ConfigError: with every problem found, each naming its dotted path.
     """
-    return _validated(section, _read_yaml(path), str(path))
+    return _validated(section, _read(path), str(path))
 
 
 def _validated(section: type[SectionT], raw: dict[str, Any], source: str) -> SectionT:
     try:
         return section.model_validate(raw)
     except ValidationError as error:
-        problems = [_describe(section, dict(detail)) for detail in error.errors(include_url=False)]
+        details = _of_fitting_kinds(section, [dict(detail) for detail in error.errors(include_url=False)])
+        problems = [_describe(section, detail) for detail in details]
         raise ConfigError(source, problems) from None
 
 
@@ -132,20 +102,24 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
     """
     path, separator, text = override.partition("=")
     keys = path.strip().split(".")
-    if not separator or not all(keys):
-        raise ConfigError("override", [f"{override!r} is not of the form section.key=value"])
-    value = _parse_scalar(text, override)
+    if not separator or not all(keys) or len(keys) > MAX_DEPTH or not path.isprintable():
+        raise ConfigError("override", [f"{shown(override)} is not of the form section.key=value"])
+    try:
+        value = parse_yaml(text)
+    except YamlProblem as problem:
+        raise ConfigError("override", [f"{shown(override)}: the value {problem}"]) from None
     target: Any = raw
     for depth, key in enumerate(keys):
         last = depth == len(keys) - 1
-        where = ".".join(keys[: depth + 1])
+        where = _one_line(".".join(keys[: depth + 1]))
         if isinstance(target, list):
-            if not key.isdigit() or int(key) >= len(target):
+            index = int(key) if re.fullmatch("[0-9]{1,9}", key) else len(target)
+            if index >= len(target):
                 has = f"entries 0 to {len(target) - 1}" if target else "no entries"
                 raise ConfigError("override", [f"{where}: the list has {has}"])
             if last:
-                target[int(key)] = value
-            target = target[int(key)]
+                target[index] = value
+            target = target[index]
         elif isinstance(target, dict):
             if last:
                 target[key] = value
@@ -153,56 +127,48 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
                 target[key] = {}
             target = target[key]
         else:
-            raise ConfigError("override", [f"{where}: {'.'.join(keys[:depth])} is a value, not a section"])
+            before = _one_line(".".join(keys[:depth]))
+            raise ConfigError("override", [f"{where}: {before} is a value, not a section"])
 
 
 def dump_config(config: JobConfig) -> str:
     """The resolved config as YAML that `load_config` reads back to the same object."""
     raw = config.model_dump(mode="json", by_alias=True)
-    return yaml.dump(raw, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return dump_yaml(raw)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> dict[str, Any]:
     try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ConfigError(str(path), ["no such file"]) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(str(path), [f"cannot be read: {error}"]) from error
-    return _parse_yaml(text, str(path))
-
-
-def _parse_yaml(text: str, source: str) -> dict[str, Any]:
-    try:
-        raw = yaml.load(text, Loader=_UniqueKeyLoader)
-    except yaml.YAMLError as error:
-        raise ConfigError(source, [f"is not YAML: {' '.join(str(error).split())}"]) from None
+        raw = read_yaml(path)
+    except YamlProblem as problem:
+        raise ConfigError(str(path), [str(problem)]) from None
     if not isinstance(raw, dict):
-        raise ConfigError(source, ["must be a mapping of sections, such as `job: ppo`"])
-    try:
-        own: dict[str, Any] = _unshared(raw)
-    except RecursionError:
-        raise ConfigError(source, ["an anchor contains itself"]) from None
-    return own
+        raise ConfigError(str(path), ["must be a mapping of sections, such as `job: ppo`"])
+    return raw
 
 
-def _unshared(value: Any) -> Any:
-    """A copy in which no two places are one object, as YAML aliases are: an override is for one of them."""
-    if isinstance(value, dict):
-        return {key: _unshared(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_unshared(inner) for inner in value]
-    return value
-
-
-def _parse_scalar(text: str, override: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_UniqueKeyLoader)
-    except yaml.YAMLError:
-        raise ConfigError("override", [f"{override!r}: the value is not YAML"]) from None
+def _of_fitting_kinds(root: type[BaseModel], details: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Pydantic tells what is wrong with a value as each of the kinds that a key takes: what lies within one counts."""
+    within = {
+        location[:place]
+        for location in (detail["loc"] for detail in details)
+        for place in range(len(location) - 1)
+        if _is_tag(root, location[:place])
+    }
+    return [detail for detail in details if detail["loc"][:-1] not in within or not _is_tag(root, detail["loc"][:-1])]
 
 
 def _describe(root: type[BaseModel], detail: dict[str, Any]) -> str:
+    return _one_line(_described(root, detail))
+
+
+def _one_line(text: str) -> str:
+    """Without characters that would do something to a terminal, and of a length that is read."""
+    whole = text if len(text) <= _LONGEST_LINE else f"{text[:_LONGEST_LINE]}…"
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in whole)
+
+
+def _described(root: type[BaseModel], detail: dict[str, Any]) -> str:
     path = ".".join(str(part) for part in _without_tags(root, detail["loc"]))
     if detail["type"] == "extra_forbidden":
         section = _section_at(root, detail["loc"][:-1])
@@ -219,15 +185,9 @@ def _describe(root: type[BaseModel], detail: dict[str, Any]) -> str:
         tag = detail["ctx"]["tag"]
         close = nearest(tag, known)
         said = f"did you mean {close!r}?" if close else f"known: {', '.join(known)}"
-        return f"{path}.type: {tag!r} is not known; {said}"
-    message = {
-        "tuple_type": "should be a list",
-        "model_type": "should be a section",
-        "model_attributes_type": "should be a section",
-        "dict_type": "should be a section",
-    }
-    text = message.get(detail["type"], f"{detail['msg'][0].lower()}{detail['msg'][1:]}")
-    return f"{path}: {text} (got {detail['input']!r})"
+        return f"{path}.type: {shown(tag)} is not known; {said}"
+    text = _KINDS.get(detail["type"], f"{detail['msg'][0].lower()}{detail['msg'][1:]}")
+    return f"{path}: {text} (got {shown(detail['input'])})"
 
 
 def _without_tags(root: type[BaseModel], location: Sequence[int | str]) -> list[int | str]:
@@ -242,7 +202,12 @@ def _is_tag(root: type[BaseModel], before: Sequence[int | str]) -> bool:
         keys.pop()
     section = _section_at(root, keys[:-1]) if keys else None
     field = section.model_fields.get(str(keys[-1])) if section else None
-    return field is not None and len(_sections_in(field.annotation)) > 1
+    return field is not None and (len(_sections_in(field.annotation)) > 1 or _takes_several_kinds(field.annotation))
+
+
+def _takes_several_kinds(annotation: Any) -> bool:
+    """Whether it is a union of more than a kind and nothing."""
+    return get_origin(annotation) in (Union, UnionType) and len(set(get_args(annotation)) - {NoneType}) > 1
 
 
 def _with_full_paths(message: str, path: str) -> str:
@@ -261,7 +226,7 @@ def _section_at(root: type[BaseModel], location: Sequence[int | str]) -> type[Ba
         if section is not None and part in section.model_fields:
             members = _sections_in(section.model_fields[part].annotation)
             section = members[0] if len(members) == 1 else None
-        elif members:
+        elif len(members) > 1:
             section = next((member for member in members if part in _tags_of(member)), None)
             members = []
     return section

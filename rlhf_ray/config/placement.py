@@ -1,11 +1,18 @@
 """Where actors sit and what each reserves."""
 
 import re
-from typing import Literal, NamedTuple, Self
+from typing import Annotated, Literal, NamedTuple, Self
 
 from pydantic import Field, model_validator
 
-from rlhf_ray.config.base import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
+from rlhf_ray.config.base import (
+    MOST_PROCESSES,
+    NonNegativeFloat,
+    PositiveFloat,
+    ProcessCount,
+    Seconds,
+    Section,
+)
 
 Strategy = Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"]
 Host = Literal["policy", "critic", "reference", "reward"]
@@ -34,12 +41,12 @@ class _Place(Section):
     """Custom Ray resources that one rank, or one worker of an engine, reserves."""
     labels: dict[str, str] = Field(default_factory=dict)
     """Ray labels that its nodes must have, each with `value`, `!value`, `in(a, b)` or `!in(a, b)`."""
-    nodes: PositiveInt | None = None
+    nodes: ProcessCount | None = None
     """Nodes over which the ranks or engines are spread, as many on each; by default `strategy` alone decides."""
     strategy: Strategy = "PACK"
     """Nodes that are taken: as few as possible (`PACK`), as many as possible (`SPREAD`), one (`STRICT_PACK`), or one
     for each rank or engine (`STRICT_SPREAD`)."""
-    threads: PositiveInt | None = None
+    threads: ProcessCount | None = None
     """Threads that one rank or worker computes with on CPU; by default `cpus`, at least 1; and for optimizer
     steps of a rank on a GPU with `offload_optimizer`, its part of the machine's cores, by its GPUs."""
     env: dict[str, str] = Field(default_factory=dict)
@@ -66,7 +73,7 @@ class _Place(Section):
 class RolePlacement(_Place):
     """Ranks of one role."""
 
-    ranks: PositiveInt | None = None
+    ranks: ProcessCount | None = None
     """Processes of this role. By default 1, or as many as the role it is colocated with."""
 
     @model_validator(mode="after")
@@ -74,6 +81,12 @@ class RolePlacement(_Place):
         if self.gpus > 1:
             raise ValueError(f".gpus is {self.gpus:g}, but a rank drives one device: raise .ranks instead")
         ranks = self.ranks or 1
+        spread = self.strategy == "STRICT_SPREAD" or self.nodes == ranks
+        if 0 < self.gpus <= 0.5 and ranks > 1 and not spread:
+            raise ValueError(
+                f".gpus is {self.gpus:g} and .ranks is {ranks}: two ranks of one role would share a GPU, which NCCL "
+                "refuses. Set .gpus to 1, or .ranks to 1, or .strategy to STRICT_SPREAD, which gives each its own node"
+            )
         if self.nodes is not None and ranks % self.nodes:
             raise ValueError(f".ranks ({ranks}) can't be spread equally over .nodes ({self.nodes})")
         return self
@@ -82,11 +95,11 @@ class RolePlacement(_Place):
 class RolloutPlacement(_Place):
     """Rollout engines."""
 
-    engines: PositiveInt = 1
+    engines: ProcessCount = 1
     """vLLM engines, each with a full copy of the policy."""
-    tensor_parallel: PositiveInt = 1
+    tensor_parallel: ProcessCount = 1
     """Workers over which one engine's weights are split."""
-    parts: PositiveInt = 1
+    parts: ProcessCount = 1
     """Places that one engine's workers are divided among, which may be on different nodes; by default they share one.
     More than one wants a fast network between them."""
     gpus: Literal[0, 1] = 0
@@ -94,6 +107,11 @@ class RolloutPlacement(_Place):
 
     @model_validator(mode="after")
     def _engines_on_nodes(self) -> Self:
+        if self.workers > MOST_PROCESSES:
+            raise ValueError(
+                f".engines ({self.engines}) x .tensor_parallel ({self.tensor_parallel}) is more than the "
+                f"{MOST_PROCESSES:,} processes that a role may have"
+            )
         if self.tensor_parallel % self.parts:
             raise ValueError(f".tensor_parallel ({self.tensor_parallel}) can't be divided into .parts ({self.parts})")
         if self.nodes is not None and self.engines * self.parts % self.nodes:
@@ -115,12 +133,27 @@ class Placed(NamedTuple):
     groups: int
 
 
-class _SharedPlacement(Section):
+class JobPlacement(Section):
+    """What the placement of every job has."""
+
+    placement_timeout_s: Seconds = 60.0
+    """Seconds that the roles may wait for their places in the cluster."""
+
+    @property
+    def leaves_idle(self) -> bool:
+        """Whether roles that share devices leave them to each other."""
+        return False
+
+
+class _SharedPlacement(JobPlacement):
     offload_idle: bool = False
     """Roles that share places leave their devices while another needs them: weights and optimizer state go to host
     memory, engines drop their weights and KV cache."""
-    placement_timeout_s: PositiveFloat = 60.0
-    """Seconds that the roles may wait for their places in the cluster."""
+
+    @property
+    def leaves_idle(self) -> bool:
+        """As `offload_idle` says."""
+        return self.offload_idle
 
 
 class PPOPlacement(_SharedPlacement):
@@ -143,19 +176,26 @@ class PPOPlacement(_SharedPlacement):
             _check_colocated(self, guest)
         return self
 
+    def section(self, role: str) -> RolePlacement | RolloutPlacement:
+        """The section of a role."""
+        found = getattr(self, role)
+        assert isinstance(found, RolePlacement | RolloutPlacement)
+        return found
+
     def ranks_of(self, role: Host) -> int:
         """Ranks of a role, colocated or not."""
-        place: RolePlacement = getattr(self, role)
-        return (place if place.colocate is None else getattr(self, place.colocate)).ranks or 1
+        host = self.host_of(role)
+        assert isinstance(host, RolePlacement)
+        return host.ranks or 1
 
-    def gpus_of(self, role: Host | Literal["rollout"]) -> float:
-        """GPUs of the place that a rank of a role, or a worker of an engine, sits on."""
+    def gpus_of(self, role: str) -> float:
+        """GPUs of the bundle that a rank of a role, or a worker of an engine, sits on."""
         return self.host_of(role).gpus
 
-    def host_of(self, role: Host | Literal["rollout"]) -> RolePlacement | RolloutPlacement:
+    def host_of(self, role: str) -> RolePlacement | RolloutPlacement:
         """The section that places a role: its own, or that of the role it sits with."""
-        placement: RolePlacement | RolloutPlacement = getattr(self, role)
-        return placement if placement.colocate is None else getattr(self, placement.colocate)
+        own = self.section(role)
+        return own if own.colocate is None else self.section(own.colocate)
 
 
 class PreferencePlacement(_SharedPlacement):
@@ -181,12 +221,7 @@ class PreferencePlacement(_SharedPlacement):
         return (self.policy if self.reference.colocate else self.reference).ranks or 1
 
 
-class _AlonePlacement(Section):
-    placement_timeout_s: PositiveFloat = 60.0
-    """Seconds that the role may wait for its places in the cluster."""
-
-
-class RewardModelPlacement(_AlonePlacement):
+class RewardModelPlacement(JobPlacement):
     """The role of a reward-model job."""
 
     reward: RolePlacement = RolePlacement()
@@ -198,7 +233,7 @@ class RewardModelPlacement(_AlonePlacement):
         return self
 
 
-class SFTPlacement(_AlonePlacement):
+class SFTPlacement(JobPlacement):
     """The role of a fine-tuning job."""
 
     policy: RolePlacement = RolePlacement()
@@ -254,7 +289,7 @@ class Cluster(Section):
     address: str | None = None
     """Cluster to join; `auto` is the one that runs on this machine, `local` a new one that ends with the run. None
     takes `RAY_ADDRESS`, which Ray jobs have, else `local`."""
-    cpus: NonNegativeInt | None = None
+    cpus: Annotated[int, Field(ge=0, le=MOST_PROCESSES)] | None = None
     """CPUs that a local cluster offers; by default this machine's."""
     preflight: bool = True
     """Look at every node before a model is loaded: libraries, models, disks, network. `rlhf-ray preflight` does only

@@ -4,7 +4,8 @@ from typing import Annotated, Any
 
 from pydantic import Discriminator, Field, Tag
 
-from rlhf_ray.config.base import NonNegativeInt, PositiveFloat, PositiveInt, Section
+from rlhf_ray.config.base import NonNegativeInt, PositiveInt, ProcessCount, Seconds, Section
+from rlhf_ray.config.paths import UsablePath
 from rlhf_ray.config.training import ScoringEngine
 
 
@@ -18,7 +19,7 @@ class _RewardPart(Section):
 class ModelReward(_RewardPart):
     """A sequence classifier with one output, in reward actors."""
 
-    model: str
+    model: UsablePath
     """Folder of an `AutoModelForSequenceClassification` with one label."""
     trust_remote_code: bool = False
     """Run Python code that comes with this model. Off unless you have read that code."""
@@ -30,30 +31,32 @@ class ModelReward(_RewardPart):
 
 
 class FunctionReward(_RewardPart):
-    """A Python function `f(prompts: list[str], responses: list[str]) -> list[float]`, called in workers."""
+    """A Python function `f(prompts: list[str], responses: list[str]) -> list[float]`, called in workers. Further
+    parameters get the columns of their names: docs/ppo.md."""
 
     function: str = Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
     """`package.module:function`, importable on every node."""
-    workers: PositiveInt = 1
+    workers: ProcessCount = 1
     """Processes that call it."""
     batch_size: PositiveInt = 64
     """Samples in one call."""
-    timeout_s: PositiveFloat = 60.0
+    timeout_s: Seconds = 60.0
     """Seconds one call may take before the run stops with an error that names the samples."""
 
 
 class HttpReward(_RewardPart):
-    """A service: POST of `{"prompts": [...], "responses": [...]}`, answered by `{"scores": [...]}`."""
+    """A service: POST of `{"prompts": [...], "responses": [...]}`, answered by `{"scores": [...]}`. Where rows
+    have other columns, the POST has them as `"columns": {name: [...]}`."""
 
     url: str = Field(pattern=r"^https?://")
     """Address that takes the POST."""
     batch_size: PositiveInt = 32
     """Samples in one request."""
-    timeout_s: PositiveFloat = 30.0
+    timeout_s: Seconds = 30.0
     """Seconds one request may take."""
     retries: NonNegativeInt = 4
     """Further tries after a refused connection, a time-out or a 429 or 5xx answer."""
-    backoff_s: PositiveFloat = 0.5
+    backoff_s: Seconds = 0.5
     """Wait before the first retry; doubles with each, with jitter."""
     token_env: str | None = None
     """Environment variable, on every node, that holds the bearer token. The token itself never stands in a config."""

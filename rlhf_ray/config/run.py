@@ -1,8 +1,10 @@
 """The run: its length, its folder, checkpoints, telemetry and time limits."""
 
+from dataclasses import dataclass
 from typing import Literal
 
-from rlhf_ray.config.base import NonNegativeInt, PositiveFloat, PositiveInt, Section
+from rlhf_ray.config.base import NonNegativeInt, PositiveInt, Seconds, Section
+from rlhf_ray.config.paths import WritablePath
 
 
 class KeepBest(Section):
@@ -32,27 +34,70 @@ class Mlflow(Section):
     """Tracking server; by default MLflow's own setting."""
 
 
+@dataclass(frozen=True)
+class Limit:
+    """How long something may take.
+
+    Attributes:
+        seconds: that it may take.
+        setting: config key that says so, for errors.
+    """
+
+    seconds: float
+    setting: str
+
+
 class Timeouts(Section):
     """Seconds that each wait may take before the run stops with an error that says what it waited for."""
 
-    setup_s: PositiveFloat = 900.0
+    setup_s: Seconds = 900.0
     """Start of the actors and loading of the models."""
-    rollout_s: PositiveFloat = 1800.0
+    rollout_s: Seconds = 1800.0
     """Until the next shard of a step is generated."""
-    score_s: PositiveFloat = 900.0
+    score_s: Seconds = 900.0
     """Each wait for the scores of a step: rewards, log-probs, values, advantages."""
-    update_s: PositiveFloat = 1800.0
+    update_s: Seconds = 1800.0
     """Update of policy and critic on one step."""
-    sync_s: PositiveFloat = 300.0
+    sync_s: Seconds = 300.0
     """Transfer of new weights to the engines."""
-    checkpoint_s: PositiveFloat = 1800.0
+    checkpoint_s: Seconds = 1800.0
     """Writing or reading of one checkpoint."""
+
+    @property
+    def setup(self) -> Limit:
+        """As `setup_s`."""
+        return Limit(self.setup_s, "run.timeouts.setup_s")
+
+    @property
+    def rollout(self) -> Limit:
+        """As `rollout_s`."""
+        return Limit(self.rollout_s, "run.timeouts.rollout_s")
+
+    @property
+    def score(self) -> Limit:
+        """As `score_s`."""
+        return Limit(self.score_s, "run.timeouts.score_s")
+
+    @property
+    def update(self) -> Limit:
+        """As `update_s`."""
+        return Limit(self.update_s, "run.timeouts.update_s")
+
+    @property
+    def sync(self) -> Limit:
+        """As `sync_s`."""
+        return Limit(self.sync_s, "run.timeouts.sync_s")
+
+    @property
+    def checkpoint(self) -> Limit:
+        """As `checkpoint_s`."""
+        return Limit(self.checkpoint_s, "run.timeouts.checkpoint_s")
 
 
 class Run(Section):
     """What every job has."""
 
-    dir: str
+    dir: WritablePath
     """Folder of the run: config, metrics, samples, trace, checkpoints, export. Shared storage on a cluster."""
     checkpoint_every: NonNegativeInt = 0
     """Steps between checkpoints; 0 writes one at the end only."""

@@ -1,8 +1,9 @@
 """Roles that share places, and whether they can leave them to each other."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from rlhf_ray.config.placement import Placed
+from rlhf_ray.config.roles import RoleSpec
 from rlhf_ray.config.training import ScoringEngine, TrainingEngine
 
 
@@ -16,26 +17,18 @@ def shared_places(places: Mapping[str, Placed]) -> list[tuple[str, ...]]:
     return [roles for roles in together if len(roles) > 1]
 
 
-def check_sharing(
-    places: Mapping[str, Placed],
-    engines: Mapping[str, tuple[TrainingEngine | ScoringEngine, ...]],
-    *,
-    offload_idle: bool,
-) -> None:
-    """Refuse `placement.offload_idle` where it has no effect or DeepSpeed can't do it.
-
-    Args:
-        places: as `JobConfig.places`.
-        engines: of each role's models.
-    """
+def check_sharing(roles: Iterable[RoleSpec], *, offload_idle: bool) -> None:
+    """Refuse `placement.offload_idle` where it has no effect or DeepSpeed can't do it."""
     if not offload_idle:
         return
-    sharing = shared_places(places)
-    if not sharing:
+    placed = [role for role in roles if role.placement is not None]
+    hosts = {role.placement.colocate for role in placed if role.placement is not None} - {None}
+    if not hosts:
         raise ValueError("placement.offload_idle has no effect: no placement.ROLE.colocate puts two roles together")
-    for role in (role for roles in sharing for role in roles):
-        for engine in engines.get(role, ()):
-            _check_can_leave(role, engine)
+    for role in placed:
+        sits_with = None if role.placement is None else role.placement.colocate
+        if role.model_engine is not None and (sits_with is not None or role.placed_as in hosts):
+            _check_can_leave(role.section, role.model_engine)
 
 
 def _check_can_leave(role: str, engine: TrainingEngine | ScoringEngine) -> None:

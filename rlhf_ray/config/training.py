@@ -11,8 +11,10 @@ from rlhf_ray.config.base import (
     PositiveFloat,
     PositiveFraction,
     PositiveInt,
+    ProcessCount,
     Section,
 )
+from rlhf_ray.config.paths import UsablePath, WritablePath
 
 Dtype = Literal["bfloat16", "float32"]
 Offload = Literal["none", "cpu", "nvme"]
@@ -40,7 +42,7 @@ class ScoringEngine(Section):
     """3 shards the weights over the ranks and gathers them layer by layer; 0 keeps a copy on each rank."""
     micro_batch_tokens: PositiveInt = 8192
     """Tokens (prompt and response) packed into one forward pass. A longer sample goes through alone."""
-    sequence_parallel: PositiveInt = 1
+    sequence_parallel: ProcessCount = 1
     """Neighbouring ranks that share each micro-batch, every one with a part of its tokens and in attention of the heads
     (Ulysses), where long responses take too much memory. 1 gives each rank micro-batches of its own."""
     vocab_chunk_tokens: PositiveInt = 256
@@ -48,7 +50,7 @@ class ScoringEngine(Section):
     offload_parameters: Offload = "none"
     """Where sharded weights are between uses: `none` on the device, `cpu` in host memory, `nvme` in files under
     `nvme_path` (both need `zero_stage: 3`)."""
-    nvme_path: str | None = None
+    nvme_path: WritablePath | None = None
     """Folder on a local disk of each node for what is offloaded to `nvme`. Ranks have folders of their own in it."""
 
     @model_validator(mode="after")
@@ -66,7 +68,7 @@ class TrainingEngine(Section):
     """Number format of weights and activations. The optimizer keeps float32 master weights either way."""
     micro_batch_tokens: PositiveInt = 8192
     """Tokens packed into one forward and backward pass. Does not change the gradient."""
-    sequence_parallel: PositiveInt = 1
+    sequence_parallel: ProcessCount = 1
     """Neighbouring ranks that share each micro-batch, every one with a part of its tokens and in attention of the heads
     (Ulysses), where long responses take too much memory. 1 gives each rank micro-batches of its own."""
     vocab_chunk_tokens: PositiveInt = 256
@@ -80,7 +82,7 @@ class TrainingEngine(Section):
     offload_parameters: Offload = "none"
     """Where sharded weights are between uses: `none` on the device, `cpu` in host memory, `nvme` in files under
     `nvme_path` (both need `zero_stage: 3`)."""
-    nvme_path: str | None = None
+    nvme_path: WritablePath | None = None
     """Folder on a local disk of each node for what is offloaded to `nvme`. Ranks have folders of their own in it."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more compute."""
@@ -156,7 +158,7 @@ class SupervisedOptimizer(Optimizer):
 class Policy(Section):
     """The model that is trained and that generates."""
 
-    model: str
+    model: UsablePath
     """Hugging Face model folder, or hub name where a hub can be reached."""
     trust_remote_code: bool = False
     """Run Python code that comes with this model. Off unless you have read that code."""
@@ -178,7 +180,7 @@ class SFTPolicy(Policy):
 class Critic(Section):
     """The model that predicts the return at every response token."""
 
-    init_from: str = "reward"
+    init_from: UsablePath = "reward"
     """`reward` starts from the first reward model; else a model folder, a causal one getting a new scalar head."""
     trust_remote_code: bool = False
     """Run Python code that comes with this model. Off unless you have read that code."""
@@ -193,7 +195,7 @@ class Critic(Section):
 class Reference(Section):
     """The model that the policy is held close to."""
 
-    from_model: str = Field(default="policy", alias="from")
+    from_model: UsablePath = Field(default="policy", alias="from")
     """`policy` is the policy as it was before training (with `policy.lora`, its own ranks with adapters off); else a
     model folder with the same tokenizer."""
     engine: ScoringEngine = ScoringEngine()
@@ -203,7 +205,7 @@ class Reference(Section):
 class PreferenceReference(Reference):
     """The model that the policy's log-probs are compared with."""
 
-    cache: str | None = None
+    cache: WritablePath | None = None
     """Folder for the log-probs of whole data sets: they are computed once, and read by every run with the same model,
     data and template. None computes those of each step when it comes."""
     update_every: NonNegativeInt = 0

@@ -17,13 +17,21 @@ from typing import Any
 import numpy as np
 import ray
 
-from rlhf_ray.actors.group import ActorGroup
-from rlhf_ray.actors.probe import PassTimes, Samples
+from rlhf_ray.actors.group import wait_together
+from rlhf_ray.actors.probe import ProbeGroup, Samples
 from rlhf_ray.actors.rollout import RolloutGroup
-from rlhf_ray.cluster.planner.calibration import Calibration, Device, RayRates, Start
-from rlhf_ray.cluster.planner.devices import GB
-from rlhf_ray.cluster.planner.folders import read_shape
-from rlhf_ray.cluster.planner.measurements import (
+from rlhf_ray.cluster.session import ray_session
+from rlhf_ray.config.placement import Cluster
+from rlhf_ray.config.rollout import Sampling
+from rlhf_ray.config.training import Dtype, Policy, TrainingEngine
+from rlhf_ray.controllers.probed_roles import DTYPE, LIMIT, TIMEOUTS, probed_pair, probed_roles
+from rlhf_ray.data.requests import PromptRequest
+from rlhf_ray.models.config_json import read_shape
+from rlhf_ray.models.random_llama import LlamaSize, write_random_llama
+from rlhf_ray.models.shapes import ModelShape
+from rlhf_ray.planner.calibration import Calibration, Device, RayRates, Start
+from rlhf_ray.planner.devices import GB
+from rlhf_ray.planner.measurements import (
     MIB,
     CollectiveSeconds,
     DecodeSeconds,
@@ -32,16 +40,8 @@ from rlhf_ray.cluster.planner.measurements import (
     SyncSeconds,
     calibration_of,
 )
-from rlhf_ray.cluster.planner.passes import STATE_BYTES
-from rlhf_ray.cluster.planner.shapes import ModelShape
-from rlhf_ray.cluster.planner.work import BYTES, Sequences
-from rlhf_ray.cluster.session import ray_session
-from rlhf_ray.config.placement import Cluster
-from rlhf_ray.config.rollout import Sampling
-from rlhf_ray.config.training import Dtype, Policy, TrainingEngine
-from rlhf_ray.controllers.probed_roles import DTYPE, SETTING, TIMEOUT_S, one, probed_pair, probed_roles, wait
-from rlhf_ray.data.requests import PromptRequest
-from rlhf_ray.models.random_llama import LlamaSize, write_random_llama
+from rlhf_ray.planner.pass_time import STATE_BYTES
+from rlhf_ray.planner.work import BYTES, Sequences
 from rlhf_ray.platform import cores, device_names, machine_name
 
 logger = logging.getLogger("rlhf_ray")
@@ -140,10 +140,10 @@ def _measure(
         policy = roles.policy
         logger.info("measuring peaks")
         flops: dict[Dtype, float] = {
-            "bfloat16": one(policy, "peak_flops", "bfloat16", sizes.product),
-            "float32": one(policy, "peak_flops", "float32", sizes.product),
+            "bfloat16": policy.peak_flops("bfloat16", sizes.product).wait(LIMIT)[0],
+            "float32": policy.peak_flops("float32", sizes.product).wait(LIMIT)[0],
         }
-        memory = one(policy, "memory_bandwidth", sizes.copy)
+        [memory] = policy.memory_bandwidth(sizes.copy).wait(LIMIT)
         ray_rates = _ray_rates(policy, sizes)
         logger.info("measuring generation")
         decoding = [
@@ -158,7 +158,7 @@ def _measure(
         memory_of = roles.memory
         for model, shape in zip(models, shapes, strict=True):
             logger.info("measuring passes of %.0f million weights", shape.parameters / 1e6)
-            loaded = one(policy, "replace_model", _policy(model, sizes))
+            [loaded] = policy.replace_model(_policy(model, sizes)).wait(LIMIT)
             loads.append(shape.parameters * BYTES[DTYPE] / loaded / GB)
             passes += _passes(policy, shape, sizes)
             # By the smallest model; a GPU keeps what training leaves in its own memory.
@@ -190,9 +190,9 @@ def _measure(
         )
 
 
-def _mib_beside_model(policy: ActorGroup, shape: ModelShape) -> float:
+def _mib_beside_model(policy: ProbeGroup, shape: ModelShape) -> float:
     states = (BYTES[DTYPE] + STATE_BYTES) * shape.parameters
-    return (one(policy, "memory") - states) / MIB
+    return (policy.memory().wait(LIMIT)[0] - states) / MIB
 
 
 def _policy(model: Path, sizes: Sizes) -> Policy:
@@ -203,28 +203,28 @@ def _policy(model: Path, sizes: Sizes) -> Policy:
 def _collectives(sizes: Sizes, on_gpus: bool) -> CollectiveSeconds:
     logger.info("measuring collectives")
     with probed_pair(on_gpus) as pair:
-        found = wait(pair.call("time_collectives", sizes.collective, 5), "pair: time_collectives")
+        found = pair.time_collectives(sizes.collective, 5).wait(LIMIT)
     return CollectiveSeconds(sizes.collective, {name: max(each[name] for each in found) for name in found[0]})
 
 
-def _ray_rates(policy: ActorGroup, sizes: Sizes) -> RayRates:
-    one(policy, "nothing")
+def _ray_rates(policy: ProbeGroup, sizes: Sizes) -> RayRates:
+    policy.nothing().wait(LIMIT)
     began = time.perf_counter()
-    wait([ref for _ in range(_CALLS) for ref in policy.call("nothing")], "policy: nothing")
+    wait_together([policy.nothing() for _ in range(_CALLS)], LIMIT, "policy: nothing")
     call_s = (time.perf_counter() - began) / _CALLS
     data = np.zeros(sizes.stored, np.uint8)
     seconds = []
     for _ in range(3):
         began = time.perf_counter()
-        one(policy, "length", [ray.put(data)])
+        policy.length([ray.put(data)]).wait(LIMIT)
         seconds.append(time.perf_counter() - began)
     return RayRates(call_s=call_s, object_store_gb_s=sizes.stored / min(seconds) / GB)
 
 
-def _passes(policy: ActorGroup, shape: ModelShape, sizes: Sizes) -> list[PassSeconds]:
+def _passes(policy: ProbeGroup, shape: ModelShape, sizes: Sizes) -> list[PassSeconds]:
     points = []
     for samples in sizes.passes:
-        found: PassTimes = one(policy, "time_passes", samples, shape.vocab, _REPEATS)
+        [found] = policy.time_passes(samples, shape.vocab, _REPEATS).wait(LIMIT)
         sequences = Sequences.of(samples.count, samples.prompt, samples.response)
         points.append(PassSeconds(shape, sequences, found.scoring, found.training, found.step))
     return points
@@ -255,16 +255,19 @@ def _generate_s(engine: RolloutGroup, shape: ModelShape, batch: Decoding, length
 
 def _pause_s(engine: RolloutGroup) -> float:
     def pause() -> None:
-        engine.run("hold", timeout_s=TIMEOUT_S, setting=SETTING)
-        engine.run("release", 0, TIMEOUT_S, timeout_s=TIMEOUT_S, setting=SETTING)
+        engine.hold().wait(LIMIT)
+        engine.release([0]).wait(LIMIT)
 
     return min(_seconds(pause) for _ in range(5))
 
 
-def _sync_s(policy: ActorGroup, engine: RolloutGroup) -> float:
-    host, port = one(policy, "address")
-    one(policy, "connect", engine.actors, 1, host, port, _BUCKET_MIB * MIB, TIMEOUT_S)
-    laps = [_seconds(partial(one, policy, "send_weights", version)) for version in range(1, 5)]
+def _sync_s(policy: ProbeGroup, engine: RolloutGroup) -> float:
+    policy.connect(engine.actors, 1, _BUCKET_MIB * MIB, TIMEOUTS, same_devices=False).wait(LIMIT)
+
+    def send(version: int) -> None:
+        policy.send_weights(version).wait(LIMIT)
+
+    laps = [_seconds(partial(send, version)) for version in range(1, 5)]
     return min(laps[1:])
 
 

@@ -6,21 +6,22 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import ray
 from numpy.typing import NDArray
 
+from rlhf_ray.actors.epoch_training import EpochTrainedGroup, RowPlan
 from rlhf_ray.actors.group import ActorGroup
 from rlhf_ray.actors.trained import NonFiniteLossError, UpdateReport
-from rlhf_ray.actors.waiting import wait_all
 from rlhf_ray.config.jobs import EpochJob, SFTJob
+from rlhf_ray.config.run import Timeouts
+from rlhf_ray.controllers.diverged import TrainingDiverged, write_failed_samples
 from rlhf_ray.controllers.early_stop import EarlyStop
 from rlhf_ray.controllers.inputs import EpochInputs
-from rlhf_ray.controllers.ppo_report import StepRecord, TrainingDiverged, write_failed_samples
-from rlhf_ray.controllers.row_sources import LoadedRows, RowSource, Split, StreamedRows
+from rlhf_ray.controllers.row_sources import LoadedRows, RowSource, Split, StreamedRows, plan_rows
 from rlhf_ray.controllers.run_folder import Checkpointing, RunFolder
-from rlhf_ray.data.packing import plan_micro_batches
+from rlhf_ray.controllers.step_record import StepRecord
 from rlhf_ray.data.streaming import ConversationStream
 from rlhf_ray.models.score_scale import ScoreScale
+from rlhf_ray.recovery.checkpoints import Checkpoint
 from rlhf_ray.telemetry.metrics import Metrics, reduce_means
 
 logger = logging.getLogger("rlhf_ray")
@@ -36,7 +37,7 @@ class EpochController:
         self,
         config: EpochJob,
         inputs: EpochInputs,
-        group: ActorGroup,
+        group: EpochTrainedGroup[Any],
         folder: RunFolder,
         checkpointing: Checkpointing,
     ) -> None:
@@ -57,10 +58,7 @@ class EpochController:
 
     def train(self) -> None:
         """All steps from where the run stands."""
-        if self.folder.resumed is not None:
-            self.checkpointing.load(self.folder.resumed)
-            self.step, self.metrics = self.folder.resumed.step, self.folder.resumed.metrics
-            self.load_state_dict(self.folder.resumed.state)
+        self.restore(self.folder.resumed)
         self.folder.start_progress()
         while self.step < self.total and not self._over:
             self.train_step(self.step + 1)
@@ -69,18 +67,23 @@ class EpochController:
         if self.config.run.export:
             self._export(wait=True)
 
+    def restore(self, checkpoint: Checkpoint | None) -> None:
+        """Bring all ranks and this controller to the state of a checkpoint; without one they stay at the first."""
+        if checkpoint is None:
+            return
+        self.checkpointing.load(checkpoint)
+        self.step, self.metrics = checkpoint.step, checkpoint.metrics
+        self.load_state_dict(checkpoint.state)
+
     def train_step(self, step: int) -> None:
         """One optimizer step, with evaluation and checkpoint when due."""
         record = StepRecord(step, self.folder.recorder)
-        role = self.config.role
         split, rows, of_rows = self.rows.take(step)
         lengths, weight = split.rows.lengths[rows], float(split.rows.weights[rows].sum())
-        plan = plan_micro_batches(lengths, self.group.shares, role.trained.engine.micro_batch_tokens)
         context = self.context(split, rows)
-        per_share = [(split.ref, [rows[micro].tolist() for micro in mine], weight, context) for mine in plan]
         try:
-            with self.folder.recorder.span("update", step):
-                reports = self._wait(self.group.call_each("step", per_share), "step", "update_s")
+            with record.span("update"):
+                reports = self.group.step(self._plan(split, rows), weight, context).wait(self._limits.update)
         except NonFiniteLossError as error:
             failed = [{"uid": uid, "step": step} for uid in error.samples]
             raise TrainingDiverged(step, write_failed_samples(self.folder.path, step, failed), error) from error
@@ -93,7 +96,7 @@ class EpochController:
         last, every = step == self.total, self.config.run.eval_every
         best = False
         if last or (every and step % every == 0):
-            with self.folder.recorder.span("evaluate", step):
+            with record.span("evaluate"):
                 metrics |= self.evaluate()
             best = self.early_stop is not None and self.early_stop.is_best(metrics)
         last = last or self._over
@@ -101,7 +104,7 @@ class EpochController:
         if due:
             with record.timing("checkpoint"):
                 self.checkpointing.save(step)
-        metrics |= record.timings(self.folder.collect_spans(self.groups, self.config.run.timeouts.setup_s))
+        metrics |= record.timings(self.folder.collect_spans(self.groups, self._limits.setup))
         self.folder.log_step(step, metrics)
         self.metrics = metrics
         if due:
@@ -113,8 +116,10 @@ class EpochController:
         """Metrics of the held-out rows, none without them."""
         if self.held_out is None:
             return {}
-        context = self.context(self.held_out, np.arange(len(self.held_out.rows)))
-        found = reduce_means(self.on_rows("evaluate", self.held_out, context))
+        rows = np.arange(len(self.held_out.rows))
+        context = self.context(self.held_out, rows)
+        calls = self.group.evaluate(self._plan(self.held_out, rows), context)
+        found = reduce_means(calls.wait(self._limits.score))
         if isinstance(self.config, SFTJob):
             found["perplexity"] = math.exp(found["loss"])
         return {f"eval/{name}": value for name, value in found.items()}
@@ -130,7 +135,7 @@ class EpochController:
         return self.early_stop is not None and self.early_stop.over
 
     @property
-    def groups(self) -> list[ActorGroup]:
+    def groups(self) -> list[ActorGroup[Any]]:
         """All roles."""
         return [self.group]
 
@@ -165,17 +170,14 @@ class EpochController:
         self.step, self.metrics = best.step, best.metrics
         return True
 
-    def on_rows(self, method: str, split: Split, *context: Any) -> list[Any]:
-        """What a method that learns nothing gives for the rows of a data set, by rank."""
-        max_tokens = self.config.role.trained.engine.micro_batch_tokens
-        plan = plan_micro_batches(split.rows.lengths, self.group.shares, max_tokens)
-        refs = self.group.call_each(method, [(split.ref, mine, *context) for mine in plan])
-        return self._wait(refs, method, "score_s")
+    def _plan(self, split: Split, rows: NDArray[np.int64]) -> RowPlan:
+        """The micro-batches of some rows for each data-parallel rank."""
+        return plan_rows(split, rows, self.group.dp_size, self.config.section.engine.micro_batch_tokens)
 
     def _export(self, *, wait: bool) -> None:
         scale = ScoreScale.of_metrics(self.metrics)
-        self.checkpointing.export(self.config.role.name, wait=wait, scale=scale)
+        self.checkpointing.export(self.config.trained.name, wait=wait, scale=scale)
 
-    def _wait(self, refs: list[ray.ObjectRef], what: str, limit: str) -> list[Any]:
-        timeout_s = getattr(self.config.run.timeouts, limit)
-        return wait_all(refs, timeout_s, f"{self.config.role.name}: {what}", f"run.timeouts.{limit}")
+    @property
+    def _limits(self) -> Timeouts:
+        return self.config.run.timeouts

@@ -1,5 +1,6 @@
 """Inputs of a job, and what can be known to be wrong with them before any actor starts."""
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,16 +10,15 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from rlhf_ray.config.base import MOST
 from rlhf_ray.config.jobs import (
     EpochJob,
-    JobConfig,
     PPOJob,
     PreferenceJob,
     RewardModel,
     RewardModelJob,
     SFTJob,
 )
-from rlhf_ray.config.loading import ConfigError
 from rlhf_ray.config.reward_loss import BradleyTerry
 from rlhf_ray.config.rewards import FunctionReward, HttpReward, ModelReward
 from rlhf_ray.config.training import Critic, Policy, ScoringEngine, TrainingEngine
@@ -29,6 +29,7 @@ from rlhf_ray.data.mismatched import mismatched
 from rlhf_ray.data.prompts import PromptSet, load_prompts
 from rlhf_ray.data.seeds import derive_seed
 from rlhf_ray.data.streaming import ConversationStream
+from rlhf_ray.models.folder_checks import check_model, positions_of, try_export
 from rlhf_ray.models.heads import (
     ModelError,
     check_heads,
@@ -44,7 +45,8 @@ from rlhf_ray.rewards.errors import RewardError
 from rlhf_ray.rewards.function import FunctionScorer
 from rlhf_ray.rewards.http import HttpScorer
 from rlhf_ray.telemetry.errors import MissingTrackerError
-from rlhf_ray.telemetry.trackers import check_trackers
+
+logger = logging.getLogger("rlhf_ray")
 
 
 @dataclass(frozen=True)
@@ -55,16 +57,12 @@ class PPOInputs:
         steps: of the run.
         tokenizer: the policy's.
         prompts: tokenised.
-        reference_model: folder.
-        critic_model: folder that the critic starts from.
         same_tokens: for each reward model, whether it reads the policy's tokens.
     """
 
     steps: int
     tokenizer: PreTrainedTokenizerBase
     prompts: PromptSet
-    reference_model: str
-    critic_model: str
     same_tokens: list[bool]
 
 
@@ -122,24 +120,12 @@ class PreferenceInputs(EpochInputs):
         return [rows for rows in every if isinstance(rows, ComparisonSet)]
 
 
-def check(config: JobConfig) -> PPOInputs | EpochInputs:
-    """Read models' configs, tokenizers and data, and look for what can't work.
-
-    Raises:
-        ConfigError: with every problem found, each naming its dotted path; bad rows also by file and line.
-    """
-    problems: list[str] = []
-    with _collect(problems, "run"):
-        check_trackers(config.run)
-    return _check_ppo(config, problems) if isinstance(config, PPOJob) else _check_epochs(config, problems)
-
-
-def _check_ppo(config: PPOJob, problems: list[str]) -> PPOInputs:
+def check_ppo(config: PPOJob, problems: list[str]) -> PPOInputs | None:
+    """Models, rewards and prompts."""
     policy = config.policy
     reference = policy.model if config.reference.from_model == "policy" else config.reference.from_model
-    critic = config.reward_models[0].model if config.critic.init_from == "reward" else config.critic.init_from
     tokenizer = None
-    with _collect(problems, "policy.model"):
+    with collect(problems, "policy.model"):
         tokenizer = load_tokenizer(policy.model, trust_remote_code=policy.trust_remote_code)
         check_tokenizer_matches(policy.model, tokenizer, trust_remote_code=policy.trust_remote_code)
         longest = longest_sequence(policy.model, trust_remote_code=policy.trust_remote_code)
@@ -148,30 +134,32 @@ def _check_ppo(config: PPOJob, problems: list[str]) -> PPOInputs:
                 f"rollout.engine.max_model_len ({config.rollout.engine.max_model_len}) is more than the {longest} "
                 f"positions of policy.model {policy.model!r}"
             )
+        _check_folder("policy", policy.model, policy.engine, policy.trust_remote_code, trained=True)
         _check_lora(problems, "policy", policy.model, policy)
         _check_heads(problems, "policy", policy.model, policy.engine, policy.trust_remote_code)
         _check_tensor_parallel(problems, config)
-    with _collect(problems, "reference.from"):
+    with collect(problems, "reference.from"):
         if tokenizer is not None and not _same_vocabulary(
             reference, tokenizer, trust_remote_code=policy.trust_remote_code
         ):
             problems.append(f"reference.from: {reference!r} has another vocabulary than policy.model {policy.model!r}")
+        elif tokenizer is not None:
+            check_tokenizer_matches(reference, tokenizer, trust_remote_code=policy.trust_remote_code)
+        _check_folder("reference", reference, config.reference.engine, policy.trust_remote_code)
+        _check_room(problems, "reference.from", reference, config, policy.trust_remote_code)
         _check_heads(problems, "reference", reference, config.reference.engine, policy.trust_remote_code)
-    with _collect(problems, "critic.init_from"):
-        if tokenizer is not None and not _same_vocabulary(
-            critic, tokenizer, trust_remote_code=config.critic.trust_remote_code
-        ):
-            problems.append(
-                f"critic.init_from: {critic!r} has another vocabulary than policy.model {policy.model!r}, whose tokens "
-                "the critic reads"
-            )
-        _check_lora(problems, "critic", critic, config.critic)
-        _check_heads(problems, "critic", critic, config.critic.engine, config.critic.trust_remote_code)
+    if config.critic is not None:
+        _check_critic(config, config.critic, tokenizer, problems)
     same_tokens = []
+    functions: dict[int, FunctionScorer] = {}
     for index, part in enumerate(config.reward):
-        with _collect(problems, f"reward.{index}"):
+        with collect(problems, f"reward.{index}"):
             if isinstance(part, ModelReward):
                 check_scores(part.model, trust_remote_code=part.trust_remote_code)
+                own = load_tokenizer(part.model, trust_remote_code=part.trust_remote_code)
+                check_tokenizer_matches(part.model, own, trust_remote_code=part.trust_remote_code)
+                _check_folder("reward", part.model, part.engine, part.trust_remote_code)
+                _check_room(problems, f"reward.{index}.model", part.model, config, part.trust_remote_code)
                 _check_heads(problems, f"reward.{index}", part.model, part.engine, part.trust_remote_code)
                 if part.normalise and scale_of(part.model, trust_remote_code=part.trust_remote_code) is None:
                     problems.append(
@@ -183,86 +171,174 @@ def _check_ppo(config: PPOJob, problems: list[str]) -> PPOInputs:
                         _same_vocabulary(part.model, tokenizer, trust_remote_code=part.trust_remote_code)
                     )
             elif isinstance(part, FunctionReward):
-                FunctionScorer(part)
+                functions[index] = FunctionScorer(part)
             elif isinstance(part, HttpReward):
                 HttpScorer(part).check()
     prompts = None
     if tokenizer is not None:
-        with _collect(problems, "data.prompts"):
+        with collect(problems, "data.prompts"):
             prompts = load_prompts(config.data, tokenizer, config.max_prompt_tokens)
-    if problems or tokenizer is None or prompts is None:
-        raise ConfigError("preflight", problems)
-    return PPOInputs(config.run.steps, tokenizer, prompts, reference, critic, same_tokens)
+            for index, function in functions.items():
+                with collect(problems, f"reward.{index}"):
+                    function.check(prompts.columns, len(prompts))
+    if tokenizer is None or prompts is None:
+        return None
+    return PPOInputs(config.run.steps, tokenizer, prompts, same_tokens)
 
 
-def _check_epochs(config: EpochJob, problems: list[str]) -> EpochInputs:
-    section = config.role.trained
-    tokenizer = None
-    with _collect(problems, f"{config.role.name}.model"):
-        tokenizer = load_tokenizer(section.model, trust_remote_code=section.trust_remote_code)
-        check_tokenizer_matches(section.model, tokenizer, trust_remote_code=section.trust_remote_code)
-        _check_lora(problems, config.role.name, section.model, section)
-        _check_heads(problems, config.role.name, section.model, section.engine, section.trust_remote_code)
-    train: RowSet | ConversationStream | None = None
-    held_out: RowSet | None = None
-    if tokenizer is not None:
-        if isinstance(config, SFTJob):
-            train = (
-                _streamed(config, tokenizer, problems) if config.data.streaming else _mixed(config, tokenizer, problems)
+def _check_critic(
+    config: PPOJob, critic: Critic, tokenizer: PreTrainedTokenizerBase | None, problems: list[str]
+) -> None:
+    source, trusted = config.role("critic").model, critic.trust_remote_code
+    assert source is not None
+    with collect(problems, "critic.init_from"):
+        if tokenizer is not None and not _same_vocabulary(source.path, tokenizer, trust_remote_code=trusted):
+            problems.append(
+                f"critic.init_from: {source.path!r} has another vocabulary than policy.model {config.policy.model!r}, "
+                "whose tokens the critic reads"
             )
-        else:
-            with _collect(problems, "data.train"):
-                train = _comparisons(config, config.data.train, "data.train", tokenizer, problems)
-                train = train.first(config.data.train_rows)
-        if config.data.eval is not None:
-            with _collect(problems, "data.eval"):
-                held_out = (
-                    load_conversations(config.data, config.data.eval, tokenizer)
-                    if isinstance(config, SFTJob)
-                    else _comparisons(config, config.data.eval, "data.eval", tokenizer, problems)
-                ).first(config.data.eval_rows)
-    if isinstance(config, PreferenceJob) and tokenizer is not None:
-        _check_reference(config, tokenizer, problems)
-    if problems or train is None:
-        raise ConfigError("preflight", problems)
+        elif tokenizer is not None:
+            check_tokenizer_matches(source.path, tokenizer, trust_remote_code=trusted)
+        _check_folder("critic", source.path, critic.engine, trusted, trained=True)
+        _check_room(problems, "critic.init_from", source.path, config, trusted)
+        _check_lora(problems, "critic", source.path, critic)
+        _check_heads(problems, "critic", source.path, critic.engine, trusted)
+
+
+def check_sft(config: SFTJob, problems: list[str]) -> EpochInputs | None:
+    """The model, and conversations in memory or of a stream."""
+    tokenizer = _check_trained(config, config.data.max_tokens, problems)
+    if tokenizer is None:
+        return None
+    train: ConversationSet | ConversationStream | None
+    train = _streamed(config, tokenizer, problems) if config.data.streaming else _mixed(config, tokenizer, problems)
+    held_out = None
+    if config.data.eval is not None:
+        with collect(problems, "data.eval"):
+            held_out = load_conversations(config.data, config.data.eval, tokenizer).first(config.data.eval_rows)
+    if train is None:
+        return None
     if isinstance(train, ConversationStream):
-        assert isinstance(config, SFTJob)
         assert config.run.steps is not None
         return EpochInputs(config.run.steps, train, held_out)
-    steps = config.run.epochs * -(-len(train) // config.role.rows_per_step)
-    if not isinstance(config, PreferenceJob):
-        return EpochInputs(steps, train, held_out)
+    return EpochInputs(_steps(config, train, problems), train, held_out)
+
+
+def check_reward_model(config: RewardModelJob, problems: list[str]) -> EpochInputs | None:
+    """The model, and judged answers that its loss can learn from."""
+    tokenizer = _check_trained(config, config.data.max_tokens, problems)
+    if tokenizer is None:
+        return None
+    train, held_out = _comparisons(config, tokenizer, problems)
+    return None if train is None else EpochInputs(_steps(config, train, problems), train, held_out)
+
+
+def check_preference(config: PreferenceJob, problems: list[str]) -> PreferenceInputs | None:
+    """The models, judged answers, and for KTO mismatched ones."""
+    tokenizer = _check_trained(config, config.data.max_tokens, problems)
+    if tokenizer is None:
+        return None
+    train, held_out = _comparisons(config, tokenizer, problems)
+    _check_reference(config, tokenizer, problems)
+    if train is None:
+        return None
     kto = config.algorithm.kto is not None
     others = {
         name: mismatched(rows, config.data.max_tokens)
         for name, rows in (("train", train), ("eval", held_out))
-        if kto and isinstance(rows, ComparisonSet)
+        if kto and rows is not None and not problems
     }
-    return PreferenceInputs(steps, train, held_out, others)
+    return PreferenceInputs(_steps(config, train, problems), train, held_out, others)
+
+
+def _check_trained(config: EpochJob, max_tokens: int, problems: list[str]) -> PreTrainedTokenizerBase | None:
+    """The model that learns from rows of at most `max_tokens`; its tokenizer, None where it has none."""
+    section, name, tokenizer = config.section, config.trained.name, None
+    with collect(problems, f"{name}.model"):
+        tokenizer = load_tokenizer(section.model, trust_remote_code=section.trust_remote_code)
+        check_tokenizer_matches(section.model, tokenizer, trust_remote_code=section.trust_remote_code)
+        _check_folder(name, section.model, section.engine, section.trust_remote_code, trained=True)
+        _check_row_room(problems, f"{name}.model", section.model, max_tokens, section.trust_remote_code)
+        _check_lora(problems, name, section.model, section)
+        _check_heads(problems, name, section.model, section.engine, section.trust_remote_code)
+    return tokenizer
+
+
+def _steps(config: EpochJob, rows: RowSet, problems: list[str]) -> int:
+    steps = config.run.epochs * -(-len(rows) // config.rows_per_step)
+    if steps > MOST:
+        asked = f"{config.run.epochs:,} epochs of {len(rows):,} rows are {steps:,} steps"
+        problems.append(f"run.epochs: {asked}, more than the {MOST:,} that a run may have")
+    return steps
 
 
 def _check_reference(config: PreferenceJob, tokenizer: PreTrainedTokenizerBase, problems: list[str]) -> None:
-    model, trusted = config.reference_model, config.policy.trust_remote_code
-    with _collect(problems, "reference.from"):
-        if config.algorithm.needs_reference and not _same_vocabulary(model, tokenizer, trust_remote_code=trusted):
-            problems.append(
-                f"reference.from: {model!r} has another vocabulary than policy.model {config.policy.model!r}"
-            )
+    own, trusted = config.reference.from_model, config.policy.trust_remote_code
+    model = config.policy.model if own == "policy" else own
+    with collect(problems, "reference.from"):
+        if config.algorithm.needs_reference:
+            if _same_vocabulary(model, tokenizer, trust_remote_code=trusted):
+                check_tokenizer_matches(model, tokenizer, trust_remote_code=trusted)
+            else:
+                problems.append(
+                    f"reference.from: {model!r} has another vocabulary than policy.model {config.policy.model!r}"
+                )
+            _check_folder("reference", model, config.reference.engine, trusted)
+            if model != config.policy.model:
+                _check_row_room(problems, "reference.from", model, config.data.max_tokens, trusted)
         _check_heads(problems, "reference", model, config.reference.engine, trusted)
 
 
 def _streamed(config: SFTJob, tokenizer: PreTrainedTokenizerBase, problems: list[str]) -> ConversationStream:
     stream = ConversationStream(config.data, tokenizer, derive_seed(config.seed, "rows"))
     for reader in stream.readers:
-        with _collect(problems, reader.setting):
+        with collect(problems, reader.setting):
             reader.check()
     return stream
+
+
+def _check_folder(
+    role: str, model: str, engine: TrainingEngine | ScoringEngine, trusted: bool, *, trained: bool = False
+) -> None:
+    """What is in the folder of a role's model, and whether what is `trained` from it can be exported."""
+    scalar = role in ("critic", "reward")
+    check_model(model, scalar=scalar, sharded=engine.zero_stage == 3, trust_remote_code=trusted)
+    if trained:
+        try_export(model, scalar=scalar, trust_remote_code=trusted)
+
+
+def _check_room(problems: list[str], path: str, model: str, config: PPOJob, trusted: bool) -> None:
+    """Who reads samples needs positions for prompt and response. The policy's are checked with its engines."""
+    if model == config.policy.model:
+        return
+    prompt, response = config.max_prompt_tokens, config.rollout.sampling.max_new_tokens
+    positions = positions_of(model, trust_remote_code=trusted)
+    if positions is not None and positions.tokens < prompt + response:
+        problems.append(
+            f"{path}: model {model!r} has positions for {positions.tokens} tokens, but a prompt of up to {prompt} and "
+            f"a response of up to {response} have {prompt + response}: lower data.max_prompt_tokens or "
+            "rollout.sampling.max_new_tokens, or choose a model with more positions"
+        )
+
+
+def _check_row_room(problems: list[str], path: str, model: str, budget: int, trusted: bool) -> None:
+    """A model that learns from rows needs positions for the longest. Rotary ones go on, but further than it learnt."""
+    positions = positions_of(model, trust_remote_code=trusted)
+    if positions is None or positions.tokens >= budget:
+        return
+    said = f"{path}: model {model!r} has positions for {positions.tokens} tokens, but data.max_tokens is {budget}"
+    if positions.in_table:
+        problems.append(f"{said}: lower data.max_tokens, or choose a model with more positions")
+    else:
+        logger.warning(
+            "%s: longer rows are trained on all the same; lower data.max_tokens where that is not meant", said
+        )
 
 
 def _check_lora(problems: list[str], role: str, model: str, section: Policy | Critic | RewardModel) -> None:
     if section.lora is None:
         return
-    with _collect(problems, f"{role}.lora"):
+    with collect(problems, f"{role}.lora"):
         check_lora(model, section.lora, scalar=role != "policy", trust_remote_code=section.trust_remote_code)
 
 
@@ -271,7 +347,7 @@ def _check_heads(
 ) -> None:
     if engine.sequence_parallel == 1:
         return
-    with _collect(problems, f"{section}.engine.sequence_parallel"):
+    with collect(problems, f"{section}.engine.sequence_parallel"):
         check_heads(model, engine.sequence_parallel, trust_remote_code=trusted)
 
 
@@ -279,7 +355,7 @@ def _check_tensor_parallel(problems: list[str], config: PPOJob) -> None:
     workers = config.placement.rollout.tensor_parallel
     if workers == 1:
         return
-    with _collect(problems, "placement.rollout.tensor_parallel"):
+    with collect(problems, "placement.rollout.tensor_parallel"):
         check_heads(config.policy.model, workers, trust_remote_code=config.policy.trust_remote_code)
 
 
@@ -287,23 +363,28 @@ def _mixed(config: SFTJob, tokenizer: PreTrainedTokenizerBase, problems: list[st
     """All files to train on, None when one of them can't be used."""
     found = []
     for index, source in enumerate(config.data.sources):
-        with _collect(problems, "data.train" if isinstance(config.data.train, str) else f"data.train.{index}.path"):
+        with collect(problems, "data.train" if isinstance(config.data.train, str) else f"data.train.{index}.path"):
             rows = load_conversations(config.data, source.path, tokenizer).first(config.data.train_rows)
             found.append((rows, source.weight))
     return mix(found) if len(found) == len(config.data.sources) else None
 
 
 def _comparisons(
-    config: RewardModelJob | PreferenceJob,
-    path: str,
-    setting: str,
-    tokenizer: PreTrainedTokenizerBase,
-    problems: list[str],
-) -> ComparisonSet:
-    rows = load_comparisons(config.data, path, tokenizer, config.kind)
-    if isinstance(config, RewardModelJob):
-        problems += unfit_rows(config, setting, rows)
-    return rows
+    config: RewardModelJob | PreferenceJob, tokenizer: PreTrainedTokenizerBase, problems: list[str]
+) -> tuple[ComparisonSet | None, ComparisonSet | None]:
+    """Rows to train on, and held-out ones, so many as the config says."""
+    data = config.data
+    found: list[ComparisonSet | None] = []
+    for setting, path, limit in (("data.train", data.train, data.train_rows), ("data.eval", data.eval, data.eval_rows)):
+        rows = None
+        if path is not None:
+            with collect(problems, setting):
+                rows = load_comparisons(data, path, tokenizer, config.kind)
+                if isinstance(config, RewardModelJob):
+                    problems += unfit_rows(config, setting, rows)
+                rows = rows.first(limit)
+        found.append(rows)
+    return found[0], found[1]
 
 
 def unfit_rows(config: RewardModelJob, setting: str, rows: ComparisonSet) -> Iterator[str]:
@@ -326,7 +407,8 @@ def unfit_rows(config: RewardModelJob, setting: str, rows: ComparisonSet) -> Ite
 
 
 @contextmanager
-def _collect(problems: list[str], path: str) -> Iterator[None]:
+def collect(problems: list[str], path: str) -> Iterator[None]:
+    """Have what the body finds wrong with models, rewards, data or trackers be a problem of a setting."""
     try:
         yield
     except (ModelError, RewardError, DataError, MissingTrackerError) as error:

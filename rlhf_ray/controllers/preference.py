@@ -7,14 +7,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlhf_ray.actors.group import ActorGroup
-from rlhf_ray.actors.preference import Refs, StepContext
+from rlhf_ray.actors.preference import PreferenceGroup, Refs, StepContext
 from rlhf_ray.actors.trained import UpdateReport
 from rlhf_ray.algorithms.preference.unpaired import RewardShift
 from rlhf_ray.config.jobs import PreferenceJob
 from rlhf_ray.controllers.epochs import EpochController
 from rlhf_ray.controllers.inputs import PreferenceInputs
-from rlhf_ray.controllers.reference_columns import CachedReference, LiveReference, ReferenceCache, plan_answers
-from rlhf_ray.controllers.roles import PreferenceRoles
+from rlhf_ray.controllers.preference_roles import PreferenceRoles
+from rlhf_ray.controllers.reference_columns import CachedReference, LiveReference, ReferenceCache
 from rlhf_ray.controllers.row_sources import Split
 from rlhf_ray.controllers.run_folder import Checkpointing, RunFolder
 from rlhf_ray.telemetry.metrics import Metrics, sum_means
@@ -29,6 +29,7 @@ class PreferenceController(EpochController):
     """
 
     config: PreferenceJob
+    group: PreferenceGroup
 
     def __init__(
         self,
@@ -52,7 +53,7 @@ class PreferenceController(EpochController):
             roles.reference.kill()  # its work is done
 
     @property
-    def groups(self) -> list[ActorGroup]:
+    def groups(self) -> list[ActorGroup[Any]]:
         """All roles."""
         return list(dict.fromkeys([self.group, *([] if self._live is None else [self._live.group])]))
 
@@ -81,7 +82,7 @@ class PreferenceController(EpochController):
         every = self.config.reference.update_every
         if self._live is not None and every and step % every == 0:
             self._devices.enter("score")
-            shared = self._wait(self.group.call("share_weights"), "share_weights", "sync_s")
+            shared = self.group.share_weights().wait(self.config.run.timeouts.sync)
             self._live.mix(shared, self.config.reference.update_mix)
         return metrics
 
@@ -98,8 +99,7 @@ class PreferenceController(EpochController):
         return () if self._reference is None else self._reference.of(split, rows)
 
     def _of_policy(self, split: Split, rows: NDArray[np.int64]) -> Refs:
-        plan = plan_answers(split, rows, self.group.shares, self.config.policy.engine.micro_batch_tokens)
-        return self.group.call_each("answer_logprobs", plan)
+        return self.group.answer_logprobs(self._plan(split, rows)).refs
 
     def _of_mismatched(self, split: Split, rows: NDArray[np.int64]) -> tuple[Refs, Refs]:
         others = self._others[split.name]

@@ -5,29 +5,26 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import ray
-
-from rlhf_ray.actors.group import ActorGroup, Seating, create_group
-from rlhf_ray.actors.probe import PairWorker, ProbeRolloutWorker, ProbeWorker
+from rlhf_ray.actors.group import wait_together
+from rlhf_ray.actors.probe import PairGroup, PairWorker, ProbeGroup, ProbeRolloutWorker, ProbeWorker, engine_memory
 from rlhf_ray.actors.rollout import RolloutGroup
-from rlhf_ray.actors.waiting import wait_all
-from rlhf_ray.cluster.planner.folders import read_shape
-from rlhf_ray.cluster.planner.measurements import MIB
-from rlhf_ray.cluster.planner.processes import ProcessMemory
-from rlhf_ray.cluster.planner.work import BYTES
-from rlhf_ray.config.placement import Placed, RolePlacement, RolloutPlacement
+from rlhf_ray.actors.worker import join_collectives_of
+from rlhf_ray.config.placement import RolePlacement, RolloutPlacement
 from rlhf_ray.config.rollout import Rollout, RolloutEngine, Sampling
-from rlhf_ray.config.run import Timeouts
+from rlhf_ray.config.run import Limit, Timeouts
 from rlhf_ray.config.training import Dtype
-from rlhf_ray.controllers.roles import join_collectives
+from rlhf_ray.controllers.roles import Actors, identities
 from rlhf_ray.engines.rollout_setup import RolloutSetup
+from rlhf_ray.models.config_json import read_shape
+from rlhf_ray.planner.calibration import ProcessMemory
+from rlhf_ray.planner.measurements import MIB
+from rlhf_ray.planner.work import BYTES
 from rlhf_ray.platform import cores
 
 DTYPE: Dtype = "bfloat16"
-TIMEOUT_S = 300.0
-SETTING = "the limit of a calibration"
+LIMIT = Limit(300.0, "the limit of a calibration")
+TIMEOUTS = Timeouts(setup_s=LIMIT.seconds, rollout_s=LIMIT.seconds, sync_s=LIMIT.seconds)
 
 
 @dataclass(frozen=True)
@@ -38,7 +35,7 @@ class ProbedRoles:
         process_s, engine_s: seconds until the policy was there, and the engines.
     """
 
-    policy: ActorGroup
+    policy: ProbeGroup
     engines: list[RolloutGroup]
     process_s: float
     engine_s: float
@@ -51,70 +48,45 @@ def probed_roles(gpus: int, threads: int, models: Sequence[Path]) -> Iterator[Pr
     there is one only."""
     beside = gpus == 1
     own = RolloutPlacement(engines=len(models), cpus=0, gpus=1 if gpus else 0, threads=threads)
-    places = {
-        "policy": Placed(RolePlacement(cpus=0, gpus=1 if gpus else 0, threads=threads), 1),
-        "rollout": Placed(RolloutPlacement(colocate="policy") if beside else own, 1),
+    placements: dict[str, RolePlacement | RolloutPlacement] = {
+        "policy": RolePlacement(cpus=0, gpus=1 if gpus else 0, threads=threads),
+        "rollout": RolloutPlacement(colocate="policy") if beside else own,
     }
-    seating = Seating(places, TIMEOUT_S, autoscaling=False)
-    started: list[ActorGroup] = []
-    try:
+    settings = RolloutEngine(
+        max_model_len=4096, max_num_seqs=256, prefix_caching=False, gpu_memory_utilization=0.4, cpu_kv_cache_gib=1
+    )
+    rollout = Rollout(sampling=Sampling(max_new_tokens=256), engine=settings)
+    with Actors(placements, LIMIT.seconds) as actors:
         began = time.perf_counter()
-        policy = create_group("policy", ProbeWorker, seating.seats["policy"], 1, _identity)
-        engines = create_group(
-            "rollout", ProbeRolloutWorker, seating.seats["rollout"], len(models), lambda rank: {"rank": rank}
-        )
-        started += [policy, engines]
-        settings = RolloutEngine(
-            max_model_len=4096, max_num_seqs=256, prefix_caching=False, gpu_memory_utilization=0.4, cpu_kv_cache_gib=1
-        )
-        rollout = Rollout(sampling=Sampling(max_new_tokens=256), engine=settings)
-        loading = [
-            actor.load_model.remote(RolloutSetup(str(model), settings, DTYPE, 1, seed=0, beside_policy=beside))
-            for actor, model in zip(engines.actors, models, strict=True)
+        identity = identities("policy", 1, seed=0, deterministic=False)
+        policy = actors.own(ProbeGroup("policy", actors.start(ProbeWorker, "policy", 1, identity)))
+        started = actors.start(ProbeRolloutWorker, "rollout", len(models), lambda rank: {"rank": rank})
+        engines = [
+            actors.own_engines(RolloutGroup([actor], rollout, deterministic=False, timeouts=TIMEOUTS))
+            for actor in started
         ]
-        join_collectives([policy], Timeouts(setup_s=TIMEOUT_S))
+        setups = [RolloutSetup(str(model), settings, DTYPE, 1, seed=0, beside_policy=beside) for model in models]
+        waiting = list(zip(engines, setups, strict=True))
+        # An engine counts what is free on its device, so those on one device start one after the other.
+        at_once = 1 if beside else len(setups)
+        loading = [engine.load_model(setup) for engine, setup in waiting[:at_once]]
+        join_collectives_of([policy], TIMEOUTS)
         process_s = time.perf_counter() - began
-        wait(loading, "rollout: load_model")
+        wait_together(loading, LIMIT, "rollout: load_model")
+        for engine, setup in waiting[at_once:]:
+            engine.load_model(setup).wait(LIMIT)
         engine_s = time.perf_counter() - began
-        groups = [RolloutGroup([actor], rollout, deterministic=False, timeout_s=TIMEOUT_S) for actor in engines.actors]
         weights = read_shape(str(models[0])).parameters * BYTES[DTYPE]
-        memory = ProcessMemory(
-            rank_mib=one(policy, "memory") / MIB, engine_mib=max(0.0, one(groups[0], "memory") - weights) / MIB
-        )
-        yield ProbedRoles(policy, groups, process_s, engine_s, memory)
-        wait(engines.call("shutdown"), "rollout: shutdown")
-    finally:
-        for group in started:
-            group.kill()
-        seating.release()
-
-
-def _identity(rank: int) -> dict[str, Any]:
-    return {"role": "policy", "rank": rank, "world_size": 1, "seed": 0, "deterministic": False}
+        [rank_memory], [engine_bytes] = policy.memory().wait(LIMIT), engine_memory(engines[0]).wait(LIMIT)
+        memory = ProcessMemory(rank_mib=rank_memory / MIB, engine_mib=max(0.0, engine_bytes - weights) / MIB)
+        yield ProbedRoles(policy, engines, process_s, engine_s, memory)
 
 
 @contextmanager
-def probed_pair(on_gpus: bool) -> Iterator[ActorGroup]:
+def probed_pair(on_gpus: bool) -> Iterator[PairGroup]:
     """Two processes that have met, each with its own device or its half of the cores."""
     placement = RolePlacement(ranks=2, cpus=0, gpus=1 if on_gpus else 0, threads=max(1, cores() // 2))
-    seating = Seating({"pair": Placed(placement, 1)}, TIMEOUT_S, autoscaling=False)
-    pair = None
-    try:
-        pair = create_group("pair", PairWorker, seating.seats["pair"], 2, lambda rank: {"rank": rank})
-        host, port = one(pair, "address")
-        wait(pair.call("join", host, port, TIMEOUT_S), "pair: join")
+    with Actors({"pair": placement}, LIMIT.seconds) as actors:
+        pair = actors.own(PairGroup("pair", actors.start(PairWorker, "pair", 2, lambda rank: {"rank": rank})))
+        pair.meet(LIMIT.seconds).wait(LIMIT)
         yield pair
-    finally:
-        if pair is not None:
-            pair.kill()
-        seating.release()
-
-
-def one(group: ActorGroup, method: str, *args: Any) -> Any:
-    """What rank 0 answers."""
-    return wait([group.call_one(0, method, *args)], f"{group.role}: {method}")[0]
-
-
-def wait(refs: Sequence[ray.ObjectRef], what: str) -> list[Any]:
-    """As `wait_all`."""
-    return wait_all(refs, TIMEOUT_S, what, SETTING)

@@ -16,15 +16,14 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from rlhf_ray.actors.answers import AnswerLogProbs
-from rlhf_ray.actors.group import ActorGroup
-from rlhf_ray.actors.preference import Refs
-from rlhf_ray.actors.waiting import wait_all
+from rlhf_ray.actors.group import Calls
+from rlhf_ray.actors.preference import PreferenceGroup, Refs
+from rlhf_ray.actors.reference import ReferenceGroup
 from rlhf_ray.config.jobs import PreferenceJob
 from rlhf_ray.config.run import Timeouts
-from rlhf_ray.controllers.roles import PreferenceRoles
-from rlhf_ray.controllers.row_sources import Split
+from rlhf_ray.controllers.preference_roles import PreferenceRoles
+from rlhf_ray.controllers.row_sources import Split, plan_rows
 from rlhf_ray.data.comparisons import ComparisonSet
-from rlhf_ray.data.packing import plan_micro_batches
 from rlhf_ray.data.trajectory import Floats, offsets_of
 from rlhf_ray.models.heads import load_config
 
@@ -43,34 +42,35 @@ class ReferenceColumns(ABC):
 
 
 class LiveReference(ReferenceColumns):
-    """Asks actors for each step's rows.
+    """Asks actors for each step's rows: the reference's, or with LoRA the policy's with their adapters off."""
 
-    Args:
-        group: the reference's actors, or with LoRA the policy's.
-        method: of these actors.
-        max_tokens: in one micro-batch.
-    """
-
-    def __init__(self, group: ActorGroup, method: str, max_tokens: int, timeouts: Timeouts) -> None:
+    def __init__(self, group: ReferenceGroup | PreferenceGroup, max_tokens: int, timeouts: Timeouts) -> None:
         self.group = group
-        self._method, self._max_tokens, self._timeouts = method, max_tokens, timeouts
+        self._max_tokens, self._timeouts = max_tokens, timeouts
 
     @classmethod
     def with_roles(cls, config: PreferenceJob, roles: PreferenceRoles) -> "LiveReference | None":
         """The reference of a job; None when none is needed."""
         timeouts = config.run.timeouts
         if roles.reference is not None:
-            return cls(roles.reference, "answer_logprobs", config.reference.engine.micro_batch_tokens, timeouts)
+            return cls(roles.reference, config.reference.engine.micro_batch_tokens, timeouts)
         if config.algorithm.needs_reference and config.policy_is_reference:
-            return cls(roles.policy, "base_logprobs", config.policy.engine.micro_batch_tokens, timeouts)
+            return cls(roles.policy, config.policy.engine.micro_batch_tokens, timeouts)
         return None
 
     def of(self, split: Split, rows: NDArray[np.int64]) -> Refs:
-        return self.group.call_each(self._method, plan_answers(split, rows, self.group.shares, self._max_tokens))
+        return self._ask(split, rows).refs
 
-    def mix(self, shared: Sequence[Refs], share: float) -> None:
-        """Move the reference's weights by `share` of their way to those that the policy's ranks shared."""
-        self.group.run("mix_weights", shared, share, timeout_s=self._timeouts.sync_s, setting="run.timeouts.sync_s")
+    def mix(self, shared: Sequence[Refs], fraction: float) -> None:
+        """Move the reference's weights by `fraction` of their way to those that the policy's ranks shared."""
+        assert isinstance(self.group, ReferenceGroup)
+        self.group.mix_weights(shared, fraction).wait(self._timeouts.sync)
+
+    def _ask(self, split: Split, rows: NDArray[np.int64]) -> Calls[AnswerLogProbs]:
+        plan = plan_rows(split, rows, self.group.dp_size, self._max_tokens)
+        if isinstance(self.group, ReferenceGroup):
+            return self.group.answer_logprobs(plan)
+        return self.group.base_logprobs(plan)
 
     def whole(self, split: Split) -> AnswerLogProbs:
         """Log-probs of all answers of a data set."""
@@ -78,8 +78,7 @@ class LiveReference(ReferenceColumns):
         for start in range(0, len(split.rows), _ROWS_PER_CALL):
             # A last call with fewer rows than ranks could not be shared out.
             end = len(split.rows) if len(split.rows) - start < 2 * _ROWS_PER_CALL else start + _ROWS_PER_CALL
-            refs = self.of(split, np.arange(start, end))
-            parts += wait_all(refs, self._timeouts.score_s, "log-probs of the reference", "run.timeouts.score_s")
+            parts += self._ask(split, np.arange(start, end)).wait(self._timeouts.score)
             if end == len(split.rows):
                 break
         return AnswerLogProbs.join(parts)
@@ -164,15 +163,8 @@ def reference_cache(config: PreferenceJob) -> ReferenceCache | None:
         return None
     engine = config.policy.engine if config.policy_is_reference else reference.engine
     trusted = config.policy.trust_remote_code
-    return ReferenceCache(Path(reference.cache), config.reference_model, engine.dtype, trust_remote_code=trusted)
-
-
-def plan_answers(
-    split: Split, rows: NDArray[np.int64], shares: int, max_tokens: int
-) -> list[tuple[list[ray.ObjectRef], list[list[int]]]]:
-    """Arguments of `answer_logprobs` for each share of the rows."""
-    plan = plan_micro_batches(split.rows.lengths[rows], shares, max_tokens)
-    return [(split.ref, [rows[micro].tolist() for micro in mine]) for mine in plan]
+    model = config.policy.model if reference.from_model == "policy" else reference.from_model
+    return ReferenceCache(Path(reference.cache), model, engine.dtype, trust_remote_code=trusted)
 
 
 def _model_hash(model: str, trust_remote_code: bool) -> str:

@@ -6,6 +6,7 @@ from numpy.typing import NDArray
 
 from rlhf_ray.actors.device_means import read_stats
 from rlhf_ray.actors.reward_losses import Judgements, row_losses, row_stats
+from rlhf_ray.actors.reward_training import RewardTrainingGroup
 from rlhf_ray.algorithms.calibration import (
     accuracy_by_bucket,
     clustered_share,
@@ -37,6 +38,7 @@ class RewardModelController(EpochController):
     """
 
     config: RewardModelJob
+    group: RewardTrainingGroup
 
     def evaluate(self) -> Metrics:
         """Metrics of the held-out rows; writes the report."""
@@ -62,7 +64,8 @@ class RewardModelController(EpochController):
         """Scores of all candidates of a data set, float32 `[candidates]`."""
         assert isinstance(split.rows, ComparisonSet)
         scores = np.empty(len(split.rows.ranks), np.float32)
-        for part in self.on_rows("score", split):
+        calls = self.group.score(self._plan(split, np.arange(len(split.rows))))
+        for part in calls.wait(self.config.run.timeouts.score):
             scores[part.candidates] = part.scores
         return scores
 

@@ -1,131 +1,166 @@
-"""The actors of a job, from its config."""
+"""Starting the actors of a job and ending them, whichever job it is."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Any, Self, TypeVar
 
 from rlhf_ray.actors.devices import Devices
-from rlhf_ray.actors.group import ActorGroup, Seating, create_group
-from rlhf_ray.actors.preference import PreferenceWorker
-from rlhf_ray.actors.reference import ReferenceWorker
-from rlhf_ray.actors.reward_training import RewardTrainingWorker
-from rlhf_ray.actors.sft import SFTWorker
-from rlhf_ray.actors.waiting import wait_all
-from rlhf_ray.config.jobs import JobConfig, PreferenceJob, RewardModelJob, SFTJob
-from rlhf_ray.config.run import Timeouts
-from rlhf_ray.config.training import ScoringEngine, TrainingEngine
+from rlhf_ray.actors.group import ActorGroup, Calls, wait_together
+from rlhf_ray.actors.rollout import RolloutGroup, RolloutWorker
+from rlhf_ray.actors.start import Reserved, start_actors
+from rlhf_ray.actors.waiting import RoleFailure, RoleTimeout
+from rlhf_ray.actors.watched import actor_class
+from rlhf_ray.actors.worker import RankGroup, Worker
+from rlhf_ray.config.jobs import Job
+from rlhf_ray.config.placement import RolePlacement, RolloutPlacement
+from rlhf_ray.config.roles import RoleSpec
+from rlhf_ray.config.rollout import Rollout
+from rlhf_ray.config.run import Limit, Timeouts
 
 logger = logging.getLogger("rlhf_ray")
 
-Engine = TrainingEngine | ScoringEngine
-Watch = Callable[[ActorGroup], None]
+Watch = Callable[[ActorGroup[Any]], None]
+GroupT = TypeVar("GroupT", bound=ActorGroup[Any])
+RankGroupT = TypeVar("RankGroupT", bound=RankGroup[Any])
+
+_END = Limit(30.0, "the limit of an orderly end")
 
 
-def unwatched(group: ActorGroup) -> None:
+def unwatched(group: ActorGroup[Any]) -> None:
     """For `watch`, where nobody looks."""
 
 
-@contextmanager
-def epoch_role(config: RewardModelJob | SFTJob, total_steps: int, watch: Watch = unwatched) -> Iterator[ActorGroup]:
-    """Start the ranks of a job over a data set; end them on the way out.
+class Actors:
+    """Actors of a job, on bundles that are reserved for all of its roles together; ended on the way out.
 
     Args:
+        placements: of the roles that take places in the cluster, by name.
+        timeout_s: that they may wait for their places.
+        groups: how many groups of actors a role has, where that is not one.
         watch: gets each group as soon as its actors are started, before they load anything.
     """
-    logger.info("starting the actors and loading the model")
-    role = config.role
-    seating = Seating(config.places, config.placement.placement_timeout_s, autoscaling=config.cluster.autoscaling)
-    worker, arguments = (
-        (RewardTrainingWorker, (config.reward, config.loss, total_steps, config.seed))
-        if isinstance(config, RewardModelJob)
-        else (SFTWorker, (config.policy, total_steps))
-    )
-    group = None
+
+    def __init__(
+        self,
+        placements: Mapping[str, RolePlacement | RolloutPlacement],
+        timeout_s: float,
+        *,
+        autoscaling: bool = False,
+        groups: Mapping[str, int] | None = None,
+        watch: Watch = unwatched,
+    ) -> None:
+        self._reserved = Reserved(placements, timeout_s, autoscaling=autoscaling, groups=groups)
+        self._watch = watch
+        self._ending = ExitStack()
+        self._ending.callback(self._reserved.release)
+
+    @classmethod
+    def of_job(cls, config: Job, watch: Watch = unwatched, without: Sequence[str] = ()) -> Self:
+        """For all roles of a job but those that it can do `without`."""
+        logger.info("starting the actors and loading the models")
+        placed = [role for role in config.roles if role.placement is not None and role.name not in without]
+        return cls(
+            {role.placed_as: role.placement for role in placed if role.placement is not None},
+            config.placement.placement_timeout_s,
+            autoscaling=config.cluster.autoscaling,
+            groups=Counter(role.placed_as for role in placed),
+            watch=watch,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ending.__exit__(kind, error, trace)
+
+    def ranks(self, role: RoleSpec, worker: type[Worker], group: type[RankGroupT], config: Job) -> RankGroupT:
+        """The ranks of a role that holds a model."""
+        engine = role.model_engine
+        assert engine is not None
+        identity = identities(role.name, role.ranks, config.seed, config.run.deterministic)
+        actors = start_actors(worker, self._reserved.specs[role.placed_as], role.ranks, identity)
+        return self.own(group(role.name, actors, engine.sequence_parallel, sharded=engine.zero_stage == 3))
+
+    def unplaced(self, role: RoleSpec, worker: type[Worker], group: type[GroupT]) -> GroupT:
+        """The workers of a role that takes no resources, and so has no place of its own."""
+        anywhere = actor_class(worker).options(num_cpus=0)
+        identity = identities(role.name, role.ranks, seed=0, deterministic=False)
+        return self.own(group(role.name, [anywhere.remote(**identity(rank)) for rank in range(role.ranks)]))
+
+    def engines(
+        self,
+        placement: RolloutPlacement,
+        rollout: Rollout,
+        timeouts: Timeouts,
+        *,
+        deterministic: bool,
+    ) -> RolloutGroup:
+        """The rollout engines."""
+        nodes = placement.parts
+        actors = start_actors(
+            RolloutWorker,
+            self._reserved.specs["rollout"],
+            placement.engines * nodes,
+            lambda number: {"rank": number // nodes},
+        )
+        group = RolloutGroup(actors, rollout, deterministic=deterministic, timeouts=timeouts, nodes_per_engine=nodes)
+        return self.own_engines(group)
+
+    def start(
+        self, worker: type[Any], placed_as: str, count: int, arguments: Callable[[int], dict[str, Any]]
+    ) -> list[Any]:
+        """Actors of a class of its own kind on the bundles of a role; `own` them as a group."""
+        return start_actors(worker, self._reserved.specs[placed_as], count, arguments)
+
+    def own_engines(self, group: RolloutGroup) -> RolloutGroup:
+        """The same of engines, whose own processes end before their actors are killed."""
+        self.own(group)
+        self._ending.callback(_end_engines, group)
+        return group
+
+    def own(self, group: GroupT) -> GroupT:
+        """Show a group in the status, and end it on the way out."""
+        self._ending.callback(group.kill)
+        self._watch(group)
+        return group
+
+
+def _end_engines(rollout: RolloutGroup) -> None:
     try:
-        identities = identity(role.name, role.ranks, config)
-        together = role.trained.engine.sequence_parallel
-        group = create_group(role.name, worker, seating.seats[role.name], role.ranks, identities, together)
-        watch(group)
-        join_collectives([group], config.run.timeouts)
-        loaded = group.call("load_model", *arguments)
-        wait_all(loaded, config.run.timeouts.setup_s, f"{role.name}: load_model", "run.timeouts.setup_s")
-        yield group
-    finally:
-        if group is not None:
-            group.kill()
-        seating.release()
+        rollout.end_engines().wait(_END)
+    except (RoleFailure, RoleTimeout) as error:
+        logger.warning("a rollout engine did not end in order: %s", error)
 
 
-@dataclass(frozen=True)
-class PreferenceRoles:
-    """Policy and reference; None where no reference model is needed."""
-
-    policy: ActorGroup
-    reference: ActorGroup | None
-    devices: Devices
-
-
-@contextmanager
-def preference_roles(
-    config: PreferenceJob, total_steps: int, watch: Watch = unwatched, *, with_reference: bool
-) -> Iterator[PreferenceRoles]:
-    """Start the ranks of a preference job; end them on the way out. `watch` as in `epoch_role`."""
-    logger.info("starting the actors and loading the models")
-    placement, timeouts = config.placement, config.run.timeouts
-    places = {role: placed for role, placed in config.places.items() if role == "policy" or with_reference}
-    seating = Seating(places, placement.placement_timeout_s, autoscaling=config.cluster.autoscaling)
-    started: list[ActorGroup] = []
-
-    def group(role: str, worker: type, ranks: int, engine: Engine) -> ActorGroup:
-        identities = identity(role, ranks, config)
-        started.append(create_group(role, worker, seating.seats[role], ranks, identities, engine.sequence_parallel))
-        watch(started[-1])
-        return started[-1]
-
-    try:
-        policy, reference = group("policy", PreferenceWorker, config.role.ranks, config.policy.engine), None
-        if with_reference:
-            reference = group("reference", ReferenceWorker, placement.reference_ranks, config.reference.engine)
-        movable = {"policy": [policy], "reference": [] if reference is None else [reference]}
-        devices = Devices(places, movable, timeouts, offload_idle=placement.offload_idle)
-        join_collectives(started, timeouts)
-        loading = policy.call("load_model", config.policy, config.algorithm, total_steps)
-        if devices.shares("policy"):
-            wait_all(loading, timeouts.setup_s, "policy: load_model", "run.timeouts.setup_s")
-            devices.loaded("policy")
-        if reference is not None:
-            trusted = config.policy.trust_remote_code
-            loading += reference.call("load_model", config.reference_model, config.reference.engine, 1.0, trusted)
-        wait_all(loading, timeouts.setup_s, "loading of the models", "run.timeouts.setup_s")
-        devices.loaded("reference")
-        yield PreferenceRoles(policy, reference, devices)
-    finally:
-        for created in started:
-            created.kill()
-        seating.release()
-
-
-def join_collectives(groups: Sequence[ActorGroup], timeouts: Timeouts) -> None:
-    """Have the ranks of each group meet at its rank 0."""
-    first = [group.call_one(0, "address") for group in groups]
-    addresses = wait_all(first, timeouts.setup_s, "start of the actors", "run.timeouts.setup_s")
-    # A collective must outlast the slowest rank's longest phase; the controller's own limits end a run sooner.
-    longest = max(timeouts.setup_s, timeouts.update_s, timeouts.score_s, timeouts.checkpoint_s)
-    joined = [
-        ref
-        for group, (host, port) in zip(groups, addresses, strict=True)
-        for ref in group.call("join", host, port, longest)
-    ]
-    wait_all(joined, timeouts.setup_s, "ranks joining their groups", "run.timeouts.setup_s")
-
-
-def identity(role: str, ranks: int, config: JobConfig) -> Callable[[int], dict[str, Any]]:
+def identities(role: str, ranks: int, seed: int, deterministic: bool) -> Callable[[int], dict[str, Any]]:
     """Constructor arguments of each rank of a role."""
-    return lambda rank: arguments_of(role, rank, ranks, config.seed, config.run.deterministic)
+    return lambda rank: {
+        "role": role,
+        "rank": rank,
+        "world_size": ranks,
+        "seed": seed,
+        "deterministic": deterministic,
+    }
 
 
-def arguments_of(role: str, rank: int, ranks: int, seed: int, deterministic: bool) -> dict[str, Any]:
-    """Constructor arguments of one worker."""
-    return {"role": role, "rank": rank, "world_size": ranks, "seed": seed, "deterministic": deterministic}
+def load_models(loads: Mapping[str, Callable[[], Sequence[Calls[None]]]], devices: Devices, timeouts: Timeouts) -> None:
+    """Load the models of all roles: at once, but for roles that share devices, which load and leave one after the
+    other.
+
+    Args:
+        loads: what starts the loading, by the name that `placement` has for the role.
+    """
+    loading: list[Calls[None]] = []
+    for role, load in loads.items():
+        started = load()
+        if devices.shares(role):
+            wait_together(started, timeouts.setup, f"{role}: load_model")
+            devices.loaded(role)
+        else:
+            loading.extend(started)
+    wait_together(loading, timeouts.setup, "loading of the models")

@@ -11,6 +11,7 @@ from rlhf_ray.config.jobs import EpochJob
 from rlhf_ray.controllers.inputs import EpochInputs, RowSet
 from rlhf_ray.controllers.run_folder import RunFolder
 from rlhf_ray.data.cursor import PromptCursor
+from rlhf_ray.data.packing import plan_micro_batches
 from rlhf_ray.data.seeds import derive_seed
 from rlhf_ray.data.streaming import ConversationStream
 from rlhf_ray.telemetry.metrics import Metrics
@@ -32,6 +33,14 @@ class Split:
         self.ref = [ray.put(rows)]
 
 
+def plan_rows(
+    split: Split, rows: NDArray[np.int64], dp_size: int, max_tokens: int
+) -> list[tuple[list[ray.ObjectRef], list[list[int]]]]:
+    """Some rows in micro-batches for each data-parallel rank, as `RowPlan` has them."""
+    plan = plan_micro_batches(split.rows.lengths[rows], dp_size, max_tokens)
+    return [(split.ref, [rows[micro].tolist() for micro in mine]) for mine in plan]
+
+
 class RowSource(Protocol):
     """Gives each step its rows, and goes on exactly from its state."""
 
@@ -50,7 +59,7 @@ class LoadedRows:
 
     def __init__(self, config: EpochJob, inputs: EpochInputs, rows: RowSet) -> None:
         self.split = Split("train", rows)
-        self._epochs, self._steps, self._per_step = config.run.epochs, inputs.steps, config.role.rows_per_step
+        self._epochs, self._steps, self._per_step = config.run.epochs, inputs.steps, config.rows_per_step
         self._cursor = PromptCursor(len(rows), derive_seed(config.seed, "rows"), shuffle=True)
 
     def take(self, step: int) -> tuple[Split, NDArray[np.int64], Metrics]:
@@ -75,7 +84,7 @@ class StreamedRows:
 
     def __init__(self, config: EpochJob, stream: ConversationStream, folder: RunFolder) -> None:
         self._stream = stream
-        self._per_step = config.role.rows_per_step
+        self._per_step = config.rows_per_step
         self._dropped = folder.open_rows("dropped_rows.jsonl")
 
     def take(self, step: int) -> tuple[Split, NDArray[np.int64], Metrics]:

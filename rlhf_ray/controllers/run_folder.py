@@ -4,22 +4,23 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 from uuid import uuid4
 
 import ray
 
 from rlhf_ray.actors.devices import Devices
-from rlhf_ray.actors.group import ActorGroup
+from rlhf_ray.actors.group import ActorGroup, Calls, wait_together
 from rlhf_ray.actors.rollout import RolloutGroup
-from rlhf_ray.actors.waiting import wait_all
+from rlhf_ray.actors.trained import TrainedGroup
 from rlhf_ray.cluster.session import Terminated, cluster_facts
 from rlhf_ray.config.jobs import JobConfig
 from rlhf_ray.config.loading import dump_config
+from rlhf_ray.config.run import Limit, Timeouts
 from rlhf_ray.models.score_scale import ScoreScale
 from rlhf_ray.recovery.checkpoints import Checkpoint, CheckpointStore
 from rlhf_ray.telemetry.manifest import Outcome, end_session, write_manifest
@@ -93,13 +94,13 @@ class RunFolder:
         """A file of rows by step, taken back to the step that the run goes on from."""
         return self._stack.enter_context(RowFile(self.path / name, self.resumed.step if self.resumed else None))
 
-    def watch(self, group: ActorGroup) -> None:
+    def watch(self, group: ActorGroup[Any]) -> None:
         """Show in the status what these ranks do."""
         self._status.watch(group.role, group.processes)
         if isinstance(group, RolloutGroup):
             self._rollout = group
 
-    def unwatch(self, group: ActorGroup) -> None:
+    def unwatch(self, group: ActorGroup[Any]) -> None:
         """These ranks are about to end as planned."""
         self._status.watch(group.role, [])
 
@@ -108,12 +109,12 @@ class RunFolder:
         self._starting.close()
         self._progress = self._stack.enter_context(Progress(self._config.name, self._steps, self._done))
 
-    def collect_spans(self, groups: Sequence[ActorGroup], timeout_s: float) -> list[Span]:
+    def collect_spans(self, groups: Sequence[ActorGroup[Any]], limit: Limit) -> list[Span]:
         """Bring in what all actors did since the last call, write the trace, and return the actors' spans."""
-        refs = {group: group.call("drain_spans") for group in groups}
+        calls = {group: group.drain_spans() for group in groups}
         collected: list[Span] = []
-        for group, pending in refs.items():
-            drained = wait_all(pending, timeout_s, f"{group.role}: drain_spans", "run.timeouts.setup_s")
+        for group, pending in calls.items():
+            drained = pending.wait(limit)
             self._exported.phases(group.role, drained)
             for rank, spans in enumerate(drained):
                 collected += spans
@@ -149,6 +150,16 @@ def _outcome(error: BaseException | None) -> tuple[Outcome, str]:
     return "failed", without_traceback(str(error)) or type(error).__name__
 
 
+class Checkpointed(Protocol):
+    """Ranks that write a part of each checkpoint."""
+
+    def save(self, folder: Path) -> Calls[None]:
+        """Write it."""
+
+    def load(self, folder: Path) -> Calls[None]:
+        """Read it."""
+
+
 class Checkpointing:
     """Writes and reads the parts of a checkpoint that groups of trained roles hold.
 
@@ -159,18 +170,19 @@ class Checkpointing:
     def __init__(
         self,
         folder: RunFolder,
-        trained: Mapping[str, ActorGroup],
-        timeout_s: float,
+        parts: Mapping[str, Checkpointed],
+        timeouts: Timeouts,
         devices: Devices | None = None,
     ) -> None:
         self._folder = folder
-        self._trained = trained
-        self._timeout_s = timeout_s
+        self._parts = parts
+        self._limit = timeouts.checkpoint
         self._devices = devices
 
     def save(self, step: int) -> None:
         """Have every role write its part. It becomes a checkpoint with `commit`."""
-        self._each_role("save", self._folder.checkpoints.begin(step), f"checkpoint of step {step}")
+        folder = self._folder.checkpoints.begin(step)
+        self._take_turns(lambda role: self._parts[role].save((folder / role).absolute()), f"checkpoint of step {step}")
 
     def commit(self, step: int, state: dict[str, Any], metrics: Mapping[str, float]) -> None:
         """Complete the checkpoint of this step."""
@@ -178,7 +190,8 @@ class Checkpointing:
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Have every role read its part."""
-        self._each_role("load", checkpoint.folder, f"loading {checkpoint.folder}")
+        folder = checkpoint.folder
+        self._take_turns(lambda role: self._parts[role].load((folder / role).absolute()), f"loading {folder}")
 
     def export(self, role: str, *, wait: bool, scale: ScoreScale | None = None) -> None:
         """Have a role write its model in Hugging Face format to `export/`, in the background unless `wait`.
@@ -188,17 +201,16 @@ class Checkpointing:
         """
         if self._devices is not None:
             self._devices.enter("export", [role])
-        group = self._trained[role]
-        target, setting = str((self._folder.path / "export").absolute()), "run.timeouts.checkpoint_s"
-        group.run("start_export", target, scale, timeout_s=self._timeout_s, setting=setting)
+        group = self._parts[role]
+        assert isinstance(group, TrainedGroup)
+        group.start_export((self._folder.path / "export").absolute(), scale).wait(self._limit)
         if wait:
-            group.run("finish_export", timeout_s=self._timeout_s, setting=setting)
+            group.finish_export().wait(self._limit)
 
-    def _each_role(self, method: str, place: Path, what: str) -> None:
+    def _take_turns(self, work: Callable[[str], Calls[None]], what: str) -> None:
         """Roles that share devices take turns."""
-        turns = [list(self._trained)] if self._devices is None else self._devices.turns(self._trained)
+        turns = [list(self._parts)] if self._devices is None else self._devices.turns(self._parts)
         for turn in turns:
             if self._devices is not None:
                 self._devices.enter("checkpoint", turn)
-            refs = [ref for role in turn for ref in self._trained[role].call(method, str((place / role).absolute()))]
-            wait_all(refs, self._timeout_s, what, "run.timeouts.checkpoint_s")
+            wait_together([work(role) for role in turn], self._limit, what)

@@ -4,6 +4,7 @@ from typing import Any
 
 from rlhf_ray.data.errors import KnownProblem, RowProblem
 from rlhf_ray.data.rows import check_encodable, kind_of
+from rlhf_ray.data.template_process import TEMPLATES, TemplateLimitError
 from rlhf_ray.data.tokens import Tokenizer
 
 Messages = list[dict[str, Any]]
@@ -14,31 +15,57 @@ class ChatRenderer:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._said_no_template = False
+        self._useless = False
 
     def render(self, messages: Messages, key: str, *, add_generation_prompt: bool) -> str:
         """Text of the messages, which ends where the assistant's turn begins when `add_generation_prompt`.
 
         Raises:
-            RowProblem: it refuses these messages, or there is none.
-            KnownProblem: there is none, and that was said before.
+            RowProblem: the template refuses these messages or ran into a limit, or there is none.
+            KnownProblem: there is none or it ran into a limit, and that was said before.
         """
+        name = self._tokenizer.name_or_path
+        if self._useless:
+            raise KnownProblem(f"{key!r} is a list of chat messages, and the chat template of {name!r} can't be used")
         if not self._tokenizer.chat_template:
-            kind = KnownProblem if self._said_no_template else RowProblem
-            self._said_no_template = True
-            raise kind(
-                f"{key!r} is a list of chat messages, but tokenizer {self._tokenizer.name_or_path!r} has no chat "
+            self._useless = True
+            raise RowProblem(
+                f"{key!r} is a list of chat messages, but tokenizer {name!r} has no chat "
                 "template: give every such prompt as text, or use a model whose tokenizer has a template"
             )
         try:
-            text = self._tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt
-            )
-        except Exception as error:  # templates raise what they like
+            text = self._rendered(messages, add_generation_prompt=add_generation_prompt)
+        except TemplateLimitError as error:
+            self._useless = True
             raise RowProblem(
-                f"{key!r} is refused by the chat template of {self._tokenizer.name_or_path!r}: {error}"
+                f"the chat template of {name!r} can't be used: {error} ({key!r} of this row; others were not tried): "
+                "correct the template, which stands in the model's folder"
             ) from error
-        return str(text)
+        except Exception as error:  # templates raise what they like
+            raise RowProblem(f"{key!r} is refused by the chat template of {name!r}: {error}") from error
+        check_encodable(text, f"{key!r}, as the chat template of {name!r} writes it,")
+        return text
+
+    def _rendered(self, messages: Messages, *, add_generation_prompt: bool) -> str:
+        if _has_own_code(self._tokenizer):
+            return str(
+                self._tokenizer.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=add_generation_prompt
+                )
+            )
+        return TEMPLATES.render(
+            self._tokenizer.get_chat_template(),
+            self._tokenizer.special_tokens_map,
+            messages,
+            add_generation_prompt=add_generation_prompt,
+        )
+
+
+def _has_own_code(tokenizer: Tokenizer) -> bool:
+    """Whether code that was trusted writes the text, instead of transformers' own by the template."""
+    from transformers import PreTrainedTokenizerBase
+
+    return getattr(type(tokenizer), "apply_chat_template", None) is not PreTrainedTokenizerBase.apply_chat_template
 
 
 def check_chat(messages: list[Any], key: str) -> Messages:

@@ -1,16 +1,22 @@
 """What a row of a comparison says: its candidates as text, which is better, by how much, and what that counts."""
 
+import json
 import math
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
-from rlhf_ray.config.data import ComparisonKind
+from rlhf_ray.config.data import ComparisonKind, RepeatedPrompt
 from rlhf_ray.data.answers import AnsweredText, render_turns
 from rlhf_ray.data.chat import ChatRenderer, Messages, check_chat, check_prompt_chat
 from rlhf_ray.data.errors import RowProblem
+from rlhf_ray.data.repeated_prompt import messages_of_prompt, texts_without_prompt
 from rlhf_ray.data.rows import checked_text, kind_of, value_of
 from rlhf_ray.data.tokens import Tokenizer
+
+# Ranks are kept in 64 bits and margins in float32, and weights of many rows are summed.
+_WORST_RANK = 2**31 - 1
+_LARGEST = 1e30
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +43,9 @@ class Comparison:
 class ComparisonParser:
     """Turns one row after the other into a `Comparison`."""
 
-    def __init__(self, kind: ComparisonKind, tokenizer: Tokenizer) -> None:
+    def __init__(self, kind: ComparisonKind, tokenizer: Tokenizer, repeated_prompt: RepeatedPrompt = "refuse") -> None:
         self._kind = kind
+        self._repeated_prompt = repeated_prompt
         self._chat = ChatRenderer(tokenizer)
 
     def parse(self, number: int, uid: str, row: dict[str, Any]) -> Comparison:
@@ -75,7 +82,7 @@ class ComparisonParser:
     def _rating_margin(self, row: dict[str, Any], ranks: tuple[int, ...]) -> float:
         """By how much the chosen text was rated higher; 0 for a tie, and where the row has no ratings."""
         names = ("chosen_rating", "rejected_rating")
-        if self._kind != "rewards" or ranks != (0, 1) or any(row.get(name) is None for name in names):
+        if self._kind == "labels" or ranks != (0, 1) or any(row.get(name) is None for name in names):
             return 0.0
         chosen, rejected = (_number(row, name) for name in names)
         if chosen < rejected:
@@ -83,21 +90,24 @@ class ComparisonParser:
         return chosen - rejected
 
     def _texts(self, given: dict[str, Any], answers: dict[str, Any]) -> tuple[AnsweredText, ...]:
-        values = given | answers
-        for key, value in values.items():
+        for key, value in (given | answers).items():
             if not isinstance(value, str | list):
                 raise RowProblem(f"{key!r} is {kind_of(value)}, but must be text or a list of chat messages")
-        if len({type(value) for value in values.values()}) > 1:
-            kinds = " and ".join(f"{key!r} is {kind_of(value)}" for key, value in values.items())
+        are_chats = all(isinstance(value, list) for value in answers.values())
+        if not (are_chats or all(isinstance(value, str) for value in (given | answers).values())):
+            kinds = " and ".join(f"{key!r} is {kind_of(value)}" for key, value in (given | answers).items())
             raise RowProblem(f"{kinds}, but all must be text or all lists of chat messages")
-        for key, value in values.items():
+        for key, value in (given | answers).items():
             check_chat(value, key) if isinstance(value, list) else checked_text(value, key)
-        _check_different(answers)
         prompt = given.get("prompt")
-        is_chat = isinstance(next(iter(answers.values())), list)
+        if are_chats:
+            prompt = _prompt_apart(prompt, answers)
+        elif prompt is not None:
+            answers = texts_without_prompt(prompt, answers, self._repeated_prompt)
+        _check_different(answers)
         if self._kind == "rewards":
-            return self._whole_chats(prompt or [], answers) if is_chat else _whole_texts(prompt or "", answers)
-        if not is_chat:
+            return self._whole_chats(prompt or [], answers) if are_chats else _whole_texts(prompt or "", answers)
+        if not are_chats:
             return _answered_texts(prompt, answers)
         return self._answered_chats(prompt, answers)
 
@@ -129,6 +139,28 @@ class ComparisonParser:
             turn = len(given) + len(messages) - 1
             texts.append(render_turns(self._chat, given + messages, key, (turn,), len(given)))
         return tuple(texts)
+
+
+def _prompt_apart(prompt: str | Messages | None, answers: dict[str, Messages]) -> Messages | None:
+    """The prompt when the conversations do not begin with it, None when they do and it is there once with them.
+
+    Raises:
+        RowProblem: some do and some do not, or it is text and they do not.
+    """
+    if prompt is None:
+        return None
+    without = [key for key, messages in answers.items() if messages_of_prompt(prompt, messages) is None]
+    if not without:
+        return None
+    if isinstance(prompt, str):
+        raise RowProblem(
+            f"'prompt' is text, but the messages of {without[0]!r} do not begin with it: let their first message be "
+            "the user's with that text, or make 'prompt' a list of chat messages"
+        )
+    if len(without) < len(answers):
+        key = next(key for key in answers if key not in without)
+        raise RowProblem(f"{key!r} begins with the messages of 'prompt', but {without[0]!r} does not")
+    return prompt
 
 
 def _whole_texts(prompt: str, answers: dict[str, str]) -> tuple[AnsweredText, ...]:
@@ -167,11 +199,12 @@ def _check_last(messages: Messages, key: str) -> None:
 
 
 def _check_different(answers: dict[str, Any]) -> None:
-    keys = list(answers)
-    for place, key in enumerate(keys):
-        for other in keys[:place]:
-            if answers[key] == answers[other]:
-                raise RowProblem(f"{other!r} and {key!r} are the same text, so there is nothing to prefer")
+    seen: dict[str, str] = {}
+    for key, answer in answers.items():
+        text = answer if isinstance(answer, str) else json.dumps(answer, sort_keys=True, default=str)
+        if text in seen:
+            raise RowProblem(f"{seen[text]!r} and {key!r} are the same text, so there is nothing to prefer")
+        seen[text] = key
 
 
 def _completions(row: dict[str, Any]) -> list[Any]:
@@ -192,7 +225,7 @@ def _ranks(row: dict[str, Any], count: int) -> tuple[int, ...]:
         if isinstance(best, bool) or not isinstance(best, int):
             raise RowProblem(f"'best' is {kind_of(best)}, but must be the place of the best completion, from 0")
         if not 0 <= best < count:
-            raise RowProblem(f"'best' is {best}, but there are completions 0 to {count - 1}")
+            raise RowProblem(f"'best' is {_short(best)}, but there are completions 0 to {count - 1}")
         return tuple(0 if place == best else 1 for place in range(count))
     ranks = row["ranks"]
     if not isinstance(ranks, list):
@@ -201,8 +234,10 @@ def _ranks(row: dict[str, Any], count: int) -> tuple[int, ...]:
         raise RowProblem(f"'ranks' has {len(ranks)} entries, but 'completions' has {count}")
     for place, rank in enumerate(ranks):
         if isinstance(rank, bool) or not isinstance(rank, int) or rank < 0:
-            shown = rank if type(rank) in (int, float) else kind_of(rank)
+            shown = _short(rank) if type(rank) in (int, float) else kind_of(rank)
             raise RowProblem(f"entry {place} of 'ranks' is {shown}, but must be a whole number, 0 for the best")
+        if rank > _WORST_RANK:
+            raise RowProblem(f"entry {place} of 'ranks' is {_short(rank)}, but may be {_WORST_RANK} at most")
     if 0 not in ranks:
         raise RowProblem(f"'ranks' begin at {min(ranks)}, but the best completion has rank 0")
     return tuple(ranks)
@@ -225,4 +260,12 @@ def _number(row: dict[str, Any], key: str) -> float:
         number = math.inf
     if not math.isfinite(number):
         raise RowProblem(f"{key!r} is {number}, but must be a finite number")
+    if abs(number) > _LARGEST:
+        raise RowProblem(f"{key!r} is {number:g}, but may be {_LARGEST:g} at most")
     return number
+
+
+def _short(number: float) -> str:
+    """A number for a message; of many digits only their number."""
+    text = str(number)
+    return text if len(text) <= 30 else f"a number of {len(text.lstrip('-'))} digits"

@@ -107,8 +107,11 @@ def load_comparisons(
     """Read and tokenise a source of comparisons.
 
     The texts of a row are all plain or all conversations, which the chat template renders. Optional are `margin` (at
-    least 0), by how much the best is better, and `weight` (above 0), what the row counts. A pair for `rewards` with
-    `chosen_rating` and `rejected_rating` has their difference as its margin, unless it says another.
+    least 0), by how much the best is better, and `weight` (above 0), what the row counts. A pair for `rewards` or
+    `pairs` with `chosen_rating` and `rejected_rating` has their difference as its margin, unless it says another.
+
+    Conversations may begin with the prompt that the row has beside them, as messages or as the text of their first
+    message: it is taken once. Plain texts that all begin with their prompt are as `config.repeated_prompt` says.
 
     - `rewards`: `chosen` and `rejected` (with `tie: true` equally good), or `completions` with `ranks` (0 for the best,
       equal numbers are ties) or with `best` (the place of the one that is better than all others). A `prompt` is put in
@@ -132,7 +135,7 @@ def load_comparisons(
         DataError: the source can't be read, or no row fits the budget.
     """
     source = str(path)
-    parser = ComparisonParser(kind, tokenizer)
+    parser = ComparisonParser(kind, tokenizer, config.repeated_prompt)
     shown = findings or Findings()
     parsed = parse_rows(source, setting_of(config, source), config.columns, parser.parse, shown)
     tokens = tokenise_answered([text for row in parsed for text in row.texts], tokenizer)
@@ -231,5 +234,9 @@ def _within_budget(
 
 
 def _first_same(texts: Sequence[list[int]]) -> tuple[int, int] | None:
-    """Places of the first two equal texts."""
-    return next(((a, b) for b in range(len(texts)) for a in range(b) if texts[a] == texts[b]), None)
+    """Places of a text and of the first one that is there again."""
+    seen: dict[tuple[int, ...], int] = {}
+    for place, text in enumerate(texts):
+        if (first := seen.setdefault(tuple(text), place)) != place:
+            return first, place
+    return None

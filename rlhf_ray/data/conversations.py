@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rlhf_ray.config.data import ConversationData
+from rlhf_ray.config.data import ConversationData, RepeatedPrompt
 from rlhf_ray.data.answers import AnsweredText, mark_answers, render_turns, tokenise_answered
 from rlhf_ray.data.chat import ChatRenderer, Messages, check_chat
 from rlhf_ray.data.errors import DataError, Findings, RowProblem, raise_all
+from rlhf_ray.data.repeated_prompt import messages_of_prompt, texts_without_prompt
 from rlhf_ray.data.rows import kind_of, text_of
 from rlhf_ray.data.sources import parse_rows, setting_of
 from rlhf_ray.data.tokens import Tokenizer, flat_tokens, rows_within_budget
@@ -103,7 +104,7 @@ def load_conversations(
     - `messages`: a conversation, of which the assistant's turns are learnt, as the chat template writes them after
       the prompt for a turn, with what ends it;
     - `prompt` and `completion`, both lists of messages: one conversation, of which the assistant's turns in the
-      completion are learnt.
+      completion are learnt. A completion may begin with the prompt, which may then be text, too.
 
     `loss: all` learns every token of each. Text ends with the tokenizer's end-of-sequence token, which is added; in a
     conversation the template ends the turns.
@@ -120,7 +121,7 @@ def load_conversations(
         DataError: the source can't be read, or no row fits the budget.
     """
     source = str(path)
-    parser = ConversationParser(tokenizer, learn_all=config.loss == "all")
+    parser = ConversationParser(tokenizer, learn_all=config.loss == "all", repeated_prompt=config.repeated_prompt)
     shown = findings or Findings()
     rows = parse_rows(source, setting_of(config, source), config.columns, parser.parse, shown)
     found: list[tuple[list[int], NDArray[np.bool_]]] = []
@@ -162,9 +163,10 @@ class ParsedRow:
 class ConversationParser:
     """Turns one row after the other into text."""
 
-    def __init__(self, tokenizer: Tokenizer, *, learn_all: bool) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, learn_all: bool, repeated_prompt: RepeatedPrompt = "refuse") -> None:
         self._chat = ChatRenderer(tokenizer)
         self._learn_all = learn_all
+        self._repeated_prompt = repeated_prompt
 
     def parse(self, number: int, uid: str, row: dict[str, Any]) -> ParsedRow:
         """A row as text with what is learnt of it.
@@ -187,15 +189,21 @@ class ConversationParser:
             return self._conversation(check_chat(_list_of(row, "messages"), "messages"), "messages", given=0)
         if "completion" not in row:
             raise RowProblem("has 'prompt', but no 'completion'")
-        if isinstance(row["prompt"], list) != isinstance(row["completion"], list):
+        if isinstance(row["completion"], list):
+            answer = check_chat(row["completion"], "completion")
+            given = check_chat(row["prompt"], "prompt") if isinstance(row["prompt"], list) else text_of(row, "prompt")
+            repeated = messages_of_prompt(given, answer)
+            if repeated is not None:
+                return self._conversation(answer, "completion", given=repeated)
+            if isinstance(given, list):
+                return self._conversation(given + answer, "completion", given=len(given))
+        if isinstance(row["prompt"], list) or isinstance(row["completion"], list):
             raise RowProblem(
                 f"'prompt' is {kind_of(row['prompt'])} and 'completion' is {kind_of(row['completion'])}, but both must "
-                "be text or both lists of chat messages"
+                "be text or both lists of chat messages, unless the completion begins with the prompt"
             )
-        if isinstance(row["prompt"], list):
-            given, answer = check_chat(row["prompt"], "prompt"), check_chat(row["completion"], "completion")
-            return self._conversation(given + answer, "completion", given=len(given))
         prompt, completion = text_of(row, "prompt"), text_of(row, "completion")
+        completion = texts_without_prompt(prompt, {"completion": completion}, self._repeated_prompt)["completion"]
         learnt = () if self._learn_all else ((prompt, prompt + completion),)
         return AnsweredText(prompt + completion, is_chat=False, answers=learnt)
 

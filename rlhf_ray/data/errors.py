@@ -1,5 +1,6 @@
 """What is wrong with a data file: always the file, the row where there is one, the reason and the cure."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,6 +34,40 @@ class DataError(Exception):
         return type(self), (self.file, self.row, self.reason)
 
 
+MOST_LISTED = 20
+"""Of the problems of one file: who corrects these meets the others."""
+_LONGEST_LINE = 500
+# What differs between two rows with the same problem: what is quoted, and numbers.
+_OWN_OF_A_ROW = re.compile(r"'[^']*'|\"[^\"]*\"|[0-9]+")
+
+
+def by_kind(errors: Sequence[DataError]) -> list[str]:
+    """At most `MOST_LISTED` problems as lines, in the order of the file and some of each kind, with how many more there
+    are of it."""
+    kinds: dict[str, list[int]] = {}
+    for number, error in enumerate(errors):
+        kinds.setdefault(_OWN_OF_A_ROW.sub("…", error.reason[:_LONGEST_LINE]), []).append(number)
+    # One of each kind, then a second of each, until there are enough.
+    turns = sorted((turn, number) for numbers in kinds.values() for turn, number in enumerate(numbers[:MOST_LISTED]))
+    listed = {number for _, number in turns[:MOST_LISTED]}
+    lines = [_line(errors[number]) for number in sorted(listed)]
+    told = 0
+    for numbers in sorted(kinds.values(), key=len, reverse=True):
+        more = sum(number not in listed for number in numbers)
+        example = next((errors[number].row for number in numbers if number in listed), None)
+        if more and example is not None:
+            lines.append(f"… and {more:,} more like that of row {example}")
+            told += more
+    if rest := len(errors) - len(listed) - told:
+        lines.append(f"… and {rest:,} more of other kinds")
+    return lines
+
+
+def _line(error: DataError) -> str:
+    text = str(error)
+    return text if len(text) <= _LONGEST_LINE else f"{text[:_LONGEST_LINE]}…"
+
+
 class DataErrors(DataError):
     """All bad rows of one file. Nothing of a file is used when one of its rows is bad.
 
@@ -42,8 +77,8 @@ class DataErrors(DataError):
 
     def __init__(self, file: str, errors: Sequence[DataError]) -> None:
         self.errors = tuple(errors)
-        rows = "1 row" if len(errors) == 1 else f"{len(errors)} rows"
-        listing = "".join(f"\n  {error}" for error in errors)
+        rows = "1 row" if len(errors) == 1 else f"{len(errors):,} rows"
+        listing = "".join(f"\n  {line}" for line in by_kind(errors))
         super().__init__(file, None, f"{rows} can't be used; correct or remove them:{listing}")
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -3,15 +3,18 @@
 A reader yields the number of each row with the row, or with what is wrong with it. What is wrong with the file as a
 whole is raised, as a `RowProblem` or an `OSError`: readers know no names for messages. All but `.json` files are read
 as they are consumed, so that they need not fit into memory. In CSV and Arrow every row has all columns: those that are
-empty in it are None.
+empty in it are None. Only regular files are read, and no row is longer or nested deeper than a limit, so that every
+source comes to an end.
 """
 
+import codecs
 import csv
 import json
+import stat
+from collections import Counter
 from collections.abc import Callable, Iterator
-from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from rlhf_ray.data.errors import RowProblem
 from rlhf_ray.data.rows import kind_of
@@ -20,19 +23,95 @@ Row = dict[str, Any]
 Entries = Iterator[tuple[int, Row | RowProblem]]
 
 ROWS_PER_READ = 1000
+# A row of so many bytes is beyond any token budget: more often it is a file of another kind.
+_LONGEST_ROW = 32 * 2**20
+# A `.json` file takes about five times its size in memory.
+_LONGEST_JSON = 4 * 2**30
+# Values within values. What goes on with a row walks through it function by function.
+_DEEPEST = 100
+
+# What a file begins with that is none of what its name says.
+_OTHER_KINDS = {
+    b"\x1f\x8b": "compressed by gzip: unpack it",
+    b"PK\x03\x04": "a zip archive, as spreadsheets are: unpack it, or save it as CSV",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd: unpack it",
+    b"PAR1": "a Parquet file: let its name end in .parquet",
+    codecs.BOM_UTF32_LE: "UTF-32 text: save it as UTF-8",
+    codecs.BOM_UTF32_BE: "UTF-32 text: save it as UTF-8",
+    codecs.BOM_UTF16_LE: "UTF-16 text: save it as UTF-8",
+    codecs.BOM_UTF16_BE: "UTF-16 text: save it as UTF-8",
+}
+
+
+def file_rows(path: Path, skip: int) -> Entries:
+    """Rows of a file by the end of its name, one of `FORMATS`, without the first `skip`.
+
+    Raises:
+        RowProblem: it is no regular file, or of another kind than its name says.
+        OSError: it can't be read.
+    """
+    suffix = path.suffix.lower()
+    check_regular(path)
+    if suffix != ".parquet":
+        with path.open("rb") as file:
+            head = file.read(4)
+        for mark, kind in _OTHER_KINDS.items():
+            if head.startswith(mark):
+                raise RowProblem(f"is {kind}")
+        if head[1:2] == b"\0" or head[:1] == b"\0":
+            raise RowProblem("begins with a NUL byte or has one behind its first: is it UTF-16 text? Save it as UTF-8")
+    return FORMATS[suffix](path, skip)
+
+
+def check_regular(path: Path, name: str = "") -> None:
+    """Raise `RowProblem` for what opens like a file but may never end: a pipe, a device, a socket.
+
+    Args:
+        name: what the message calls it, where it is not the source itself.
+    """
+    mode = path.stat().st_mode
+    if stat.S_ISREG(mode) or stat.S_ISDIR(mode):
+        return
+    kinds = {stat.S_ISFIFO: "a pipe", stat.S_ISCHR: "a device", stat.S_ISBLK: "a device", stat.S_ISSOCK: "a socket"}
+    kind = next((name for is_kind, name in kinds.items() if is_kind(mode)), "something else")
+    raise RowProblem(f"{name and name + ' '}is {kind}, but must be a regular file: write the rows to one")
 
 
 def _jsonl(path: Path, skip: int) -> Entries:
-    with path.open("rb") as lines:
-        for number, line in enumerate(islice(lines, skip, None), start=skip + 1):
+    with path.open("rb") as file:
+        for number, line in enumerate(_lines(file), start=1):
+            if number <= skip:
+                continue
             try:
                 yield number, _json_object(line.removesuffix(b"\n"))
             except RowProblem as problem:
                 yield number, problem
 
 
+def _lines(file: IO[bytes]) -> Iterator[bytes]:
+    """Lines without a byte-order mark.
+
+    Raises:
+        RowProblem: one is too long for a row, so that the file is of no lines.
+    """
+    number = 0
+    while line := file.readline(_LONGEST_ROW + 1):
+        number += 1
+        if len(line) > _LONGEST_ROW:
+            raise RowProblem(
+                f"line {number} is longer than {_LONGEST_ROW // 2**20} MiB, which no row may be: JSONL has one JSON "
+                "object a line"
+            )
+        yield line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+
+
 def _json(path: Path, skip: int) -> Entries:
-    rows = _decoded(path.read_bytes(), problems_in_place=True)
+    if (size := path.stat().st_size) > _LONGEST_JSON:
+        raise RowProblem(
+            f"has {size / 2**30:.1f} GiB, but a .json file is read as a whole and may have "
+            f"{_LONGEST_JSON // 2**30} GiB: make it JSONL or Parquet"
+        )
+    rows = _decoded(path.read_bytes().removeprefix(codecs.BOM_UTF8), problems_in_place=True)
     if isinstance(rows, dict):
         lists = [value for value in rows.values() if isinstance(value, list)]
         if len(lists) != 1:
@@ -46,13 +125,13 @@ def _json(path: Path, skip: int) -> Entries:
         try:
             if problem := _problem_in(row):
                 raise problem
-            yield number, _object(row)
+            yield number, _shallow(_object(row))
         except RowProblem as problem:
             yield number, problem
 
 
 def _csv(path: Path, skip: int) -> Entries:
-    csv.field_size_limit(2**31 - 1)  # else a text may have 128 KiB
+    csv.field_size_limit(_LONGEST_ROW)  # else a text may have 128 KiB
     # What is no UTF-8 is decoded to surrogates, so that it can be told of its row.
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         reader = csv.reader(file, strict=True)
@@ -61,8 +140,12 @@ def _csv(path: Path, skip: int) -> Entries:
         except csv.Error as error:
             raise RowProblem(f"is not CSV: {error}") from error
         _check_utf8(header)
-        if repeated := sorted({name for name in header if header.count(name) > 1}):
-            raise RowProblem(f"column {repeated[0]!r} stands twice in its first line")
+        if len(header) == 1 and (others := [mark for mark in (";", "\t", "|") if mark in header[0]]):
+            raise RowProblem(
+                f"has one column, {_shown(header[0])}: it seems to be separated by {others[0]!r}, but must be by commas"
+            )
+        if repeated := sorted(name for name, count in Counter(header).items() if count > 1):
+            raise RowProblem(f"column {_shown(repeated[0])} stands twice in its first line")
         while True:
             number = reader.line_num + 1
             try:
@@ -71,13 +154,19 @@ def _csv(path: Path, skip: int) -> Entries:
             except StopIteration:
                 return
             except csv.Error as error:
-                row = RowProblem(f"is not CSV: {error}")
+                open_quote = any(told in str(error) for told in ("unexpected end of data", "field larger"))
+                cause = ": a quote that opens in it is never closed" if open_quote else ""
+                row = RowProblem(f"is not CSV: {error}{cause}")
             except RowProblem as problem:
                 row = problem
             if skip:
                 skip -= 1
             else:
                 yield number, row
+
+
+def _shown(name: str) -> str:
+    return repr(name if len(name) <= 80 else name[:80] + "…")
 
 
 def _csv_row(header: list[str], cells: list[str]) -> Row:
@@ -90,10 +179,13 @@ def _csv_row(header: list[str], cells: list[str]) -> Row:
 
 
 def _check_utf8(cells: list[str]) -> None:
+    text = "".join(cells)
     try:
-        "".join(cells).encode()
+        text.encode()
     except UnicodeEncodeError as error:
         raise RowProblem("is not UTF-8 text") from error
+    if "\0" in text:
+        raise RowProblem("has a NUL byte, which no text has")
 
 
 def _parquet(path: Path, skip: int) -> Entries:
@@ -104,8 +196,12 @@ def _parquet(path: Path, skip: int) -> Entries:
         with path.open("rb") as data, pq.ParquetFile(data) as file:
             tables = (pa.Table.from_batches([batch]) for batch in file.iter_batches(ROWS_PER_READ))
             yield from arrow_rows(tables, skip)
-    except pa.ArrowInvalid as error:
-        raise RowProblem(f"is not Parquet: {error}") from error
+    except (pa.ArrowException, ValueError, OverflowError, RecursionError) as error:
+        raise RowProblem(f"is not Parquet, or is damaged: {error}") from error
+    except OSError as error:  # Arrow tells damage so, too, without a number
+        if error.errno is not None:
+            raise
+        raise RowProblem(f"is not Parquet, or is damaged: {error}") from error
 
 
 def arrow_rows(tables: Iterator[Any], skip: int) -> Entries:
@@ -131,7 +227,7 @@ def _without_nulls(value: Any) -> Any:
 def _json_object(line: bytes) -> Row:
     if not line.strip():
         raise RowProblem("is blank, but must be a JSON object")
-    return _object(_decoded(line))
+    return _shallow(_object(_decoded(line)))
 
 
 def _object(value: Any) -> Row:
@@ -153,8 +249,8 @@ def _decoded(text: bytes, *, problems_in_place: bool = False) -> Any:
         values = dict(pairs)
         if len(values) == len(pairs):
             return values
-        keys = [key for key, _ in pairs]
-        return tell(RowProblem(f"key {next(key for key in keys if keys.count(key) > 1)!r} stands twice"))
+        counts = Counter(key for key, _ in pairs)
+        return tell(RowProblem(f"key {next(key for key, count in counts.items() if count > 1)!r} stands twice"))
 
     def no_constant(name: str) -> RowProblem:
         return tell(RowProblem(f"is not JSON: {name} is no JSON value"))
@@ -166,8 +262,29 @@ def _decoded(text: bytes, *, problems_in_place: bool = False) -> Any:
     except json.JSONDecodeError as error:
         line = f"line {error.lineno}, " if error.lineno > 1 else ""
         raise RowProblem(f"is not JSON: {error.msg} ({line}column {error.colno})") from error
-    except (ValueError, RecursionError) as error:
+    except RecursionError as error:
+        raise RowProblem(_TOO_DEEP) from error
+    except ValueError as error:  # a number of thousands of digits
         raise RowProblem(f"is not JSON that can be read: {error}") from error
+
+
+_TOO_DEEP = f"has values nested deeper than {_DEEPEST}"
+
+
+def _shallow(row: Row) -> Row:
+    """The row, when it is not nested too deep.
+
+    Raises:
+        RowProblem: it is.
+    """
+    left: list[tuple[Any, int]] = [(row, 1)]
+    while left:
+        value, depth = left.pop()
+        if isinstance(value, dict | list):
+            if depth > _DEEPEST:
+                raise RowProblem(_TOO_DEEP)
+            left.extend((inner, depth + 1) for inner in (value.values() if isinstance(value, dict) else value))
+    return row
 
 
 def _problem_in(value: Any) -> RowProblem | None:

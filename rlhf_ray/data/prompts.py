@@ -1,15 +1,19 @@
 """Prompts, as tokens."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from rlhf_ray.config.data import PromptData
 from rlhf_ray.data.chat import ChatRenderer, check_prompt_chat
 from rlhf_ray.data.errors import DataError, Findings, RowProblem, raise_all
+from rlhf_ray.data.prompt_rows import NO_COLUMNS, RowColumn, columns_of, encoded_columns
 from rlhf_ray.data.rows import kind_of, text_of, value_of
 from rlhf_ray.data.sources import parse_rows
 from rlhf_ray.data.tokens import Tokenizer, flat_tokens, report_overlong, tokenise
 from rlhf_ray.data.trajectory import Offsets, Tokens, offsets_of
+
+# Each is a list for every batch of samples that is scored.
+_MOST_COLUMNS = 1000
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,8 @@ class PromptSet:
         offsets: int64 `[prompts + 1]`.
         dropped: prompts left out because they were over the budget.
         truncated: prompts of which only the end is here, because they were over the budget.
+        rows: the other columns of each prompt's row, as JSON, `[prompts]`; empty where no row has any.
+        columns: which columns these are.
     """
 
     uids: tuple[str, ...]
@@ -29,6 +35,8 @@ class PromptSet:
     offsets: Offsets
     dropped: int
     truncated: int
+    rows: tuple[bytes, ...] = ()
+    columns: tuple[RowColumn, ...] = ()
 
     def __len__(self) -> int:
         return len(self.uids)
@@ -37,6 +45,10 @@ class PromptSet:
         """Tokens of one prompt."""
         return self.token_ids[self.offsets[index] : self.offsets[index + 1]]
 
+    def row(self, index: int) -> bytes:
+        """The other columns of one prompt's row, as JSON."""
+        return self.rows[index] if self.rows else NO_COLUMNS
+
 
 def load_prompts(
     config: PromptData, tokenizer: Tokenizer, max_prompt_tokens: int, findings: Findings | None = None
@@ -44,7 +56,8 @@ def load_prompts(
     """Read and tokenise `config.prompts`.
 
     A row's prompt is text, tokenised as it is, or a list of chat messages, rendered with the tokenizer's chat
-    template up to where the assistant's turn begins. A row without a uid is named after its source and number.
+    template up to where the assistant's turn begins. A row without a uid is named after its source and number. Its
+    other columns, or those of them that `config.keep_columns` names, travel with the samples.
 
     Args:
         config: the source, its columns, and what happens to prompts over the budget.
@@ -56,7 +69,7 @@ def load_prompts(
         DataErrors: rows are not as described; all of them are listed, and nothing is loaded.
         DataError: the source can't be read or has fewer usable prompts than `config.prompts_per_step`.
     """
-    parser = _PromptParser(tokenizer)
+    parser = _PromptParser(tokenizer, config.keep_columns)
     found = findings or Findings()
     prompts = parse_rows(config.prompts, "data.prompts", config.columns, parser.parse, found)
     tokens: list[list[int]] = [[]] * len(prompts)
@@ -92,12 +105,30 @@ def load_prompts(
         if findings is None or not kept:
             raise too_few
         findings.problems.append(too_few)
+    uids = tuple(prompts[i].uid for i in kept)
+    columns = columns_of(uids, [prompts[i].columns for i in kept])
+    there = {column.name for column in columns}
+    if len(columns) > _MOST_COLUMNS:
+        raise DataError(
+            config.prompts,
+            None,
+            f"its rows have {len(columns):,} different columns beside their prompts, more than {_MOST_COLUMNS:,}: name "
+            "in data.keep_columns those that rewards read",
+        )
+    if config.keep_columns != "all" and (unknown := [name for name in config.keep_columns if name not in there]):
+        raise DataError(
+            config.prompts,
+            None,
+            f"data.keep_columns names {unknown[0]!r}, but no prompt that is used has such a column",
+        )
     return PromptSet(
-        uids=tuple(prompts[i].uid for i in kept),
+        uids=uids,
         token_ids=flat_tokens(rows),
         offsets=offsets_of([len(row) for row in rows]),
         dropped=len(over) if drop else 0,
         truncated=0 if drop else len(over),
+        rows=tuple(prompts[i].row for i in kept) if columns else (),
+        columns=columns,
     )
 
 
@@ -107,20 +138,34 @@ class _Prompt:
     uid: str
     text: str
     is_chat: bool
+    row: bytes
+    columns: tuple[str, ...]
 
 
 class _PromptParser:
-    """Turns one row after the other into a prompt's text."""
+    """Turns one row after the other into a prompt's text and the columns that go with it."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, keep_columns: Literal["all"] | tuple[str, ...]) -> None:
         self._chat = ChatRenderer(tokenizer)
+        self._keep = keep_columns
+        self._names: dict[tuple[str, ...], tuple[str, ...]] = {}
 
     def parse(self, number: int, uid: str, row: dict[str, Any]) -> _Prompt:
+        text, is_chat = self._text(row)
+        columns = {
+            name: value
+            for name, value in row.items()
+            if name not in PromptData.OWN_COLUMNS and (self._keep == "all" or name in self._keep)
+        }
+        # Most rows have the same columns: their names are there once.
+        names = self._names.setdefault(tuple(columns), tuple(columns))
+        return _Prompt(number, uid, text, is_chat, encoded_columns(columns), names)
+
+    def _text(self, row: dict[str, Any]) -> tuple[str, bool]:
         value = value_of(row, "prompt")
         if isinstance(value, list):
             messages = check_prompt_chat(value, "prompt")
-            text = self._chat.render(messages, "prompt", add_generation_prompt=True)
-            return _Prompt(number, uid, text, is_chat=True)
+            return self._chat.render(messages, "prompt", add_generation_prompt=True), True
         if not isinstance(value, str):
             raise RowProblem(f"'prompt' is {kind_of(value)}, but must be text or a list of chat messages")
-        return _Prompt(number, uid, text_of(row, "prompt"), is_chat=False)
+        return text_of(row, "prompt"), False

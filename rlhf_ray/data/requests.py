@@ -7,6 +7,7 @@ from typing import TypeVar
 
 from rlhf_ray.config.jobs import shard_count
 from rlhf_ray.data.cursor import PromptTicket, visit_uid
+from rlhf_ray.data.prompt_rows import NO_COLUMNS
 from rlhf_ray.data.prompts import PromptSet
 from rlhf_ray.data.seeds import sample_seed
 from rlhf_ray.data.trajectory import Tokens
@@ -21,12 +22,14 @@ class PromptRequest:
     Attributes:
         uid, sample_index, seed: see `Trajectory`.
         tokens: of the prompt; a view of the `PromptSet`'s, which takes a fortieth of the memory of Python's numbers.
+        row: the other columns of the prompt's row, as JSON; the `PromptSet`'s.
     """
 
     uid: str
     sample_index: int
     seed: int
     tokens: Tokens
+    row: bytes = NO_COLUMNS
 
 
 def requests_for(
@@ -37,8 +40,10 @@ def requests_for(
     for ticket in tickets:
         uid = visit_uid(prompts.uids[ticket.index], ticket.epoch)
         tokens = prompts.tokens(ticket.index)
+        row = prompts.row(ticket.index)
         requests += [
-            PromptRequest(uid, index, sample_seed(run_seed, uid, index), tokens) for index in range(samples_per_prompt)
+            PromptRequest(uid, index, sample_seed(run_seed, uid, index), tokens, row)
+            for index in range(samples_per_prompt)
         ]
     return requests
 

@@ -19,7 +19,8 @@ from typing import Any, TypeVar
 
 from rlhf_ray.config.data import ComparisonData, ConversationData
 from rlhf_ray.data.errors import DataError, Findings, KnownProblem, RowProblem
-from rlhf_ray.data.formats import FORMATS, ROWS_PER_READ, Entries, Row, arrow_rows
+from rlhf_ray.data.formats import FORMATS, ROWS_PER_READ, Entries, Row, arrow_rows, check_regular, file_rows
+from rlhf_ray.data.hub import reach_hub, tell_of_cache
 from rlhf_ray.data.rows import Uids
 
 _T = TypeVar("_T")
@@ -139,14 +140,17 @@ def _entries(source: str, skip: int) -> Entries:
         RowProblem: the source as a whole can't be used.
         OSError: it can't be read.
     """
+    if "\0" in source:
+        raise RowProblem("has a NUL character in its name")
     path = Path(source)
     if path.suffix.lower() in FORMATS and not path.is_dir():
-        return FORMATS[path.suffix.lower()](path, skip)
+        return file_rows(path, skip)
     name, split = _without_split(source)
     if Path(name).is_dir():
         return _saved(name, split, skip)
     if path.exists():
-        raise RowProblem("is of no known format: its name must end in .jsonl, .json, .csv or .parquet")
+        packed = "; unpack it" if path.suffix.lower() in (".gz", ".bz2", ".xz", ".zst", ".zip") else ""
+        raise RowProblem(f"is of no known format: its name must end in .jsonl, .json, .csv or .parquet{packed}")
     if not _HUB_NAME.fullmatch(source):
         raise FileNotFoundError(2, "No such file or directory")
     return _from_hub(name, split, skip)
@@ -160,25 +164,37 @@ def _without_split(source: str) -> tuple[str, str]:
 def _saved(folder: str, split: str, skip: int) -> Entries:
     import datasets
 
+    for pattern in ("*", "*/*"):
+        for path in Path(folder).glob(pattern):
+            if path.exists():
+                check_regular(path, f"has a file {str(path.relative_to(folder))!r} that")
     try:
         found = datasets.load_from_disk(folder)
-    except (FileNotFoundError, ValueError) as error:
+    except FileNotFoundError as error:
         raise RowProblem("is a folder, but none that `datasets.save_to_disk` wrote") from error
+    except OSError:
+        raise
+    except Exception as error:  # what stands in its files can be anything
+        reason = str(error).strip().partition("\n")[0]
+        raise RowProblem(f"is a folder, but none that `datasets.save_to_disk` wrote, or damaged ({reason})") from error
     return _dataset_rows(found, split, skip)
 
 
 def _from_hub(name: str, split: str, skip: int) -> Entries:
     import datasets
 
+    reached = reach_hub()
     try:
         found = datasets.load_dataset(name)
     except Exception as error:  # scripts, servers and caches raise what they like
-        reason = str(error).strip().partition("\n")[0]
+        reason = str(error).strip().partition("\n")[0] if reached else "it does not answer, and it is in no cache"
         raise RowProblem(
             f"is no file or folder here, and can't be loaded from the Hugging Face hub ({reason}): correct the path or "
             "name, log in if it is private, or where there is a network save it with `datasets.load_dataset(…)"
             ".save_to_disk(…)` and name that folder"
         ) from error
+    if not reached:
+        tell_of_cache(name)
     return _dataset_rows(found, split, skip)
 
 
@@ -191,4 +207,13 @@ def _dataset_rows(found: Any, split: str, skip: int) -> Entries:
         found = found[wanted]
     elif split:
         raise RowProblem(f"is one data set without splits: leave out ':{split}'")
-    return arrow_rows(found.with_format("arrow").iter(ROWS_PER_READ), skip)
+    return _undamaged(arrow_rows(found.with_format("arrow").iter(ROWS_PER_READ), skip))
+
+
+def _undamaged(rows: Entries) -> Entries:
+    import pyarrow as pa
+
+    try:
+        yield from rows
+    except (pa.ArrowException, ValueError, OverflowError, RecursionError) as error:
+        raise RowProblem(f"has rows that can't be read: {error}") from error

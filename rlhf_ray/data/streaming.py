@@ -178,7 +178,9 @@ class SourceReader:
         self._number, self._config, self._tokenizer = number, config, tokenizer
         self._source = config.sources[number].path
         self.setting = "data.train" if isinstance(config.train, str) else f"data.train.{number}.path"
-        self._parser = ConversationParser(tokenizer, learn_all=config.loss == "all")
+        self._parser = ConversationParser(
+            tokenizer, learn_all=config.loss == "all", repeated_prompt=config.repeated_prompt
+        )
         self.go_to(0, 0)
 
     def go_to(self, read: int, passes: int) -> None:

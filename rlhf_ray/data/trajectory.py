@@ -11,6 +11,8 @@ from typing import Any, Literal, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from rlhf_ray.data.prompt_rows import NO_COLUMNS, PromptRows
+
 FinishReason = Literal["stop", "length"]
 
 Tokens = NDArray[np.int32]
@@ -30,6 +32,9 @@ class Trajectory:
         engine_logprobs: the engine's log-probability of each response token.
         weight_versions: which version of the policy sampled each response token.
         finish_reason: `stop` for an end token or stop string, `length` when cut at the limit.
+        loss_mask: whether each response token is an action of the policy, and not context that something else put
+            there; None where all are.
+        row: the other columns of the prompt's row, as JSON.
     """
 
     uid: str
@@ -40,6 +45,8 @@ class Trajectory:
     engine_logprobs: Sequence[float]
     weight_versions: Sequence[int]
     finish_reason: FinishReason
+    loss_mask: Sequence[bool] | None = None
+    row: bytes = NO_COLUMNS
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,8 @@ class TrajectoryBatch:
         engine_logprobs: float32 `[response tokens]`.
         weight_versions: int32 `[response tokens]`.
         truncated: bool `[samples]`, the response was cut at the length limit.
+        loss_mask: bool `[response tokens]`, the token is an action of the policy.
+        rows: the other columns of the prompts' rows, `[samples]`.
     """
 
     uids: tuple[str, ...]
@@ -67,6 +76,8 @@ class TrajectoryBatch:
     engine_logprobs: Floats
     weight_versions: NDArray[np.int32]
     truncated: NDArray[np.bool_]
+    loss_mask: NDArray[np.bool_]
+    rows: PromptRows
 
     @classmethod
     def of(cls, trajectories: Sequence[Trajectory]) -> Self:
@@ -82,6 +93,8 @@ class TrajectoryBatch:
             engine_logprobs=_flat([t.engine_logprobs for t in trajectories], np.float32),
             weight_versions=_flat([t.weight_versions for t in trajectories], np.int32),
             truncated=np.array([t.finish_reason == "length" for t in trajectories], np.bool_),
+            loss_mask=_flat([_mask_of(t) for t in trajectories], np.bool_),
+            rows=PromptRows.of([t.row for t in trajectories]),
         )
 
     def __len__(self) -> int:
@@ -96,6 +109,11 @@ class TrajectoryBatch:
     def response_lengths(self) -> NDArray[np.int64]:
         """Tokens of each response, `[samples]`."""
         return np.diff(self.response_offsets)
+
+    @property
+    def action_lengths(self) -> NDArray[np.int64]:
+        """Response tokens of each sample that are actions of the policy, `[samples]`."""
+        return np.diff(np.concatenate([[0], np.cumsum(self.loss_mask, dtype=np.int64)])[self.response_offsets])
 
     def prompt(self, sample: int) -> Tokens:
         """Prompt tokens of one sample."""
@@ -115,12 +133,13 @@ class TrajectoryBatch:
         columns = {
             f.name: np.concatenate([getattr(batch, f.name) for batch in batches])
             for f in fields(cls)
-            if f.name not in ("uids", "prompt_offsets", "response_offsets")
+            if f.name not in ("uids", "prompt_offsets", "response_offsets", "rows")
         }
         return cls(
             uids=tuple(uid for batch in batches for uid in batch.uids),
             prompt_offsets=offsets_of([n for batch in batches for n in batch.prompt_lengths]),
             response_offsets=offsets_of([n for batch in batches for n in batch.response_lengths]),
+            rows=PromptRows.concat([batch.rows for batch in batches]),
             **columns,
         )
 
@@ -139,11 +158,14 @@ class TrajectoryBatch:
             engine_logprobs=self.engine_logprobs[response],
             weight_versions=self.weight_versions[response],
             truncated=self.truncated[chosen],
+            loss_mask=self.loss_mask[response],
+            rows=self.rows.select(chosen),
         )
 
     def nbytes(self) -> int:
         """Bytes of the arrays."""
-        return sum(value.nbytes for f in fields(self) if isinstance(value := getattr(self, f.name), np.ndarray))
+        arrays = [value for f in fields(self) if isinstance(value := getattr(self, f.name), np.ndarray)]
+        return sum(array.nbytes for array in arrays) + self.rows.nbytes()
 
 
 def take_rows(offsets: Offsets, rows: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
@@ -158,8 +180,14 @@ def offsets_of(lengths: Sequence[int] | NDArray[np.int64]) -> Offsets:
     return np.concatenate([[0], np.cumsum(np.asarray(lengths, np.int64))]).astype(np.int64)
 
 
+def _mask_of(trajectory: Trajectory) -> Sequence[bool]:
+    mask = trajectory.loss_mask
+    return [True] * len(trajectory.response_tokens) if mask is None else mask
+
+
 def _flat(
-    rows: Sequence[Sequence[int] | Sequence[float] | Tokens], dtype: type[np.int32] | type[np.float32]
+    rows: Sequence[Sequence[int] | Sequence[float] | Sequence[bool] | Tokens],
+    dtype: type[np.int32] | type[np.float32] | type[np.bool_],
 ) -> NDArray[Any]:
     if not rows:
         return np.empty(0, dtype)

@@ -17,9 +17,9 @@ from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum, OffloadStat
 from deepspeed.runtime.zero.utils import get_mapping_to_flat_buffer
 from torch import nn
 
+from rlhf_ray.config.roles import Level
 from rlhf_ray.config.training import TrainingEngine
 from rlhf_ray.engines.host_copies import HostCopies
-from rlhf_ray.engines.level import Level
 from rlhf_ray.platform import platform
 
 _WEIGHTS = {OffloadStateTypeEnum.lp_params}

@@ -9,7 +9,7 @@ from torch import nn
 
 from rlhf_ray.models.on_meta import replace_parameter
 from rlhf_ray.models.role_models import RoleModel
-from rlhf_ray.models.stored_weights import StoredWeights
+from rlhf_ray.models.stored_weights import StoredWeights, is_finite, not_finite
 from rlhf_ray.models.weights import hub_name
 
 
@@ -23,6 +23,9 @@ def read_partitions(model: RoleModel, settings: Mapping[str, Any]) -> None:
     Args:
         model: what `load_causal` or `load_scalar` gave with `sharded`; any other is left alone.
         settings: for `deepspeed.initialize`.
+
+    Raises:
+        ValueError: what is stored holds NaN or infinity; naming tensor and file.
     """
     if model.stored is None:
         return
@@ -43,7 +46,10 @@ def _partitioned(
     size = -(-len(whole) // zero.dp_world_size)  # DeepSpeed pads the last ranks' parts
     start, stop = (min(end, len(whole)) for end in (zero.rank * size, (zero.rank + 1) * size))
     if start < stop:
-        whole[start:stop].copy_(stored.read(name, start, stop))
+        rows = stored.read(name, start, stop)
+        if not is_finite(rows):
+            raise ValueError(not_finite(name, stored.files(name)))
+        whole[start:stop].copy_(rows)
     part = nn.Parameter(whole.view(parameter.shape), requires_grad=parameter.requires_grad)
     # DeepSpeed's public ways, `zero.Init` with the module and `convert_to_zero_parameters`, broadcast the whole
     # parameter from rank 0 before they cut it up, so rank 0 would have to hold it all.

@@ -3,9 +3,9 @@
 import asyncio
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 from vllm import AsyncEngineArgs, SamplingParams
 from vllm.config import WeightTransferConfig
@@ -17,17 +17,30 @@ from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind
 from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
+from rlhf_ray.config.roles import Level
 from rlhf_ray.config.rollout import Sampling
 from rlhf_ray.data.requests import PromptRequest
 from rlhf_ray.data.trajectory import FinishReason, Trajectory
 from rlhf_ray.engines.engine_metrics import EngineLoad, stat_loggers
-from rlhf_ray.engines.level import Level
+from rlhf_ray.engines.held_weights import HeldWeights
 from rlhf_ray.engines.rollout_setup import EnginePart, RolloutSetup
+from rlhf_ray.engines.vocabulary_mask import TOKEN_IDS, TOKENS_ONLY
+from rlhf_ray.models.heads import count_ids, load_config, load_tokenizer
 from rlhf_ray.models.lora import Adapter
-from rlhf_ray.platform import platform, transfer_backend
+from rlhf_ray.platform import TransferBackend, platform, transfer_backend
+
+_T = TypeVar("_T")
+
+_LOOK_S = 0.5
+"""How often to look whether the engine's own process lives, while its answer is awaited."""
+
+PICKLED: frozenset[TransferBackend] = frozenset({"ipc"})
+"""Transfer backends whose updates hold what vLLM sends to the engine's own process only as pickles, and those only if
+it is allowed to: handles of GPU memory. The pickles come from the policy's ranks, through this actor."""
 
 
 class RolloutEngine:
@@ -36,6 +49,7 @@ class RolloutEngine:
     Attributes:
         queued: requests that have reached the engine, refused ones too; its owner may set it back.
         load: requests that run and wait.
+        held: which weights it has. It generates with none others.
     """
 
     def __init__(self, setup: RolloutSetup, part: EnginePart | None = None) -> None:
@@ -43,12 +57,16 @@ class RolloutEngine:
         self._engine = AsyncLLM.from_engine_args(_engine_args(setup, part), stat_loggers=stat_loggers(self.load))
         self._adapter: LoRARequest | None = None
         self._sleep = setup.sleep
-        self._level = Level.FULL
+        self.held = HeldWeights(keeps=setup.sleep != 2)
         self._requests = 0
         self.queued = 0
 
     async def generate(self, prompts: Sequence[PromptRequest], sampling: Sampling) -> list[Trajectory]:
-        """One response to each prompt, in order."""
+        """One response to each prompt, in order.
+
+        Raises:
+            WeightsMissing: it has no weights.
+        """
         return list(await asyncio.gather(*(self._sample(prompt, sampling) for prompt in prompts)))
 
     async def _sample(self, prompt: PromptRequest, sampling: Sampling) -> Trajectory:
@@ -56,6 +74,7 @@ class RolloutEngine:
         request_id = f"{self._requests}:{prompt.uid}:{prompt.sample_index}"
         prompt_tokens = TokensPrompt(prompt_token_ids=prompt.tokens.tolist())
         try:
+            self.held.check_queueing()
             answers = await self._engine.add_request(
                 request_id, prompt_tokens, _sampling_params(sampling, prompt.seed), lora_request=self._adapter
             )
@@ -70,59 +89,103 @@ class RolloutEngine:
     async def pause(self) -> None:
         """Hold all requests where they are and forget cached keys and values."""
         # AsyncLLM's own pause_generation also sleeps for 20 ms, to let aborted requests answer first.
-        await self._engine.engine_core.pause_scheduler_async(mode="keep", clear_cache=True)
+        await self._answer(self._engine.engine_core.pause_scheduler_async(mode="keep", clear_cache=True))
 
     async def resume(self) -> None:
-        """Go on with held requests."""
-        await self._engine.resume_generation()
+        """Go on with held requests; an engine that is not on its devices as a whole does so when it comes back.
+
+        Raises:
+            WeightsMissing: it has no weights.
+        """
+        self.held.check_generating()
+        if self.held.level == Level.FULL:
+            await self._answer(self._engine.resume_generation())
 
     async def move(self, level: Level) -> None:
         """Leave the device, or come back to it, as far as `level` says. No request may be under way.
 
-        vLLM has no sleep mode on CPU, where an engine only holds its requests and forgets cached keys and values.
+        vLLM has no sleep mode on CPU, where an engine holds its requests, forgets cached keys and values, and loses its
+        weights where a GPU would.
         """
-        if platform().device.type == "cpu":
-            await (self.resume() if level == Level.FULL else self.pause())
-            return
-        if level < self._level:
-            await self._engine.sleep(self._sleep)
-            self._level = Level.OUT
-        if level > self._level:
-            await self._engine.wake_up(["weights"] if level == Level.WEIGHTS else None)
-        self._level = level
+        on_cpu = platform().device.type == "cpu"
+        if level < self.held.level:
+            lost = self.held.moved(Level.OUT)
+            if not on_cpu:
+                await self._answer(self._engine.sleep(self._sleep))
+            else:
+                await self.pause()
+                if lost:
+                    await self._answer(self._engine.collective_rpc("lose_weights"))
+        if level > self.held.level:
+            if not on_cpu:
+                await self._answer(self._engine.wake_up(["weights"] if level == Level.WEIGHTS else None))
+            elif level == Level.FULL:
+                await self._answer(self._engine.resume_generation())
+            self.held.moved(level)
 
     async def init_transfer(self, init_info: dict[str, Any]) -> None:
         """Join the trainer's weight-transfer group."""
-        await self._engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info=init_info))
+        request = WeightTransferInitRequest(init_info=init_info)
+        await self._answer(self._engine.init_weight_transfer_engine(request))
 
     async def start_update(self) -> None:
-        """Make ready for new weights."""
-        await self._engine.start_weight_update()
+        """Make ready for new weights; until all have come the engine has none.
+
+        Raises:
+            WeightsMissing: its memory for weights is not on the device.
+        """
+        self.held.arriving()
+        await self._answer(self._engine.start_weight_update())
 
     async def update(self, update_info: dict[str, Any]) -> None:
-        """Receive weights. After a failure the engine is half loaded and must not be used."""
-        await self._engine.update_weights(WeightTransferUpdateRequest(update_info=update_info))
+        """Receive weights. After a failure the engine is half loaded, and has none."""
+        try:
+            await self._answer(self._engine.update_weights(WeightTransferUpdateRequest(update_info=update_info)))
+        except BaseException:
+            self.held.lost("its last weight sync failed half-way")
+            raise
 
     async def finish_update(self, version: int) -> None:
         """Make the new weights the engine's."""
-        await self._engine.finish_weight_update(str(version))
+        await self._answer(self._engine.finish_weight_update(str(version)))
+        self.held.has(version)
 
     async def load_adapter(self, adapter: Adapter) -> None:
-        """Take an adapter in place of the one before. vLLM reads it from a folder, which need not be shared."""
+        """Take an adapter in place of the one before. vLLM reads it from a folder, which need not be shared.
+
+        Raises:
+            WeightsMissing: there is no base model to apply it to.
+        """
+        self.held.check_generating()
         with tempfile.TemporaryDirectory(prefix="rlhf-ray-adapter-") as folder:
             adapter.write(Path(folder))
             replace = LoRARequest("policy", 1, folder, load_inplace=True)
-            if not await self._engine.add_lora(replace):
+            if not await self._answer(self._engine.add_lora(replace)):
                 raise RuntimeError("vLLM did not load the policy's adapter and gives no reason")
         self._adapter = LoRARequest("policy", 1, folder)  # it is loaded: the folder, which is gone, is not read again
 
     async def set_version(self, version: int) -> None:
         """Name the weights in use."""
-        await self._engine.update_weight_version(str(version))
+        await self._answer(self._engine.update_weight_version(str(version)))
+        self.held.has(version)
 
-    async def version(self) -> int:
-        """Version of the weights in use."""
-        return int(await self._engine.get_weight_version())
+    async def version(self) -> int | None:
+        """Version of the weights, in the words of vLLM; None where it has none."""
+        return None if self.held.version is None else int(await self._answer(self._engine.get_weight_version()))
+
+    async def _answer(self, call: Coroutine[Any, Any, _T]) -> _T:
+        """What the engine's own process answers.
+
+        Raises:
+            EngineDeadError: it died. vLLM 0.32 tells that to requests alone; its other calls would wait for ever.
+        """
+        answer = asyncio.ensure_future(call)
+        while not answer.done():
+            await asyncio.wait([answer], timeout=_LOOK_S)
+            if self._engine.errored and not answer.done():
+                answer.cancel()
+                raise EngineDeadError()
+        return answer.result()
 
     def shutdown(self) -> None:
         """End the engine's processes."""
@@ -147,6 +210,9 @@ def _engine_args(setup: RolloutSetup, part: EnginePart | None) -> AsyncEngineArg
         os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(engine.cpu_kv_cache_gib)
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # engines and trainers share the cores
         os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    backend = transfer_backend(setup.beside_policy)
+    if backend in PICKLED:
+        os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
     extras = _cpu_extras() if on_cpu else {}
     if part is not None:
         extras |= {
@@ -172,11 +238,12 @@ def _engine_args(setup: RolloutSetup, part: EnginePart | None) -> AsyncEngineArg
         seed=setup.seed,
         trust_remote_code=setup.trust_remote_code,
         disable_log_stats=True,  # of vLLM's own loggers, which nobody reads here
-        weight_transfer_config=WeightTransferConfig(backend=transfer_backend(setup.beside_policy)),
+        weight_transfer_config=WeightTransferConfig(backend=backend),
         enable_sleep_mode=setup.sleep > 0 and not on_cpu,
         generation_config="vllm",  # sampling comes from the job's config alone
         **extras,
         **_lora_settings(setup.adapter_rank),
+        **_vocabulary_settings(setup),
     )
 
 
@@ -189,6 +256,16 @@ def _lora_settings(rank: int | None) -> dict[str, Any]:
         "max_loras": 1,
         "max_lora_rank": min(known for known in get_args(MaxLoRARanks) if known >= rank),
     }
+
+
+def _vocabulary_settings(setup: RolloutSetup) -> dict[str, Any]:
+    """A mask over the rows of the vocabulary that no token has, for a model that has some."""
+    tokenizer = load_tokenizer(setup.model, trust_remote_code=setup.trust_remote_code)
+    config = load_config(setup.model, trust_remote_code=setup.trust_remote_code)
+    ids = count_ids(tokenizer)
+    if ids == config.get_text_config().vocab_size:
+        return {}
+    return {"logits_processors": [TOKENS_ONLY], "additional_config": {TOKEN_IDS: ids}}
 
 
 def _cpu_extras() -> dict[str, Any]:
@@ -228,4 +305,6 @@ def _trajectory(prompt: PromptRequest, output: CompletionOutput) -> Trajectory:
     for span in output.weight_versions or []:
         versions[span.start : span.end] = [int(span.version)] * (span.end - span.start)
     reason: FinishReason = "length" if output.finish_reason == "length" else "stop"
-    return Trajectory(prompt.uid, prompt.sample_index, prompt.seed, prompt.tokens, tokens, logprobs, versions, reason)
+    return Trajectory(
+        prompt.uid, prompt.sample_index, prompt.seed, prompt.tokens, tokens, logprobs, versions, reason, row=prompt.row
+    )

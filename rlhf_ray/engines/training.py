@@ -13,13 +13,14 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from rlhf_ray.config import training as config
+from rlhf_ray.config.roles import Level
 from rlhf_ray.engines.collectives import share_sequences
 from rlhf_ray.engines.cpu_adam import cpu_adam
 from rlhf_ray.engines.deepspeed_settings import deepspeed_settings
 from rlhf_ray.engines.device_states import DeviceStates, tensors_of
 from rlhf_ray.engines.host_copies import HostCopies
-from rlhf_ray.engines.level import Level, check_there
 from rlhf_ray.engines.partitioned_loading import read_partitions
+from rlhf_ray.engines.presence import check_there
 from rlhf_ray.engines.swap_folder import SwapFolder
 from rlhf_ray.engines.swapped_state import load_into_swap_files, swap_files_mapped
 from rlhf_ray.models.lora import Adapter

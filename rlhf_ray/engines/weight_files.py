@@ -12,6 +12,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from rlhf_ray.engines.training import full_weights
+from rlhf_ray.models.saving import save_model
 from rlhf_ray.models.weights import model_weights
 
 
@@ -34,7 +35,7 @@ def write_sharded(model: nn.Module, folder: Path | None, file_bytes: int = 5 * 1
     )
     if folder is not None:
         inner: Any = model.model
-        inner.save_pretrained(folder, state_dict={})  # without weights it makes no file for them
+        save_model(inner, folder, weights={})
     unfinished: dict[str, dict[str, torch.Tensor]] = {file: {} for file in plan.filename_to_tensors}
     for name, tensor in full_weights(model, bucket_bytes=256 * 2**20):
         if folder is None:

@@ -1,5 +1,6 @@
 """Model folders: what they hold, whether it can be used, and the models that roles make of it."""
 
+import json
 import math
 from collections.abc import Set
 from pathlib import Path
@@ -17,12 +18,13 @@ from transformers import (
 )
 
 from rlhf_ray.config.training import Lora
+from rlhf_ray.data.hub import why_no_model
 from rlhf_ray.models.attention import PACKED_ATTENTION
 from rlhf_ray.models.lora import adapters_in_memory, add_adapters, missing_package, quantization
 from rlhf_ray.models.on_meta import build_on_meta
 from rlhf_ray.models.role_models import CausalModel, ScalarModel
 from rlhf_ray.models.sequence_parallel import copies_of_keys
-from rlhf_ray.models.stored_weights import StoredWeights
+from rlhf_ray.models.stored_weights import StoredWeights, check_finite_files, is_finite, not_finite
 
 
 class ModelError(Exception):
@@ -51,9 +53,14 @@ def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> PreTrained
     _check_folder(model)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(model, f"its tokenizer can't be loaded ({error})") from error
+    except Exception as error:  # whatever transformers stumbles over is a fault of the folder
+        raise ModelError(model, f"its tokenizer can't be loaded ({one_line(error)})") from error
     return tokenizer
+
+
+def count_ids(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Token ids up to the largest that a tokenizer has. A model's embedding may have more rows, which pad it."""
+    return 1 + max(tokenizer.get_vocab().values())
 
 
 def check_tokenizer_matches(model: str, tokenizer: PreTrainedTokenizerBase, *, trust_remote_code: bool = False) -> None:
@@ -63,12 +70,12 @@ def check_tokenizer_matches(model: str, tokenizer: PreTrainedTokenizerBase, *, t
         ModelError: naming both sizes.
     """
     config = load_config(model, trust_remote_code=trust_remote_code)
-    largest = max(tokenizer.get_vocab().values())
+    ids = count_ids(tokenizer)
     rows = config.get_text_config().vocab_size
-    if largest >= rows:
+    if ids > rows:
         raise ModelError(
             model,
-            f"its tokenizer has token ids up to {largest}, but its embedding has {rows} rows: the "
+            f"its tokenizer has token ids up to {ids - 1}, but its embedding has {rows} rows: the "
             "folder holds the tokenizer of another model",
         )
 
@@ -80,10 +87,12 @@ def load_config(model: str, *, trust_remote_code: bool = False) -> Any:
         ModelError: when there is none, or the model can't run packed.
     """
     _check_folder(model)
+    _check_json_object(model)
     try:
         config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(model, f"its config can't be loaded ({error})") from error
+    except Exception as error:  # whatever transformers stumbles over is a fault of the folder
+        raise ModelError(model, f"its config can't be loaded ({one_line(error)})") from error
+    _check_sizes(model, config.get_text_config())
     for unsupported in ("final_logit_softcapping", "attn_logit_softcapping", "logit_scale", "logits_scaling"):
         if getattr(config, unsupported, None) not in (None, 1, 1.0):
             raise ModelError(model, f"{unsupported} in its config is not supported: log-probs would be wrong")
@@ -117,14 +126,38 @@ def check_scores(model: str, *, trust_remote_code: bool = False) -> None:
         ModelError: naming what it holds.
     """
     config = load_config(model, trust_remote_code=trust_remote_code)
-    if not _is_classifier(config):
+    if not is_classifier(config):
         raise ModelError(
             model,
             f"it is a {', '.join(config.architectures or ['model of unknown type'])}, not a reward model: train one "
             "with job: reward_model",
         )
-    if config.num_labels != 1:
+    check_one_label(model, config)
+
+
+def check_one_label(model: str, config: Any) -> None:
+    """A classifier must have one label.
+
+    Raises:
+        ModelError: naming how many it has.
+    """
+    if is_classifier(config) and config.num_labels != 1:
         raise ModelError(model, f"it has {config.num_labels} labels; a reward model has one")
+
+
+def check_architecture(loaded: PreTrainedModel, model: str, *, scalar: bool) -> None:
+    """A model, with weights or without, must have the head that is worked with, and attention that takes packs.
+
+    Raises:
+        ModelError: naming what it lacks.
+    """
+    if scalar and not isinstance(getattr(loaded, "score", None), nn.Linear):
+        raise ModelError(model, f"{type(loaded).__name__} has no linear head named score: it is no decoder classifier")
+    head = None if scalar else loaded.get_output_embeddings()
+    if not scalar and (head is None or getattr(head, "bias", None) is not None):
+        raise ModelError(model, "its vocabulary head is missing or has a bias, which is not supported")
+    if not loaded._supports_attention_backend:
+        raise ModelError(model, f"{type(loaded).__name__} does not take packed sequences; choose another architecture")
 
 
 def check_lora(model: str, lora: Lora, *, scalar: bool, trust_remote_code: bool = False) -> None:
@@ -154,12 +187,16 @@ def empty_model(model: str, *, scalar: bool, dtype: torch.dtype, trust_remote_co
     if scalar:
         config.num_labels = 1
     auto: Any = AutoModelForSequenceClassification if scalar else AutoModelForCausalLM
-    with torch.device("meta"):
-        empty: PreTrainedModel = auto.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    try:
+        with torch.device("meta"):
+            empty: PreTrainedModel = auto.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    except Exception as error:  # numbers that don't go together, an architecture without such a head
+        raise ModelError(model, f"no model can be made of its config ({one_line(error)})") from error
     return empty
 
 
-def _is_classifier(config: Any) -> bool:
+def is_classifier(config: Any) -> bool:
+    """Whether a config is of a sequence classifier, as reward models are."""
     return any("SequenceClassification" in name for name in config.architectures or [])
 
 
@@ -171,20 +208,22 @@ def load_causal(
     trust_remote_code: bool = False,
     lora: Lora | None = None,
     sharded: bool = False,
+    token_ids: int | None = None,
 ) -> CausalModel:
     """A causal model that runs packed, without dropout; with `lora`, frozen and with new adapters.
 
     With `sharded`, parameters are left on the meta device for the engine to read, each rank its part.
+
+    Args:
+        token_ids: probabilities are over so many ids, from 0; over all rows of the vocabulary head by default.
 
     Raises:
         ModelError: when the folder can't be loaded as one, or has no such layers as `lora` names.
     """
     config = _without_dropout(load_config(model, trust_remote_code=trust_remote_code))
     loaded, stored = _load(AutoModelForCausalLM, model, config, dtype, trust_remote_code, lora, sharded)
-    head = loaded.get_output_embeddings()
-    if head is None or getattr(head, "bias", None) is not None:
-        raise ModelError(model, "its vocabulary head is missing or has a bias, which is not supported")
-    return _ready(CausalModel(loaded, vocab_chunk_tokens), stored, model, lora)
+    check_architecture(loaded, model, scalar=False)
+    return _ready(CausalModel(loaded, vocab_chunk_tokens, token_ids), stored, model, lora)
 
 
 def load_scalar(
@@ -205,14 +244,12 @@ def load_scalar(
         ModelError: when the folder can't be loaded as one, or has no such layers as `lora` names.
     """
     config = _without_dropout(load_config(model, trust_remote_code=trust_remote_code))
-    is_new = not _is_classifier(config)
-    if not is_new and config.num_labels != 1:
-        raise ModelError(model, f"it has {config.num_labels} labels; a reward model has one")
+    is_new = not is_classifier(config)
+    check_one_label(model, config)
     config.num_labels = 1
     auto, drawn = AutoModelForSequenceClassification, {"score.weight"} if is_new else frozenset()
     loaded, stored = _load(auto, model, config, dtype, trust_remote_code, lora, sharded, drawn)
-    if not isinstance(getattr(loaded, "score", None), nn.Linear):
-        raise ModelError(model, f"{type(loaded).__name__} has no linear head named score: it is no decoder classifier")
+    check_architecture(loaded, model, scalar=True)
     if is_new:
         generator = torch.Generator().manual_seed(seed)
         weight = torch.empty(loaded.score.weight.shape).normal_(
@@ -266,10 +303,8 @@ def _load(
                 auto, model, config, dtype, attention=PACKED_ATTENTION, trust_remote_code=trust_remote_code
             )
             lacks = [name for name, weight in loaded.named_parameters() if not weight.is_meta and name not in drawn]
-            if lacks:
-                raise ValueError(f"its files lack {', '.join(lacks[:3])}")
         else:
-            loaded = auto.from_pretrained(
+            loaded, found = auto.from_pretrained(
                 model,
                 config=config,
                 dtype=dtype,
@@ -277,12 +312,27 @@ def _load(
                 quantization_config=quantization(lora, dtype),
                 trust_remote_code=trust_remote_code,
                 use_safetensors=True,
+                output_loading_info=True,
             )
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(model, f"can't be loaded ({error})") from error
-    if not loaded._supports_attention_backend:
-        raise ModelError(model, f"{type(loaded).__name__} does not take packed sequences; choose another architecture")
+            # transformers draws what the files lack, with a warning that nobody reads in an actor.
+            lacks = sorted(name for name in found["missing_keys"] if name not in drawn)
+            if not lacks:
+                _check_finite(loaded, model)
+        if lacks:
+            raise ValueError(f"its files lack {', '.join(lacks[:3])}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(model, f"can't be loaded ({one_line(error)})") from error
     return loaded, stored
+
+
+def _check_finite(loaded: PreTrainedModel, model: str) -> None:
+    if getattr(loaded, "hf_quantizer", None) is not None:  # its codes of 4 bits are finite whatever they are made of
+        check_finite_files(model)
+        return
+    for name, parameter in loaded.named_parameters():
+        if not is_finite(parameter):
+            stored = StoredWeights(model, loaded, headers_only=True, any_format=True)
+            raise ValueError(not_finite(name, stored.files(name)))
 
 
 def _without_dropout(config: Any) -> Any:
@@ -302,3 +352,46 @@ def _check_folder(model: str) -> None:
         raise ModelError(model, "no such folder; `rlhf-ray prepare` makes the ones that the examples use")
     if path.exists() and not (path / "config.json").is_file():
         raise ModelError(model, "the folder has no config.json, so it is no Hugging Face model")
+    if not path.exists() and (why := why_no_model(model)):
+        raise ModelError(model, why)
+
+
+_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+_MOST_LAYERS = 1000  # a mistyped number of layers would otherwise be built, one after the other
+
+
+def _check_json_object(model: str) -> None:
+    """transformers goes on with a list, or with nothing, as if it were a config without any keys."""
+    path = Path(model) / "config.json"
+    if not path.is_file():
+        return
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(model, f"its config.json is no JSON ({one_line(error)})") from error
+    if not isinstance(content, dict):
+        kind = {list: "a list", str: "a text", type(None): "null"}.get(type(content), "a number")
+        raise ModelError(model, f"its config.json holds {kind}, not an object with the keys of a model")
+
+
+def _check_sizes(model: str, config: Any) -> None:
+    for name in _SIZES:
+        size = getattr(config, name, 1)  # not every architecture has each of them
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise ModelError(model, f"{name} in its config.json is {size!r}, not a number of at least 1")
+    if getattr(config, "num_hidden_layers", 1) > _MOST_LAYERS:
+        raise ModelError(
+            model, f"num_hidden_layers in its config.json is {config.num_hidden_layers}: no model has so many"
+        )
+    names = config.architectures
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise ModelError(model, f"architectures in its config.json is {names!r}, not a list of names")
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, on one line and of bounded length."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= _LONGEST_REASON else f"{text[:_LONGEST_REASON]} …"
+
+
+_LONGEST_REASON = 600

@@ -32,9 +32,9 @@ class RoleModel(nn.Module):
 class CausalModel(RoleModel):
     """A language model that gives log-probs of chosen tokens."""
 
-    def __init__(self, model: PreTrainedModel, vocab_chunk_tokens: int) -> None:
+    def __init__(self, model: PreTrainedModel, vocab_chunk_tokens: int, token_ids: int | None = None) -> None:
         super().__init__(model)
-        self.token_logprobs = TokenLogProbs(model.get_output_embeddings(), vocab_chunk_tokens)
+        self.token_logprobs = TokenLogProbs(model.get_output_embeddings(), vocab_chunk_tokens, token_ids)
 
     def forward(
         self,

@@ -9,7 +9,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from rlhf_ray.models.heads import load_config
+from rlhf_ray.models.heads import ModelError, load_config
 
 _KEYS = ("score_mean", "score_std")
 _METRICS = ("score/mean", "score/std")
@@ -42,11 +42,16 @@ def scale_of(model: str, *, trust_remote_code: bool = False) -> ScoreScale | Non
     """The scale in a model folder, None when it has none.
 
     Raises:
-        ModelError: the folder has no config.
+        ModelError: the folder has no config, or one in which they are no numbers.
     """
     config = load_config(model, trust_remote_code=trust_remote_code)
     mean, std = (getattr(config, key, None) for key in _KEYS)
-    return ScoreScale(float(mean), float(std)) if mean is not None and std else None
+    if mean is None or not std:
+        return None
+    try:
+        return ScoreScale(float(mean), float(std))
+    except (TypeError, ValueError):
+        raise ModelError(model, f"score_mean and score_std in its config.json are {mean!r} and {std!r}") from None
 
 
 def write_scale(folder: Path, scale: ScoreScale | None) -> None:

@@ -43,6 +43,9 @@ class _Tensor:
             tensor: torch.Tensor = opened.get_tensor(self.key)
             return tensor
 
+    def shape_alone(self) -> torch.Tensor:
+        return torch.empty(self.shape, device="meta")
+
     def elements(self, start: int, stop: int) -> torch.Tensor:
         if not self.shape:
             return self.whole().reshape(1)[start:stop]
@@ -67,10 +70,11 @@ class _Converted:
     first: str
     sources: list[tuple[_Tensor, str]]
 
-    def make(self, name: str, model: PreTrainedModel) -> torch.Tensor:
+    def make(self, name: str, model: PreTrainedModel, *, of_headers: bool = False) -> torch.Tensor:
+        """The tensor; with `of_headers` a shape without numbers, for which no file is read."""
         converter = deepcopy(self.converter)
         for source, pattern in self.sources:
-            converter.add_tensor(self.first, source.key, pattern, source.whole)
+            converter.add_tensor(self.first, source.key, pattern, source.shape_alone if of_headers else source.whole)
         made: Any = converter.convert(self.first, model=model, config=model.config)[name]
         tensor: torch.Tensor = made[0] if isinstance(made, list) else made
         return tensor
@@ -82,21 +86,28 @@ class StoredWeights:
     Args:
         source: folder or hub name. Files of a hub are downloaded if they are not there yet.
         model: what the files are for; its parameters may be on the meta device.
+        headers_only: read no tensor. Of two that the config ties it is then not known whether they are the same.
+        any_format: also take tensors in formats that can only be read whole, by transformers.
 
     Raises:
         OSError: the files can't be found or read.
         ValueError: the model can't be made of what they hold.
     """
 
-    def __init__(self, source: str, model: PreTrainedModel) -> None:
+    def __init__(
+        self, source: str, model: PreTrainedModel, *, headers_only: bool = False, any_format: bool = False
+    ) -> None:
         self._model = model
+        self._compare = not headers_only
         self._tensors = _by_name(model, {tensor.key: tensor for tensor in _stored(source)})
         tied: dict[nn.Parameter, list[str]] = {}
         for name, parameter in model.named_parameters(remove_duplicate=False):
             tied.setdefault(parameter, []).append(name)
             stored = self._tensors.get(name)
             if isinstance(stored, _Tensor):
-                _check_fits(name, stored, parameter)
+                _check_fits(name, stored, parameter, any_format)
+            elif stored is not None:
+                _check_comes_out(name, stored, parameter, model)
         for names in tied.values():
             self._tie(names)
 
@@ -106,7 +117,7 @@ class StoredWeights:
     def _tie(self, names: list[str]) -> None:
         """Have all names of a parameter stand for the one that is stored."""
         stored = [name for name in names if name in self._tensors]
-        for other in stored[1:]:
+        for other in stored[1:] if self._compare else ():
             if not _same(self._tensors[stored[0]], self._tensors[other]):
                 raise ValueError(
                     f"{stored[0]} and {other} differ in its files, but its config ties them: set tie_word_embeddings: "
@@ -114,6 +125,12 @@ class StoredWeights:
                 )
         if stored:
             self._tensors |= dict.fromkeys(names, self._tensors[stored[0]])
+
+    def files(self, name: str) -> str:
+        """Where a tensor is stored, for errors."""
+        tensor = self._tensors[name]
+        sources = [tensor] if isinstance(tensor, _Tensor) else [source for source, _ in tensor.sources]
+        return ", ".join(sorted({str(source.file) for source in sources}))
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Elements `start` to `stop` of a flattened tensor, `[stop - start]`, in the number format of the file.
@@ -132,7 +149,10 @@ def _stored(source: str) -> Iterator[_Tensor]:
     if single := find(SAFE_WEIGHTS_NAME):
         files = [single]
     elif index := find(SAFE_WEIGHTS_INDEX_NAME):
-        files, _ = get_checkpoint_shard_files(source, index)
+        try:
+            files, _ = get_checkpoint_shard_files(source, index)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{index} is no index of weights ({type(error).__name__}: {error})") from error
     elif pickled := find(WEIGHTS_NAME) or find(WEIGHTS_INDEX_NAME):
         raise ValueError(
             f"its weights are pickles ({Path(pickled).name}), which are not loaded: where you trust them, convert them "
@@ -150,11 +170,52 @@ def _stored(source: str) -> Iterator[_Tensor]:
             raise OSError(f"{file} is no whole safetensors file: {error}") from error
 
 
-def _check_fits(name: str, stored: _Tensor, parameter: nn.Parameter) -> None:
+def check_finite_files(source: str) -> None:
+    """No tensor in the files of a folder or hub may hold NaN or infinity; all are read, one after the other.
+
+    Raises:
+        OSError: the files can't be found or read.
+        ValueError: naming tensor and file.
+    """
+    for tensor in _stored(source):
+        if not is_finite(tensor.whole()):
+            raise ValueError(not_finite(tensor.key, str(tensor.file)))
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor infinity; formats that can hold none do."""
+    if not tensor.is_floating_point() or tensor.numel() == 0:
+        return True
+    if tensor.dtype.itemsize == 1:
+        tensor = tensor.float()
+    ends = tensor.detach().aminmax()  # NaN goes into both: one pass, and no second tensor
+    return bool(torch.isfinite(ends.min) and torch.isfinite(ends.max))
+
+
+def not_finite(name: str, files: str) -> str:
+    """What to say of a tensor that holds NaN or infinity."""
+    return (
+        f"{name} in {files} holds NaN or infinity: the copy is damaged or the run that wrote it had diverged; copy the "
+        "folder again, or take an earlier checkpoint"
+    )
+
+
+def _check_fits(name: str, stored: _Tensor, parameter: nn.Parameter, any_format: bool) -> None:
     if stored.shape != tuple(parameter.shape):
         raise ValueError(f"{name} is {list(stored.shape)} in its files, but {list(parameter.shape)} by its config")
-    if stored.format not in ("F64", "F32", "F16", "BF16"):
+    if not any_format and stored.format not in ("F64", "F32", "F16", "BF16"):
         raise ValueError(f"{name} is stored as {stored.format}, which zero_stage: 3 does not load")
+
+
+def _check_comes_out(name: str, stored: _Converted, parameter: nn.Parameter, model: PreTrainedModel) -> None:
+    """A tensor that is made of others, one of which may be missing."""
+    made_of = f"{name} is made of {len(stored.sources)} tensors in its files, such as {stored.sources[0][0].key}"
+    try:
+        shape = list(stored.make(name, model, of_headers=True).shape)
+    except (RuntimeError, ValueError, IndexError, KeyError) as error:
+        raise ValueError(f"{made_of}, which don't go together ({error})") from error
+    if shape != list(parameter.shape):
+        raise ValueError(f"{made_of}, and comes out as {shape}, but is {list(parameter.shape)} by its config")
 
 
 def _same(one: "_Tensor | _Converted", other: "_Tensor | _Converted") -> bool:

@@ -17,11 +17,17 @@ class TokenLogProbs(nn.Module):
 
     Logits `[positions, block]` are made, reduced and dropped; the backward pass makes them again. A block is so large
     that there are never more logits than `chunk_tokens` positions have, however many positions there are.
+
+    Args:
+        head: the linear layer, without a bias.
+        chunk_tokens: see above.
+        token_ids: how many ids a token can have, from 0. Probabilities are over these alone, as if the rows behind
+            them, which pad the vocabulary of many models, were not there. All rows by default.
     """
 
-    def __init__(self, head: nn.Module, chunk_tokens: int) -> None:
+    def __init__(self, head: nn.Module, chunk_tokens: int, token_ids: int | None = None) -> None:
         super().__init__()
-        self.chunk_tokens = chunk_tokens
+        self.chunk_tokens, self.token_ids = chunk_tokens, token_ids
         # Held in a tuple so that the head is not registered a second time as a child.
         self._head = (head,)
 
@@ -44,9 +50,10 @@ class TokenLogProbs(nn.Module):
             beside: `entropy` in nats; `collision`, log Σ p², without a gradient; with `nothing` the second is empty.
         """
         weight = self.weight
-        size = max(1, len(weight) * self.chunk_tokens // max(1, len(hidden)))
+        ids = len(weight) if self.token_ids is None else min(self.token_ids, len(weight))
+        size = max(1, ids * self.chunk_tokens // max(1, len(hidden)))
         size -= size % _TILE if size > _TILE else 0
-        blocks = [slice(start, min(start + size, len(weight))) for start in range(0, len(weight), size)]
+        blocks = [slice(start, min(start + size, ids)) for start in range(0, ids, size)]
         out = _BlockwiseLogProbs.apply(hidden, weight, targets, temperature, blocks, beside)
         return out
 
@@ -106,6 +113,8 @@ class _BlockwiseLogProbs(torch.autograd.Function):
         by_hidden = torch.zeros_like(hidden, dtype=torch.promote_types(hidden.dtype, torch.float32))
         # A head that is not trained, as beside adapters, needs no gradient as large as itself.
         by_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+        if by_weight is not None:
+            by_weight[ctx.blocks[-1].stop :] = 0  # rows of no token
         for block in ctx.blocks:
             log_p = _logits(hidden, weight[block], ctx.temperature).sub_(normaliser[:, None])
             if by_entropy is not None:

@@ -4,21 +4,23 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from rlhf_ray.config.jobs import JobConfig, PPOJob, RewardModel, RewardModelJob
+from rlhf_ray.config.jobs import Job
 from rlhf_ray.config.loading import load_config
-from rlhf_ray.config.training import Critic, Dtype, Lora, Policy
+from rlhf_ray.config.roles import RoleSpec
+from rlhf_ray.config.training import Dtype, Lora, TrainingEngine
 from rlhf_ray.engines.saved_weights import saved_weights
 from rlhf_ray.models import heads
+from rlhf_ray.models.folder_checks import read_generation_config
 from rlhf_ray.models.heads import ModelError
 from rlhf_ray.models.lora import ADAPTER_FOLDER, Adapter
+from rlhf_ray.models.saving import save_model
 from rlhf_ray.models.score_scale import ScoreScale, write_scale
 from rlhf_ray.models.weights import model_weights
 from rlhf_ray.recovery.checkpoints import CheckpointStore, checkpoint_metrics
@@ -61,8 +63,10 @@ class _TrainedModel:
     lora: Lora | None
 
     @classmethod
-    def of(cls, source: str, section: Policy | Critic | RewardModel, *, scalar: bool) -> Self:
-        return cls(source, section.engine.dtype, scalar, section.trust_remote_code, section.lora)
+    def of(cls, role: RoleSpec) -> Self:
+        assert role.model is not None
+        assert isinstance(role.engine, TrainingEngine)
+        return cls(role.model.path, role.engine.dtype, role.kind == "scalar", role.model.trust_remote_code, role.lora)
 
 
 def export_checkpoint(source: Path, out: Path, role: str | None = None) -> Exported:
@@ -124,16 +128,9 @@ def _find(source: Path) -> tuple[Path, Path]:
     return source, newest.folder
 
 
-def _trained_models(config: JobConfig) -> dict[str, _TrainedModel]:
+def _trained_models(config: Job) -> dict[str, _TrainedModel]:
     """By role; the one that the job is about comes first."""
-    if isinstance(config, RewardModelJob):
-        return {"reward": _TrainedModel.of(config.reward.model, config.reward, scalar=True)}
-    policy = _TrainedModel.of(config.policy.model, config.policy, scalar=False)
-    if not isinstance(config, PPOJob):
-        return {"policy": policy}
-    critic = config.critic
-    critic_source = config.reward_models[0].model if critic.init_from == "reward" else critic.init_from
-    return {"policy": policy, "critic": _TrainedModel.of(critic_source, critic, scalar=True)}
+    return {role.name: _TrainedModel.of(role) for role in config.roles if role.trained}
 
 
 def _rebuild(trained: _TrainedModel, checkpoint: Path, role: str) -> tuple[PreTrainedModel, Adapter | None]:
@@ -180,9 +177,7 @@ def _without_weights(trained: _TrainedModel, dtype: torch.dtype) -> PreTrainedMo
     except ModelError as error:
         note = "config, tokenizer and code of an export come from there; a relative path counts from the current folder"
         raise ModelError(trained.source, f"{error.reason} ({note})") from error
-    if not trained.scalar:
-        with suppress(OSError):  # the model came without one
-            model.generation_config = GenerationConfig.from_pretrained(trained.source)
+    read_generation_config(model, trained.source)
     return model
 
 
@@ -207,7 +202,7 @@ def _write(
     partial = out.with_name(f"{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        model.save_pretrained(partial)
+        save_model(model, partial)
         write_scale(partial, scale)
         tokenizer = heads.load_tokenizer(trained.source, trust_remote_code=trained.trust_remote_code)
         tokenizer.save_pretrained(partial)

@@ -1,11 +1,15 @@
-"""Scores from a service: POST of `{"prompts": [...], "responses": [...]}`, answered by `{"scores": [...]}`."""
+"""Scores from a service: POST of `{"prompts": [...], "responses": [...]}`, answered by `{"scores": [...]}`.
+
+Where rows of prompts have other columns, the request has `"columns": {name: [...]}` as well: for each a list with one
+entry a sample, null where its row has none.
+"""
 
 import json
 import logging
 import os
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any
@@ -57,8 +61,17 @@ class HttpScorer:
         except (httpx.InvalidURL, ValueError) as error:
             raise RewardError(self._part, f"url can't be used: {error}") from error
 
-    def score(self, prompts: Sequence[str], responses: Sequence[str], uids: Sequence[str]) -> Floats:
+    def score(
+        self,
+        prompts: Sequence[str],
+        responses: Sequence[str],
+        uids: Sequence[str],
+        columns: Mapping[str, Sequence[Any]] | None = None,
+    ) -> Floats:
         """One score for each sample, float32 `[samples]`.
+
+        Args:
+            columns: by name, a value for each sample, None where its row has none.
 
         Raises:
             RewardError: the service failed at every try, refused the request, or answered something else than one
@@ -67,7 +80,9 @@ class HttpScorer:
         scores = [np.empty(0, np.float32)]
         for start in range(0, len(uids), self._config.batch_size):
             batch = slice(start, start + self._config.batch_size)
-            body = {"prompts": list(prompts[batch]), "responses": list(responses[batch])}
+            body: dict[str, Any] = {"prompts": list(prompts[batch]), "responses": list(responses[batch])}
+            if columns:
+                body["columns"] = {name: list(values[batch]) for name, values in columns.items()}
             answer = self._post(body, uids[batch])
             scores.append(checked_scores(self._part, self._source, self._scores_in(answer, uids[batch]), uids[batch]))
         return np.concatenate(scores)
@@ -91,7 +106,7 @@ class HttpScorer:
         """Close the connections."""
         self._client.close()
 
-    def _post(self, body: dict[str, list[str]], uids: Sequence[str]) -> bytes:
+    def _post(self, body: dict[str, Any], uids: Sequence[str]) -> bytes:
         tries = self._config.retries + 1
         for attempt in range(1, tries + 1):
             cause: httpx.RequestError | None = None
@@ -121,7 +136,7 @@ class HttpScorer:
             self._sleep(wait)
         raise AssertionError("the loop returns or raises")
 
-    def _request(self, body: dict[str, list[str]]) -> tuple[httpx.Response, bytes]:
+    def _request(self, body: dict[str, Any]) -> tuple[httpx.Response, bytes]:
         limit = self._config.timeout_s
         deadline = time.monotonic() + limit
         content = bytearray()

@@ -2,13 +2,16 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from rlhf_ray.telemetry.errors import NonFiniteError
 from rlhf_ray.telemetry.rows import Row, RowFile, read_rows
+
+# Bytes of JSON up to which the columns of a prompt's row are written with each sample.
+COLUMNS_SHOWN = 2000
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,7 @@ class SampleRow:
         rewards: unweighted score by each part.
         truncated: the response was cut at max_new_tokens.
         kl: from policy to reference, in nats, summed over the response.
+        columns: other columns of the prompt's row; None where they are more than `COLUMNS_SHOWN`.
     """
 
     uid: str
@@ -33,6 +37,7 @@ class SampleRow:
     rewards: dict[str, float]
     truncated: bool
     kl: float
+    columns: dict[str, Any] | None = field(default_factory=dict)
 
 
 class SamplesLog:
@@ -87,6 +92,7 @@ def _plain(row: SampleRow) -> Row:
         "rewards": {name: float(value) for name, value in sorted(row.rewards.items())},
         "truncated": bool(row.truncated),
         "kl": float(row.kl),
+        **({} if row.columns == {} else {"columns": row.columns}),
     }
 
 

@@ -78,3 +78,24 @@ def test_bad_lengths_and_unknown_modes_are_refused() -> None:
         token_weights(torch.tensor([1.0]), "token", 5, 5)
     with pytest.raises(OptionError, match="mode is 'batch', but must be token or sample"):
         token_weights(torch.tensor([1]), "batch", 5, 5)  # type: ignore[arg-type]
+
+
+@settings(deadline=None)
+@given(
+    samples=st.lists(st.lists(st.booleans(), min_size=1, max_size=8), min_size=1, max_size=6),
+    mode=st.sampled_from(["token", "sample"]),
+)
+def test_masked_tokens_weigh_nothing_and_the_others_as_if_alone(
+    samples: list[list[bool]], mode: AggregationMode
+) -> None:
+    samples = [[*mask, True] for mask in samples]
+    mask = torch.tensor([counts for sample in samples for counts in sample])
+    actions = torch.tensor([sum(sample) for sample in samples])
+    weights = token_weights(torch.tensor(list(map(len, samples))), mode, 100, 10, mask)
+    assert weights[~mask].tolist() == [0.0] * int((~mask).sum())
+    assert weights[mask].tolist() == token_weights(actions, mode, 100, 10).tolist()
+
+
+def test_a_mask_of_another_length_is_refused() -> None:
+    with pytest.raises(TensorInputError, match="loss_mask"):
+        token_weights(torch.tensor([2, 1]), "token", 10, 4, torch.ones(4, dtype=torch.bool))

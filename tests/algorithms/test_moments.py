@@ -115,3 +115,12 @@ def test_whitening_refuses_moments_of_nothing_and_an_eps_of_zero() -> None:
         whiten(torch.ones(2), Moments())
     with pytest.raises(OptionError, match="eps"):
         whiten(torch.ones(2), Moments.of(torch.ones(2)), eps=0.0)
+
+
+@given(st.lists(st.tuples(st.floats(-1e3, 1e3), st.integers(0, 6)), max_size=30))
+def test_weighted_moments_are_those_of_the_numbers_repeated(numbers: list[tuple[float, int]]) -> None:
+    values = torch.tensor([value for value, _ in numbers], dtype=torch.float64)
+    counts = torch.tensor([count for _, count in numbers], dtype=torch.int64)
+    found, expected = Moments.weighted(values, counts), Moments.of(values.repeat_interleave(counts))
+    assert found.count == expected.count
+    assert (found.mean, found.m2) == pytest.approx((expected.mean, expected.m2), rel=1e-9, abs=1e-6)

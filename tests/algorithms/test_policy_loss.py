@@ -9,7 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf_ray.algorithms.errors import OptionError, TensorInputError
-from rlhf_ray.algorithms.policy_loss import PolicyLossInputs, PolicyLossOutput, clipped_policy_loss
+from rlhf_ray.algorithms.policy_loss import (
+    PolicyLossInputs,
+    PolicyLossOptions,
+    PolicyLossOutput,
+    clipped_policy_loss,
+)
 
 # new log-prob, old log-prob, advantage, entropy
 tokens = st.lists(st.tuples(st.floats(-4, 0), st.floats(-4, 0), st.floats(-3, 3), st.floats(0, 5)), max_size=30)
@@ -24,13 +29,15 @@ def inputs_of(rows: list[tuple[float, float, float, float]]) -> PolicyLossInputs
 
 def loss_at(ratio: float, advantage: float, entropy: float = 0.0, **options: Any) -> PolicyLossOutput:
     options = {"clip_low": 0.2, "clip_high": 0.3, "dual_clip": None, "entropy_coef": 0.0} | options
-    return clipped_policy_loss(inputs_of([(math.log(ratio), 0.0, advantage, entropy)]), **options)
+    return clipped_policy_loss(inputs_of([(math.log(ratio), 0.0, advantage, entropy)]), PolicyLossOptions(**options))
 
 
 def gradient_at(ratio: float, advantage: float, dual_clip: float | None = None) -> float:
     """Of the loss, with respect to the log-prob."""
     inputs = inputs_of([(math.log(ratio), 0.0, advantage, 0.0)])
-    out = clipped_policy_loss(inputs, clip_low=0.2, clip_high=0.3, dual_clip=dual_clip, entropy_coef=0.0)
+    out = clipped_policy_loss(
+        inputs, PolicyLossOptions(clip_low=0.2, clip_high=0.3, dual_clip=dual_clip, entropy_coef=0.0)
+    )
     out.loss.sum().backward()
     assert inputs.logprobs.grad is not None
     return float(inputs.logprobs.grad)
@@ -46,7 +53,8 @@ def test_loss_equals_a_loop_in_float64(
     entropy_coef: float,
 ) -> None:
     out = clipped_policy_loss(
-        inputs_of(rows), clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip, entropy_coef=entropy_coef
+        inputs_of(rows),
+        PolicyLossOptions(clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip, entropy_coef=entropy_coef),
     )
     losses, ratios, kls = [], [], []
     for new, old, advantage, entropy in rows:
@@ -71,7 +79,9 @@ def test_clipped_marks_exactly_the_tokens_without_policy_gradient(
     # a product below 1e-300 is not a gradient either
     rows = [row for row in rows if abs(row[2]) > 1e-3]
     inputs = inputs_of(rows)
-    out = clipped_policy_loss(inputs, clip_low=0.2, clip_high=0.3, dual_clip=dual_clip, entropy_coef=0.0)
+    out = clipped_policy_loss(
+        inputs, PolicyLossOptions(clip_low=0.2, clip_high=0.3, dual_clip=dual_clip, entropy_coef=0.0)
+    )
     (gradient,) = torch.autograd.grad(out.loss.sum(), inputs.logprobs)
     assert out.clipped.tolist() == (gradient == 0).double().tolist()
 
@@ -124,7 +134,7 @@ def test_dual_clip_bounds_the_loss_of_bad_tokens_only() -> None:
 def test_entropy_bonus_is_subtracted_and_pushes_entropy_up() -> None:
     assert loss_at(1.0, 2.0, entropy=0.5, entropy_coef=0.1).loss.item() == pytest.approx(-2.05)
     inputs = inputs_of([(0.0, 0.0, 2.0, 0.5)])
-    out = clipped_policy_loss(inputs, clip_low=0.2, clip_high=0.2, dual_clip=None, entropy_coef=0.1)
+    out = clipped_policy_loss(inputs, PolicyLossOptions(clip_low=0.2, clip_high=0.2, dual_clip=None, entropy_coef=0.1))
     out.loss.sum().backward()
     assert inputs.entropy.grad is not None
     assert inputs.entropy.grad.item() == pytest.approx(-0.1)
@@ -132,7 +142,7 @@ def test_entropy_bonus_is_subtracted_and_pushes_entropy_up() -> None:
 
 def test_entropy_is_outside_the_graph_without_a_bonus() -> None:
     inputs = inputs_of([(0.0, 0.0, 2.0, math.inf)])
-    out = clipped_policy_loss(inputs, clip_low=0.2, clip_high=0.2, dual_clip=None, entropy_coef=0.0)
+    out = clipped_policy_loss(inputs, PolicyLossOptions(clip_low=0.2, clip_high=0.2, dual_clip=None, entropy_coef=0.0))
     out.loss.sum().backward()
     assert out.loss.item() == -2
     assert inputs.entropy.grad is None
@@ -141,7 +151,7 @@ def test_entropy_is_outside_the_graph_without_a_bonus() -> None:
 def test_first_step_has_ratio_one_and_no_kl() -> None:
     logprobs = torch.linspace(-8, 0, 100)
     inputs = PolicyLossInputs(logprobs, logprobs.clone(), torch.linspace(-1, 1, 100), torch.zeros(100))
-    out = clipped_policy_loss(inputs, clip_low=0.2, clip_high=0.2, dual_clip=3.0, entropy_coef=0.0)
+    out = clipped_policy_loss(inputs, PolicyLossOptions(clip_low=0.2, clip_high=0.2, dual_clip=3.0, entropy_coef=0.0))
     assert out.ratio.tolist() == [1.0] * 100
     assert out.approx_kl.tolist() == out.clipped.tolist() == [0.0] * 100
 
@@ -150,7 +160,7 @@ def test_gradients_reach_new_logprobs_only_and_the_reports_are_detached() -> Non
     old, advantages = torch.zeros(1, requires_grad=True), torch.ones(1, requires_grad=True)
     new = torch.zeros(1, requires_grad=True)
     inputs = PolicyLossInputs(new, old, advantages, torch.zeros(1))
-    out = clipped_policy_loss(inputs, clip_low=0.2, clip_high=0.2, dual_clip=None, entropy_coef=0.1)
+    out = clipped_policy_loss(inputs, PolicyLossOptions(clip_low=0.2, clip_high=0.2, dual_clip=None, entropy_coef=0.1))
     out.loss.sum().backward()
     assert new.grad is not None
     assert old.grad is None
@@ -163,7 +173,7 @@ def test_shapes_that_would_broadcast_are_refused(name: str) -> None:
     shapes = {"logprobs": 3, "old_logprobs": 3, "advantages": 3, "entropy": 3} | {name: 1}
     inputs = PolicyLossInputs(**{key: torch.zeros(size) for key, size in shapes.items()})
     with pytest.raises(TensorInputError, match=f"tensor {name} has"):
-        clipped_policy_loss(inputs, clip_low=0.2, clip_high=0.2, dual_clip=None, entropy_coef=0.0)
+        clipped_policy_loss(inputs, PolicyLossOptions(clip_low=0.2, clip_high=0.2, dual_clip=None, entropy_coef=0.0))
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """`rlhf-ray export` on checkpoints in DeepSpeed's format; integration tests have real ones of each ZeRO stage."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -138,6 +139,18 @@ def test_generation_settings_come_along(cli: RunCli, tiny_model_dir: Path, tmp_p
     write_checkpoint(run_dir, 2, policy=policy_weights(source))
     assert cli("export", run_dir, tmp_path / "out").exit_code == 0
     assert GenerationConfig.from_pretrained(tmp_path / "out").max_new_tokens == 77
+
+
+def test_generation_settings_that_transformers_refuses_to_save_come_along(
+    cli: RunCli, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    source = shutil.copytree(tiny_model_dir, tmp_path / "source")
+    (source / "generation_config.json").write_text('{"temperature": 0.9, "top_p": 0.6}')
+    run_dir = make_run(tmp_path / "run", "tiny", source)
+    write_checkpoint(run_dir, 2, policy=policy_weights(source))
+    assert cli("export", run_dir, tmp_path / "out").exit_code == 0
+    settings = json.loads((tmp_path / "out/generation_config.json").read_text())
+    assert (settings["temperature"], settings["top_p"]) == (0.9, 0.6)
 
 
 def test_a_named_checkpoint_is_taken(cli: RunCli, ppo_run: Path, tiny_model_dir: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import Result
 
-from rlhf_ray.cluster.planner.calibration import default_place, defaults, save_calibration
+from rlhf_ray.planner.calibration import default_place, defaults, save_calibration
 from rlhf_ray.platform import machine_name
 
 RunCli = Callable[..., Result]

@@ -50,7 +50,7 @@ FOUR_NODES = [node("a", 8), node("b", 8), node("c", 4), node("d", 2)]
 )
 def test_each_strategy_takes_the_nodes_that_it_promises(request_: Request, expected: str | None) -> None:
     if expected is None:
-        assert refused([request_], FOUR_NODES).place == 20
+        assert refused([request_], FOUR_NODES).bundle == 20
     else:
         assert names([request_], FOUR_NODES) == {request_.role: expected}
 

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 
 from rlhf_ray.cluster.named_paths import Named, named_in
-from rlhf_ray.cluster.planner.folders import read_shape
 from rlhf_ray.cluster.preflight.asked import (
     Transfer,
     compiled_optimizers,
@@ -18,6 +17,7 @@ from rlhf_ray.cluster.preflight.asked import (
 )
 from rlhf_ray.config.jobs import JobConfig
 from rlhf_ray.config.loading import parse_config
+from rlhf_ray.models.config_json import read_shape
 
 
 @pytest.fixture

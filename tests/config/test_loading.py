@@ -87,7 +87,7 @@ def test_a_dumped_config_loads_to_the_same_config(tmp_path: Path, text: str) -> 
         ),
         max_size=3,
     ),
-    lr=st.floats(1e-300, 1e300),
+    lr=st.floats(1e-300, 1e18),
 )
 def test_any_words_and_numbers_survive_the_round_trip(
     tmp_path_factory: pytest.TempPathFactory, name: str, env: dict[str, str], lr: float
@@ -129,11 +129,11 @@ def test_an_unknown_key_suggests_the_nearest(tmp_path: Path, override: str, prob
         ("run.steps=0", "run.steps: input should be greater than 0 (got 0)"),
         (
             "run.steps=many",
-            "run.steps: input should be a valid integer, unable to parse string as an integer (got 'many')",
+            "run.steps: should be a whole number, in digits (got 'many')",
         ),
         ("policy.engine.dtype=bf16", "policy.engine.dtype: input should be 'bfloat16' or 'float32' (got 'bf16')"),
         ("algorithm.kl.coef=.inf", "algorithm.kl.coef: input should be a finite number (got inf)"),
-        ("reward.0.model=5", "reward.0.model: input should be a valid string (got 5)"),
+        ("reward.0.model=5", "reward.0.model: should be text, in quotes where it looks like something else (got 5)"),
         (
             "reward.0={weight: 1}",
             "reward.0: a reward part needs one of the keys model, function or url (got {'weight': 1})",
@@ -142,7 +142,7 @@ def test_an_unknown_key_suggests_the_nearest(tmp_path: Path, override: str, prob
         ("reward=x", "reward: should be a list (got 'x')"),
         ("rollout=x", "rollout: should be a section (got 'x')"),
         ("placement.policy.env=x", "placement.policy.env: should be a section (got 'x')"),
-        ("policy.model=", "policy.model: input should be a valid string (got None)"),
+        ("policy.model=", "policy.model: should be text, in quotes where it looks like something else (got None)"),
         ("policy={}", "policy.model: is required"),
         ("job=pppo", "job: 'pppo' is not a job type; did you mean 'ppo'? (known: ppo, preference, reward_model, sft)"),
         ("job=sleep", "job: 'sleep' is not a job type (known: ppo, preference, reward_model, sft)"),
@@ -210,7 +210,11 @@ def test_overrides_set_single_values_read_as_yaml(tmp_path: Path) -> None:
         ("run.steps", "'run.steps' is not of the form section.key=value"),
         ("=5", "'=5' is not of the form section.key=value"),
         ("run..steps=5", "'run..steps=5' is not of the form section.key=value"),
-        ("run.steps=[", "'run.steps=[': the value is not YAML"),
+        (
+            "run.steps=[",
+            "'run.steps=[': the value is not YAML: while parsing a flow node expected the node content, "
+            "but found '<stream end>' (line 1, column 2)",
+        ),
         ("run.steps.x=5", "run.steps.x: run.steps is a value, not a section"),
         ("reward.1.weight=5", "reward.1: the list has entries 0 to 0"),
         ("reward.x.weight=5", "reward.x: the list has entries 0 to 0"),
@@ -231,8 +235,8 @@ def test_an_override_of_an_empty_list_says_so(tmp_path: Path) -> None:
         ("job: ppo\nrun: {steps: 1, dir: x, steps: 2}", "key 'steps' stands twice"),
         ("job: ppo\nreward:\n- {model: a, model: b}", "key 'model' stands twice"),
         ("job: [", "is not YAML: while parsing"),
-        ("job: ppo\n? [a]\n: b", "a key must be a word"),
-        ("job: !!python/object:os.system {}", "could not determine a constructor"),
+        ("job: ppo\n? [a]\n: b", "has a key that is no word"),
+        ("job: !!python/object:os.system {}", "has the tag '!!python/object:os.system', which means nothing here"),
         ("job: ppo\nrun: &a {b: *a}", "an anchor contains itself"),
         ("", "must be a mapping of sections"),
         ("- job", "must be a mapping of sections"),
@@ -246,10 +250,10 @@ def test_a_file_that_is_no_config_says_where_and_why(tmp_path: Path, text: str, 
 def test_the_error_names_the_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"none.yaml: no such file"):
         load_config(tmp_path / "none.yaml")
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with pytest.raises(ConfigError, match="is a folder, but must be a YAML file"):
         load_config(tmp_path)
     (tmp_path / "latin.yaml").write_bytes(b"name: \xff")
-    with pytest.raises(ConfigError, match=r"latin.yaml: cannot be read"):
+    with pytest.raises(ConfigError, match=r"latin.yaml: is not UTF-8 text \(byte 7\)"):
         load_config(tmp_path / "latin.yaml")
 
 

@@ -360,6 +360,12 @@ CONFLICTS: list[tuple[dict[str, Any], str]] = [
         "reference.engine.offload_parameters to cpu, or reference.engine.zero_stage to 0",
     ),
     (
+        ppo(placement={"policy": {"gpus": 0.5, "ranks": 2}}),
+        "placement.policy.gpus is 0.5 and placement.policy.ranks is 2: two ranks of one role would share a GPU, which "
+        "NCCL refuses. Set placement.policy.gpus to 1, or placement.policy.ranks to 1, or placement.policy.strategy to "
+        "STRICT_SPREAD, which gives each its own node",
+    ),
+    (
         ppo(placement={"policy": {"gpus": 2}}),
         "placement.policy.gpus is 2, but a rank drives one device: raise placement.policy.ranks instead",
     ),
@@ -570,6 +576,19 @@ CONFLICTS: list[tuple[dict[str, Any], str]] = [
         "reward.lora.base is 'nf4', which needs a GPU, but placement.reward.gpus is 0",
     ),
 ]
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        {"gpus": 0.5},
+        {"gpus": 0.6, "ranks": 2},
+        {"gpus": 0.5, "ranks": 2, "strategy": "STRICT_SPREAD"},
+        {"gpus": 0.5, "ranks": 2, "nodes": 2},
+    ],
+)
+def test_ranks_with_a_part_of_a_gpu_each_may_not_meet_on_one(policy: dict[str, Any]) -> None:
+    assert parse_config(sft(placement={"policy": policy}))
 
 
 @pytest.mark.parametrize(("raw", "message"), CONFLICTS)

@@ -11,7 +11,8 @@ import pytest
 
 from rlhf_ray.config.jobs import JobConfig, PPOJob, RewardModelJob, SFTJob
 from rlhf_ray.config.loading import ConfigError, parse_config
-from rlhf_ray.controllers.inputs import EpochInputs, PPOInputs, check
+from rlhf_ray.controllers.inputs import EpochInputs, PPOInputs
+from rlhf_ray.controllers.job import check
 from rlhf_ray.data.comparisons import ComparisonSet
 from rlhf_ray.data.streaming import ConversationStream
 from rlhf_ray.models.score_scale import ScoreScale, write_scale
@@ -167,8 +168,10 @@ def test_models_that_must_share_the_policys_vocabulary_are_named(ppo: MakeConfig
 
 
 def test_a_context_longer_than_the_models_is_refused(ppo: MakeConfig) -> None:
-    [problem] = problems_of(ppo(rollout={"engine": {"max_model_len": 4096}, "sampling": {"max_new_tokens": 16}}))
-    assert problem.startswith("rollout.engine.max_model_len (4096) is more than the 512 positions of policy.model")
+    policy, reward = problems_of(ppo(rollout={"engine": {"max_model_len": 4096}, "sampling": {"max_new_tokens": 16}}))
+    assert policy.startswith("rollout.engine.max_model_len (4096) is more than the 512 positions of policy.model")
+    assert reward.startswith("reward.0.model: model ")
+    assert "has positions for 512 tokens, but a prompt of up to 4080 and a response of up to 16 have 4096" in reward
 
 
 def test_bad_prompt_rows_are_named_by_file_and_line(ppo: MakeConfig, tmp_path: Path) -> None:
@@ -179,6 +182,23 @@ def test_bad_prompt_rows_are_named_by_file_and_line(ppo: MakeConfig, tmp_path: P
     assert problem.startswith("data.prompts: ")
     assert all(f"{path}:{line}: " in problem for line in (2, 3, 4))
     assert f"{path}:1: " not in problem
+
+
+def test_a_reward_function_that_asks_for_a_column_that_no_row_has_is_refused(
+    ppo: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "asking_rewards.py").write_text("def exact(responses, answer):\n    return [0.0 for _ in responses]\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    path = tmp_path / "rows.jsonl"
+    reward = [{"function": "asking_rewards:exact", "name": "right"}]
+    data = {"prompts": str(path), "prompts_per_step": 1}
+    path.write_text('{"prompt": "2 + 3 =", "solution": "5"}\n')
+    assert problems_of(ppo(reward=reward, critic={"init_from": ppo().policy.model}, data=data)) == [
+        "reward.0: reward 'right': reward function 'asking_rewards:exact' asks for column 'answer', which no row of "
+        "data.prompts has (the columns there are: solution)"
+    ]
+    path.write_text('{"prompt": "2 + 3 =", "answer": "5"}\n')
+    assert isinstance(check(ppo(reward=reward, critic={"init_from": ppo().policy.model}, data=data)), PPOInputs)
 
 
 def test_a_service_that_is_down_is_named(ppo: MakeConfig) -> None:

@@ -16,7 +16,7 @@ from rlhf_ray.cli.app import main
 from rlhf_ray.config.data import ComparisonData, ComparisonKind, ConversationData, PromptData
 from rlhf_ray.data.comparisons import load_comparisons
 from rlhf_ray.data.conversations import load_conversations
-from rlhf_ray.data.errors import DataErrors
+from rlhf_ray.data.errors import MOST_LISTED, DataErrors
 from rlhf_ray.data.prompts import load_prompts
 
 # ChatML, but for conversations that begin with one of two words.
@@ -77,6 +77,8 @@ FORMS: list[tuple[Any, str]] = [
     ({**TEXTS, "uid": True}, "'uid' is a truth value, but must be text or a whole number"),
     ({**TEXTS, "uid": ["a"]}, "'uid' is a list, but must be text or a whole number"),
     ({**TEXTS, "uid": "first"}, "uid 'first' stands in line 1 already"),
+    ('{"deep": ' + "[" * 100 + "]" * 100 + "}", "has values nested deeper than 100"),
+    ('{"deep": ' + "[" * 100_000 + "]" * 100_000 + "}", "has values nested deeper than 100"),
     ('{"uid": "\\ud83d"}', "'uid' has half of a surrogate pair at character 1"),
 ]
 
@@ -86,7 +88,21 @@ COMPARISONS: list[tuple[Any, str]] = [
     ({**TEXTS, "chosen": None}, "'chosen' is null, but must be text or a list of chat messages"),
     ({**TEXTS, "rejected": 3.5}, "'rejected' is a number, but must be text or a list of chat messages"),
     ({**TEXTS, "prompt": {"a": 1}}, "'prompt' is an object, but must be text or a list of chat messages"),
-    ({**CHATS, "prompt": "a"}, f"'prompt' is text and 'chosen' is a list and 'rejected' is a list, {NOT_BOTH}"),
+    (
+        {**CHATS, "prompt": "a"},
+        "'prompt' is text, but the messages of 'chosen' do not begin with it: let their first message be the user's "
+        "with that text, or make 'prompt' a list of chat messages",
+    ),
+    ({**TEXTS, "prompt": [user("a")]}, f"'prompt' is a list and 'chosen' is text and 'rejected' is text, {NOT_BOTH}"),
+    (
+        {**TEXTS, "chosen": "Is it good? Yes.", "rejected": "Is it good? No."},
+        "'chosen' and 'rejected' begin with the whole 'prompt', so it would be there twice: set "
+        "data.repeated_prompt to strip, or to keep if that is meant",
+    ),
+    (
+        {**CHATS, "chosen": [user("Is it good?"), says("Yes.")]},
+        "'chosen' begins with the messages of 'prompt', but 'rejected' does not",
+    ),
     ({"chosen": [says("a")], "rejected": "b"}, f"'chosen' is a list and 'rejected' is text, {NOT_BOTH}"),
     ({**TEXTS, "chosen": ""}, "'chosen' is empty"),
     ({**TEXTS, "rejected": " \n"}, "'rejected' is empty"),
@@ -151,6 +167,12 @@ COMPARISONS: list[tuple[Any, str]] = [
         "'margin' is inf, but must be a finite number",
     ),
     ({**TEXTS, "weight": 10**400}, "'weight' is inf, but must be a finite number"),
+    ({**TEXTS, "margin": 1e39}, "'margin' is 1e+39, but may be 1e+30 at most"),
+    (
+        '{"prompt": "a", "chosen": " b", "rejected": " c", "margin": ' + "9" * 5000 + "}",
+        "is not JSON that can be read: Exceeds the limit (4300 digits) for integer string conversion: value has 5000 "
+        "digits; use sys.set_int_max_str_digits() to increase the limit",
+    ),
     ({**TEXTS, "weight": 0}, "'weight' is 0, but must be more than 0"),
     ({**TEXTS, "weight": None}, "'weight' is null, but must be a number"),
 ]
@@ -217,6 +239,8 @@ REWARDS: list[tuple[Any, str]] = [
     (RANKED, "has neither of 'ranks' and 'best', but must have one"),
     ({**RANKED, "best": 0, "ranks": [0, 1, 2]}, "has both of 'ranks' and 'best', but must have one"),
     ({**RANKED, "best": 3}, "'best' is 3, but there are completions 0 to 2"),
+    ({**RANKED, "best": 10**4000}, "'best' is a number of 4001 digits, but there are completions 0 to 2"),
+    ({**RANKED, "ranks": [0, 1, 2**63]}, f"entry 2 of 'ranks' is {2**63}, but may be {2**31 - 1} at most"),
     ({**RANKED, "best": True}, "'best' is a truth value, but must be the place of the best completion, from 0"),
     ({**RANKED, "ranks": 0}, "'ranks' is a number, but must be a list of whole numbers"),
     ({**RANKED, "ranks": [0, 1]}, "'ranks' has 2 entries, but 'completions' has 3"),
@@ -238,6 +262,11 @@ LABELS: list[tuple[Any, str]] = [
     ({**LABELLED, "label": 1}, "'label' is a number, but must be true or false"),
     ({**LABELLED, "label": "true"}, "'label' is text, but must be true or false"),
     ({**LABELLED, "completion": ""}, "'completion' is empty"),
+    (
+        {**LABELLED, "completion": "Is it good? Yes."},
+        "'completion' begins with the whole 'prompt', so it would be there twice: set "
+        "data.repeated_prompt to strip, or to keep if that is meant",
+    ),
     ({**LABELLED, "prompt": "It is a fi", "completion": "lm."}, NO_PREFIX.format(5).replace("chosen", "completion")),
 ]
 
@@ -267,11 +296,13 @@ def test_each_broken_comparison_gives_its_message(
     name = strict.name_or_path
     expected = [f"{path}:{line}: {reason.replace('{name!r}', repr(name))}" for line, (_, reason) in enumerate(rows, 2)]
     assert [str(error) for error in caught.value.errors] == expected
-    assert str(caught.value).splitlines()[1:] == [f"  {message}" for message in expected]
+    listed = str(caught.value).splitlines()[1:]
+    assert len(set(listed) & {f"  {message}" for message in expected}) == MOST_LISTED
+    assert listed[:MOST_LISTED] == [f"  {message}" for message in expected if f"  {message}" in listed]
 
 
 @pytest.mark.parametrize("command", ["validate", "train"])
-def test_fifty_kinds_of_broken_rows_give_as_many_messages_and_nothing_else_happens(
+def test_fifty_kinds_of_broken_rows_give_twenty_messages_and_nothing_else_happens(
     command: str, tmp_path: Path, strict: PreTrainedTokenizerFast, tiny_model_dir: Path
 ) -> None:
     model, path, run = tmp_path / "model", tmp_path / "rows.jsonl", tmp_path / "run"
@@ -290,7 +321,9 @@ def test_fifty_kinds_of_broken_rows_give_as_many_messages_and_nothing_else_happe
     expected = [f"  {path}:{line}: {reason}" for line, (_, reason) in enumerate(rows, start=2)]
     told = f"error: {job}: data.train: {path}: {len(rows)} rows can't be used; correct or remove them:"
     lines = done.stderr.splitlines()
-    assert lines[lines.index(told) :] == [told, *expected]
+    listed = lines[lines.index(told) + 1 :]
+    assert listed[:MOST_LISTED] == [line for line in expected if line in listed]
+    assert sum(int(line.split()[2]) for line in listed[MOST_LISTED:]) == len(rows) - MOST_LISTED
     assert not run.exists()
     assert not ray.is_initialized()
 

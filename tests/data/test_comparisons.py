@@ -184,7 +184,9 @@ def test_ratings_of_a_pair_are_its_margin_unless_it_says_another(
         file, [{"chosen": "a", "rejected": "b", "score_chosen": 3, "score_rejected": 1}], tokenizer, columns=columns
     ).margins
     assert margin == 2
-    assert load(file, [{"prompt": "Is it?", "chosen": " a", "rejected": " b"} | rated], tokenizer, "pairs").margins == 0
+    pair = {"prompt": "Is it?"} | rated | {"chosen": " a", "rejected": " b"}
+    assert load(file, [pair], tokenizer, "pairs").margins == 2.5
+    assert load(file, [pair], tokenizer, "labels").margins.tolist() == [0, 0]
 
 
 @pytest.mark.parametrize(

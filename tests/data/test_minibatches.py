@@ -15,9 +15,10 @@ def updates(draw: st.DrawFn) -> dict[str, object]:
     return {
         "prompt_lengths": np.array(draw(st.lists(st.integers(1, 30), min_size=samples, max_size=samples))),
         "response_lengths": np.array(draw(st.lists(st.integers(1, 30), min_size=samples, max_size=samples))),
+        "action_lengths": np.array(draw(st.lists(st.integers(1, 30), min_size=samples, max_size=samples))),
         "epochs": draw(st.integers(1, 3)),
         "optimizer_steps": steps,
-        "ranks": ranks,
+        "dp_size": ranks,
         "max_tokens": draw(st.integers(1, 120)),
         "seed": draw(st.integers(0, 2**63 - 1)),
     }
@@ -31,7 +32,7 @@ def samples_of(step: OptimizerStep) -> list[int]:
 @given(updates())
 def test_every_sample_is_trained_exactly_once_in_each_epoch(update: dict) -> None:  # type: ignore[type-arg]
     plan = plan_update(**update)
-    assert len(plan) == update["ranks"]
+    assert len(plan) == update["dp_size"]
     assert {len(steps) for steps in plan} == {update["epochs"] * update["optimizer_steps"]}
     for epoch in range(update["epochs"]):
         here = slice(epoch * update["optimizer_steps"], (epoch + 1) * update["optimizer_steps"])
@@ -46,7 +47,7 @@ def test_ranks_take_the_same_steps_and_know_their_totals(update: dict) -> None: 
         samples = [sample for step in steps for sample in samples_of(step)]
         assert {len(step.micro_batches) for step in steps} == {len(steps[0].micro_batches)}
         assert {step.step_samples for step in steps} == {len(samples)}
-        assert {step.step_tokens for step in steps} == {int(update["response_lengths"][samples].sum())}
+        assert {step.step_tokens for step in steps} == {int(update["action_lengths"][samples].sum())}
 
 
 @settings(deadline=None)
@@ -68,7 +69,7 @@ def test_the_steps_of_an_epoch_differ_by_one_sample_at_most(update: dict) -> Non
 def members(seed: int, ranks: int) -> list[frozenset[int]]:
     """The samples of each optimizer step, over all ranks."""
     ones = np.ones(24, np.int64)
-    plan = plan_update(ones, ones, epochs=2, optimizer_steps=3, ranks=ranks, max_tokens=8, seed=seed)
+    plan = plan_update(ones, ones, ones, epochs=2, optimizer_steps=3, dp_size=ranks, max_tokens=8, seed=seed)
     return [frozenset(s for step in steps for s in samples_of(step)) for steps in zip(*plan, strict=True)]
 
 

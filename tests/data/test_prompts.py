@@ -80,7 +80,7 @@ BAD_ROWS: list[tuple[Any, str]] = [
     ('{"prompt": "a", "prompt": "b"}', "key 'prompt' stands twice"),
     ('{"prompt": "a", "score": NaN}', "NaN is no JSON value"),
     (b'{"prompt": "\xff"}', "is not UTF-8 text (byte 13)"),
-    ("[" * 100_000, "is not JSON that can be read"),
+    ("[" * 100_000, "has values nested deeper than 100"),
     ({"text": "a"}, "has no 'prompt' (it has 'text'): if its column has another name, say so in data.columns"),
     ({}, "has no 'prompt' (it has nothing)"),
     ({"prompt": ""}, "'prompt' is empty"),

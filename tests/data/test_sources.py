@@ -1,7 +1,12 @@
 """The same rows come from every kind of source, and what is wrong with one is told of its file and number."""
 
 import csv
+import gzip
 import json
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -179,7 +184,7 @@ def test_bad_lines_of_a_csv_file_are_named(tmp_path: Path) -> None:
         6: "has 3 cells, but the first line names 2 columns",
         7: "is not CSV: ',' expected after '\"'",
         8: "is not UTF-8 text",
-        10: "is not CSV: unexpected end of data",
+        10: "is not CSV: unexpected end of data: a quote that opens in it is never closed",
     }
     assert [number for number, _ in read(str(path))] == [2, 4, 5, 6, 7, 8, 9, 10]
 
@@ -212,7 +217,32 @@ UNUSABLE: list[tuple[str, bytes, str]] = [
     ("rows.csv", b"a,b\n", "has no rows: see data.train"),
     ("rows.csv", b"a,b,a\n1,2,3\n", "column 'a' stands twice in its first line: see data.train"),
     ("rows.csv", b"a,\xff\n", "is not UTF-8 text: see data.train"),
-    ("rows.parquet", b"", "is not Parquet: Parquet file size is 0 bytes: see data.train"),
+    ("rows.parquet", b"", "is not Parquet, or is damaged: Parquet file size is 0 bytes: see data.train"),
+    (
+        "rows.csv",
+        b"uid;text\na;b\n",
+        "has one column, 'uid;text': it seems to be separated by ';', but must be by commas: see data.train",
+    ),
+    ("rows.jsonl", '{"text": "a"}'.encode("utf-16"), "is UTF-16 text: save it as UTF-8: see data.train"),
+    ("rows.json", '{"text": "a"}'.encode("utf-32"), "is UTF-32 text: save it as UTF-8: see data.train"),
+    (
+        "rows.csv",
+        "text\na\n".encode("utf-16-le"),
+        "begins with a NUL byte or has one behind its first: is it UTF-16 text? Save it as UTF-8: see data.train",
+    ),
+    ("rows.jsonl", gzip.compress(b'{"text": "a"}'), "is compressed by gzip: unpack it: see data.train"),
+    (
+        "rows.jsonl.gz",
+        b"a",
+        "is of no known format: its name must end in .jsonl, .json, .csv or .parquet; unpack it: see data.train",
+    ),
+    ("rows.csv", b"PK\x03\x04a", "is a zip archive, as spreadsheets are: unpack it, or save it as CSV: see data.train"),
+    ("rows.json", b"PAR1a", "is a Parquet file: let its name end in .parquet: see data.train"),
+    (
+        "rows.jsonl",
+        b'{"text": "a"}\n' + b" " * (32 * 2**20 + 1),
+        "line 2 is longer than 32 MiB, which no row may be: JSONL has one JSON object a line: see data.train",
+    ),
     ("rows.txt", b"a", "is of no known format: its name must end in .jsonl, .json, .csv or .parquet: see data.train"),
 ]
 
@@ -321,3 +351,90 @@ def test_every_kind_of_source_trains_the_same(name: str, write: Write, tmp_path:
     expected = load_conversations(ConversationData(train=reference), reference, tokenizer)
     assert found.token_ids.tolist() == expected.token_ids.tolist()
     assert found.learnt.tolist() == expected.learnt.tolist()
+
+
+BOM = b"\xef\xbb\xbf"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("rows.jsonl", b'{"text": "a"}\r\n{"text": "b"}\r\n'),
+        ("rows.json", b'[{"text": "a"}, {"text": "b"}]'),
+        ("rows.csv", b"text\r\na\r\nb\r\n"),
+    ],
+)
+def test_a_byte_order_mark_is_no_part_of_the_first_row(name: str, content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_bytes(BOM + content)
+    assert [row for _, row in read(str(path))] == [{"text": "a"}, {"text": "b"}]
+    assert [row for _, row in read(str(path), skip=1)] == [{"text": "b"}]
+
+
+def test_a_nul_byte_is_told_of_its_line(tmp_path: Path) -> None:
+    table, lines = tmp_path / "rows.csv", tmp_path / "rows.jsonl"
+    table.write_bytes(b"text\ngood\nb\0d\n")
+    lines.write_bytes(b'{"text": "good"}\n{"text": "b\0d"}\n')
+    assert reasons(str(table)) == {3: "has a NUL byte, which no text has"}
+    assert reasons(str(lines)) == {2: "is not JSON: Invalid control character at (column 12)"}
+
+
+# In a process of its own, which can be ended when it waits for ever.
+READ_IN_PROCESS = """
+import sys
+from rlhf_ray.data.sources import read_rows
+try:
+    print(list(read_rows(sys.argv[1], "data.train", {})))
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.csv", "rows.parquet", "rows"])
+def test_what_may_never_end_is_not_opened(name: str, tmp_path: Path) -> None:
+    pipe, device = tmp_path / name, tmp_path / f"device-{name}"
+    if name == "rows":
+        pipe.mkdir()
+        os.mkfifo(pipe / "state.json")
+        expected = [(pipe, "has a file 'state.json' that is a pipe")]
+    else:
+        os.mkfifo(pipe)
+        device.symlink_to("/dev/zero")
+        expected = [(pipe, "is a pipe"), (device, "is a device")]
+    for path, what in expected:
+        done = subprocess.run(
+            [sys.executable, "-c", READ_IN_PROCESS, path], capture_output=True, text=True, timeout=60, check=True
+        )
+        told = f"DataError {path}: {what}, but must be a regular file: write the rows to one: see data.train\n"
+        assert done.stdout == told
+
+
+def test_a_name_that_no_file_can_have_is_refused(tmp_path: Path) -> None:
+    for name, reason in [
+        ("a\0.jsonl", "has a NUL character in its name"),
+        ("a" * 5000 + ".jsonl", "File name too long"),
+    ]:
+        with pytest.raises(DataError, match=reason):
+            read(str(tmp_path / name))
+
+
+@every_kind
+def test_a_file_that_is_cut_is_refused_and_told_of(name: str, write: Write, tmp_path: Path) -> None:
+    source = write(tmp_path / name, ROWS * 50)
+    folder = Path(source.removesuffix(":test"))
+    for path in [folder] if folder.is_file() else [*folder.rglob("*.arrow"), *folder.rglob("state.json")]:
+        content = path.read_bytes()
+        path.write_bytes(content[: len(content) // 2])
+        if write in (write_jsonl, write_csv):  # may be cut between two rows
+            assert len(read(source)) < 150
+        else:
+            with pytest.raises(DataError, match=f"^{re.escape(source)}: "):
+                read(source)
+        path.write_bytes(content)
+
+
+def test_keys_that_stand_twice_among_many_are_found_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    keys = [*(f'"k{number}": 0' for number in range(300_000)), '"k299999": 1']
+    path.write_text("{" + ", ".join(keys) + "}")
+    assert reasons(str(path)) == {1: "key 'k299999' stands twice"}

@@ -21,6 +21,7 @@ def trajectories(draw: st.DrawFn) -> Trajectory:
         engine_logprobs=draw(st.lists(st.floats(-50, 0, width=32), min_size=len(response), max_size=len(response))),
         weight_versions=draw(st.lists(st.integers(0, 99), min_size=len(response), max_size=len(response))),
         finish_reason=draw(st.sampled_from(["stop", "length"])),
+        row=draw(st.sampled_from([b"{}", b'{"answer":7}', b'{"answer":"\xc3\xbc"}'])),
     )
 
 
@@ -38,6 +39,7 @@ def test_a_batch_gives_back_what_was_put_in(samples: list[Trajectory]) -> None:
         assert batch.response(i).tolist() == sample.response_tokens
         assert batch.engine_logprobs[where].tolist() == sample.engine_logprobs
         assert batch.weight_versions[where].tolist() == sample.weight_versions
+        assert batch.rows.json(i) == sample.row
         assert batch.truncated[i] == (sample.finish_reason == "length")
     assert batch.prompt_lengths.tolist() == [len(s.prompt_tokens) for s in samples]
     assert batch.response_lengths.tolist() == [len(s.response_tokens) for s in samples]
@@ -47,7 +49,7 @@ def test_a_batch_gives_back_what_was_put_in(samples: list[Trajectory]) -> None:
 @given(st.lists(trajectories(), max_size=4))
 def test_columns_have_the_documented_types(samples: list[Trajectory]) -> None:
     batch = TrajectoryBatch.of(samples)
-    found = {f.name: getattr(batch, f.name).dtype.name for f in fields(batch) if f.name != "uids"}
+    found = {f.name: getattr(batch, f.name).dtype.name for f in fields(batch) if f.name not in ("uids", "rows")}
     assert found == {
         "sample_index": "int32",
         "seeds": "int64",
@@ -58,11 +60,13 @@ def test_columns_have_the_documented_types(samples: list[Trajectory]) -> None:
         "engine_logprobs": "float32",
         "weight_versions": "int32",
         "truncated": "bool",
+        "loss_mask": "bool",
     }
 
 
 def assert_same(found: TrajectoryBatch, expected: TrajectoryBatch) -> None:
-    for f in fields(TrajectoryBatch):
+    assert list(map(found.rows.json, range(len(found)))) == list(map(expected.rows.json, range(len(expected))))
+    for f in (f for f in fields(TrajectoryBatch) if f.name != "rows"):
         np.testing.assert_array_equal(getattr(found, f.name), getattr(expected, f.name), strict=f.name != "uids")
 
 
@@ -82,7 +86,8 @@ def test_concatenated_batches_are_the_batch_of_all_samples(groups: list[list[Tra
 
 def test_the_size_of_a_batch_is_that_of_its_arrays() -> None:
     batch = TrajectoryBatch.of([Trajectory("a", 0, 1, [1, 2], [3], [-0.5], [0], "stop")])
-    assert batch.nbytes() == 4 + 8 + 2 * 4 + 2 * 8 + 4 + 2 * 8 + 4 + 4 + 1
+    rows = 2 + 2 * 8 + 8  # {}
+    assert batch.nbytes() == 4 + 8 + 2 * 4 + 2 * 8 + 4 + 2 * 8 + 4 + 4 + 1 + 1 + rows
 
 
 def test_offsets_begin_at_zero_and_end_at_the_sum() -> None:

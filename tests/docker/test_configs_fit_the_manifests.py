@@ -10,8 +10,8 @@ from docker_files import DOCKER, REPOSITORY, resources
 from typer.testing import CliRunner
 
 from rlhf_ray.cli.app import main
-from rlhf_ray.cluster.planner.public_models import PUBLIC_MODELS
 from rlhf_ray.config.loading import load_config
+from rlhf_ray.models.config_json import PUBLIC_MODELS
 
 (CLUSTER,) = resources(DOCKER / "kuberay" / "raycluster.yaml")
 POOLS = {group["labels"]["pool"]: group for group in CLUSTER["spec"]["workerGroupSpecs"]}

@@ -12,6 +12,13 @@ def letters(prompts: list[str], responses: list[str]) -> list[float]:
     return [response.count("e") / (1 + len(response)) for response in responses]
 
 
+def letters_of_counted(responses: list[str], prompts: list[str], words: list[int]) -> list[float]:
+    """As `letters`, where the column `words` of each sample's row says how many words its prompt has."""
+    if [len(prompt.split()) for prompt in prompts] != words:
+        raise ValueError(f"{prompts} have not {words} words")
+    return letters(prompts, responses)
+
+
 def raises(prompts: list[str], responses: list[str]) -> list[float]:
     raise KeyError("no such lexicon entry")
 

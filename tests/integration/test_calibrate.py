@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from rlhf_ray.actors.probe import Samples
-from rlhf_ray.cluster.planner.calibration import load_calibration, save_calibration
 from rlhf_ray.controllers.calibrate import MIB, Decoding, Sizes, calibrate
 from rlhf_ray.models.random_llama import LlamaSize
+from rlhf_ray.planner.calibration import load_calibration, save_calibration
 
 TINY = Sizes(
     product=128,

@@ -16,7 +16,8 @@ from policy_surgery import change_trained, whole_weights
 from rlhf_ray.actors.columns import assemble
 from rlhf_ray.actors.waiting import wait_all
 from rlhf_ray.config.jobs import PPOJob, RewardModelJob, SFTJob
-from rlhf_ray.controllers.inputs import PPOInputs, check
+from rlhf_ray.controllers.inputs import PPOInputs
+from rlhf_ray.controllers.job import check
 from rlhf_ray.controllers.ppo import PPOController
 from rlhf_ray.controllers.ppo_roles import PPORoles, ppo_roles
 from rlhf_ray.controllers.run_folder import Checkpointing, RunFolder

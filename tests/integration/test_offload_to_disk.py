@@ -12,8 +12,8 @@ from deepspeed.ops.op_builder import AsyncIOBuilder
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlhf_ray.actors.group import ActorGroup
+from rlhf_ray.config.roles import Level
 from rlhf_ray.config.training import Lora, ScoringEngine, TrainingEngine
-from rlhf_ray.engines.level import Level
 from rlhf_ray.engines.saved_weights import saved_weights
 from training_rank import BUILD_S, Trained, run, started
 

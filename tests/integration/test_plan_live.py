@@ -2,7 +2,7 @@
 
 import ray
 
-from rlhf_ray.cluster.planner.live import live_hardware
+from rlhf_ray.planner.hardware import live_hardware
 
 
 def test_a_running_cluster_is_planned_with_what_ray_reports() -> None:

@@ -172,6 +172,10 @@ def test_all_roles_on_one_place_that_leave_it_to_each_other_train_as_apart(
 ) -> None:
     guests = [f"placement.{role}.colocate=policy" for role in ("critic", "reference", "reward", "rollout")]
     guests += ["placement.critic.cpus=1"]  # what a role reserves that has no place of its own: the default
-    together = train(ppo_config(tmp_path / "run", *guests, "placement.offload_idle=true"))
+    # After each checkpoint, and after both showcases, whose scores a reward model on the same place gives, the engine
+    # has lost its weights.
+    together = train(ppo_config(tmp_path / "run", *guests, "placement.offload_idle=true", "run.checkpoint_every=1"))
     assert_same_run(together, run)
+    assert read_samples(together) == read_samples(run)
+    assert (together / "before_after.md").read_text() == (run / "before_after.md").read_text()
     assert {"going to out", "going to weights", "going to full"} <= span_names(together)

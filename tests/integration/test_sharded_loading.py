@@ -1,5 +1,7 @@
 """Two ranks that read their own parts of a model hold, score with and train the model that each would have loaded."""
 
+import re
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -7,9 +9,11 @@ import numpy as np
 import pytest
 import ray
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from rlhf_ray.actors.group import ActorGroup
+from rlhf_ray.actors.waiting import RoleFailure
 from rlhf_ray.config.training import Lora, ScoringEngine, TrainingEngine
 from training_rank import SEQUENCES, Trained, load, outputs, run, started
 
@@ -81,6 +85,18 @@ def test_a_rank_never_holds_more_than_its_part_and_one_parameter(ranks: ActorGro
         assert grown < size / 2 + largest + 10 * 2**20
     for grown in run(ranks, "loading_growth", str(tmp_path), False):
         assert grown > size
+
+
+def test_numbers_that_are_none_are_named_with_tensor_and_file(
+    ranks: ActorGroup, wide_model: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(wide_model, tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"].fill_(torch.nan)  # in the parts of both ranks, so that neither waits for the other
+    save_file(weights, folder / "model.safetensors")
+    said = f"model.norm.weight in {folder}/model.safetensors holds NaN or infinity"
+    with pytest.raises(RoleFailure, match=re.escape(said)):
+        run(ranks, "build", str(folder), TrainingEngine(zero_stage=3, dtype="float32"))
 
 
 @pytest.mark.parametrize("lora", [None, LORA], ids=["all weights", "adapters"])

@@ -10,8 +10,8 @@ import torch
 
 from rlhf_ray.actors.group import ActorGroup
 from rlhf_ray.actors.waiting import RoleFailure
+from rlhf_ray.config.roles import Level
 from rlhf_ray.config.training import Lora, TrainingEngine
-from rlhf_ray.engines.level import Level
 from rlhf_ray.engines.training import lr_factor
 from rlhf_ray.models.heads import load_causal
 from rlhf_ray.models.weights import model_weights

@@ -26,7 +26,8 @@ from rlhf_ray.actors.rollout import RolloutGroup
 from rlhf_ray.actors.waiting import RoleFailure, wait_all
 from rlhf_ray.config.jobs import PPOJob
 from rlhf_ray.config.rewards import FunctionReward
-from rlhf_ray.controllers.inputs import PPOInputs, check
+from rlhf_ray.controllers.inputs import PPOInputs
+from rlhf_ray.controllers.job import check
 from rlhf_ray.controllers.ppo import PPOController
 from rlhf_ray.controllers.ppo_report import TrainingDiverged
 from rlhf_ray.controllers.ppo_roles import PPORoles, ppo_roles
@@ -35,6 +36,7 @@ from rlhf_ray.data.cursor import PromptCursor
 from rlhf_ray.data.requests import PromptRequest, requests_for
 from rlhf_ray.rewards.errors import RewardError
 from rlhf_ray.telemetry.metrics import read_metrics
+from rlhf_ray.telemetry.samples import read_samples
 from runs import MakeConfig, assert_nothing_is_left, engine_processes
 from sampling import as_shard, generated, greedy
 
@@ -45,7 +47,16 @@ PARTS = ("embed_tokens", "self_attn", "mlp", "layernorm", "model.norm")
 
 
 @pytest.fixture(scope="module")
-def make_config(ppo_config: MakeConfig, wide_model: Path) -> MakeConfig:
+def counted_prompts(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The prompts of the tiny example with a column `words`."""
+    path = tmp_path_factory.mktemp("counted") / "tiny.jsonl"
+    rows = map(json.loads, (tiny / "data/tiny_prompts.jsonl").read_text().splitlines())
+    path.write_text("".join(json.dumps(row | {"words": len(row["prompt"].split())}) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def make_config(ppo_config: MakeConfig, wide_model: Path, counted_prompts: Path) -> MakeConfig:
     def make(run_dir: Path, *overrides: str) -> PPOJob:
         return ppo_config(
             run_dir,
@@ -56,7 +67,8 @@ def make_config(ppo_config: MakeConfig, wide_model: Path) -> MakeConfig:
             "placement.policy.ranks=2",
             f"critic.init_from={wide_model}",
             "placement.critic.ranks=2",
-            "reward=[{function: reward_functions:letters, name: letters}]",
+            f"data.prompts={counted_prompts}",
+            "reward=[{function: reward_functions:letters_of_counted, name: letters}]",
             "rollout.sync_bucket_mib=1",
             f"placement.rollout.engines={ENGINES}",
             "rollout.engine.max_num_seqs=8",
@@ -118,6 +130,9 @@ def test_a_ppo_run_on_two_ranks_and_two_engines(config: PPOJob, inputs: PPOInput
     for row in rows:
         assert row["mismatch/logprob_abs_mean"] <= 1e-4
         assert row["staleness/mean"] == 0
+    samples = [sample for _, sample in read_samples(running.folder.path)]
+    assert samples
+    assert all(sample.columns == {"words": len(sample.prompt.split())} for sample in samples)
     export = AutoModelForCausalLM.from_pretrained(running.folder.path / "export", dtype=torch.float32)
     trained = whole(roles)
     for name, parameter in export.named_parameters():

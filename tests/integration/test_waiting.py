@@ -1,8 +1,10 @@
 """Every wait has a limit, and an error that says what was waited for."""
 
 import os
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,7 @@ import ray
 
 from rlhf_ray.actors.group import ActorGroup
 from rlhf_ray.actors.waiting import RoleFailure, RoleTimeout, fetch_data, wait_all
+from rlhf_ray.actors.weight_sync import EngineClient
 from rlhf_ray.rewards.errors import RewardError
 
 
@@ -109,3 +112,59 @@ def test_actors_fetch_from_actors(pair: ActorGroup) -> None:
 def test_an_actor_whose_data_failed_says_so(pair: ActorGroup) -> None:
     with pytest.raises(RewardError, match="it is down"):
         wait([pair.call_one(0, "sum_of", [pair.call_one(1, "refuse")])])
+
+
+class Receiver:
+    """A rollout actor's side of a weight sync that fails after a while."""
+
+    def start_update(self) -> None:
+        pass
+
+    def update(self, update_info: dict[str, Any]) -> None:
+        time.sleep(update_info["after_s"])
+        raise MemoryError("no room for the 7th layer")
+
+
+@pytest.fixture(scope="module")
+def receiver() -> Iterator[Any]:
+    actor = ray.remote(Receiver).options(num_cpus=0).remote()
+    yield actor
+    ray.kill(actor)
+
+
+def test_a_trainer_in_a_broadcast_hears_of_an_engine_that_fails(receiver: Any) -> None:
+    client = EngineClient([receiver], 1, timeout_s=60.0)
+    client.beside(client.start_weight_update)
+
+    def send() -> None:
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(client.update_weights, {"after_s": 0.5})
+            threading.Event().wait(20)  # as in a collective that nobody joins
+
+    began = time.monotonic()
+    with pytest.raises(RoleFailure, match="rollout: update failed: MemoryError: no room for the 7th layer"):
+        client.beside(send)
+    assert time.monotonic() - began < 10
+
+
+def test_an_engine_that_fails_is_told_before_the_broken_connection_that_it_leaves(receiver: Any) -> None:
+    client = EngineClient([receiver], 1, timeout_s=60.0)
+
+    def send() -> None:
+        ThreadPoolExecutor(1).submit(client.update_weights, {"after_s": 1.0})
+        while not client._calling:
+            time.sleep(0.01)
+        raise ConnectionError("closed by peer")
+
+    with pytest.raises(RoleFailure, match="rollout: update failed: MemoryError: no room for the 7th layer"):
+        client.beside(send)
+
+
+def test_a_trainer_that_fails_by_itself_says_so(receiver: Any) -> None:
+    client = EngineClient([receiver], 1, timeout_s=60.0)
+    with pytest.raises(AssertionError, match="weights came as"):
+        client.beside(_raise)
+
+
+def _raise() -> None:
+    raise AssertionError("weights came as float16, announced as float32")

@@ -16,10 +16,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from rlhf_ray.actors.group import ActorGroup
 from rlhf_ray.actors.watched import actor_class
 from rlhf_ray.actors.worker import Worker
+from rlhf_ray.config.roles import Level
 from rlhf_ray.config.training import Lora, Optimizer, ScoringEngine, TrainingEngine
 from rlhf_ray.engines.device_states import frozen_tensors
 from rlhf_ray.engines.host_copies import HostCopies
-from rlhf_ray.engines.level import Level, NotOnDeviceError
+from rlhf_ray.engines.presence import NotOnDeviceError
 from rlhf_ray.engines.training import DTYPES, ForwardEngine, full_weights
 from rlhf_ray.engines.training import TrainingEngine as Engine
 from rlhf_ray.engines.weight_files import write_sharded

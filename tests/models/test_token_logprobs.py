@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf_ray.models import token_logprobs
-from rlhf_ray.models.token_logprobs import TokenLogProbs
+from rlhf_ray.models.token_logprobs import Beside, TokenLogProbs
 
 
 def case(
@@ -163,3 +163,32 @@ def test_blocks_are_as_wide_as_tiles_of_the_device_allow(monkeypatch: pytest.Mon
     for chunk in (45, 11):
         TokenLogProbs(head, chunk)(states, targets, 1.0)
     assert widths == [384, 384, 232, *[110] * 9, 10]
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    positions=st.integers(0, 20),
+    ids=st.integers(2, 30),
+    padding=st.integers(0, 20),
+    chunk=st.integers(1, 25),
+    beside=st.sampled_from(["entropy", "collision", "nothing"]),
+    seed=st.integers(0, 999),
+)
+def test_rows_that_no_token_has_are_as_if_they_were_not_there(
+    positions: int, ids: int, padding: int, chunk: int, beside: Beside, seed: int
+) -> None:
+    """Values and gradients to the last bit, and a gradient of 0 for those rows."""
+    states, head, targets, *upstream = case(positions, ids, 5, seed)
+    padded = torch.nn.Linear(5, ids + padding, bias=False)
+    with torch.no_grad():
+        padded.weight.copy_(torch.cat([head.weight, 100 * torch.ones(padding, 5)]))
+    found = []
+    for linear, token_ids in ((head, None), (head, ids + padding), (padded, ids)):
+        logprobs, second = TokenLogProbs(linear, chunk, token_ids)(states, targets, 0.8, beside)
+        loss = (logprobs * upstream[0]).sum() + ((second * upstream[1]).sum() if beside == "entropy" else 0)
+        found.append((logprobs, second, *torch.autograd.grad(loss, (states, linear.weight))))
+    (*mine, by_rows), *others = found
+    for *theirs, by_their_rows in others:
+        assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+        assert torch.equal(by_rows, by_their_rows[:ids])
+        assert not by_their_rows[ids:].any()

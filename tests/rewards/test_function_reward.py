@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from rlhf_ray.config.rewards import FunctionReward
+from rlhf_ray.data.prompt_rows import RowColumn
 from rlhf_ray.data.trajectory import Trajectory, TrajectoryBatch
 from rlhf_ray.rewards.errors import RewardError
 from rlhf_ray.rewards.function import FunctionScorer
@@ -39,6 +40,11 @@ def raises(prompts, responses):
 
 def leaves(prompts, responses):
     raise SystemExit(3)
+
+
+def exact(responses, answer, level=None):
+    calls.append((responses, answer, level))
+    return [float(response == text) for response, text in zip(responses, answer)]
 
 
 def hangs(prompts, responses):
@@ -76,6 +82,20 @@ def test_scores_come_in_order_and_in_batches(module: Any) -> None:
         (["p", "pp"], ["r", ""]),
         (["ppp"], ["rr"]),
     ]
+
+
+def test_columns_come_with_the_batch_that_they_belong_to(module: Any) -> None:
+    part = scorer("exact", batch_size=2)
+    scores = part.score(PROMPTS, RESPONSES, UIDS, {"answer": ["r", "x", "rr"], "group": [1, 2, 3]})
+    assert scores.tolist() == [1, 0, 1]
+    assert module.calls == [(["r", ""], ["r", "x"], None), (["rr"], ["rr"], None)]
+
+
+def test_a_column_that_no_row_has_is_told_with_the_function(module: Any) -> None:
+    message = r"^reward 'my_rewards': reward function 'my_rewards:exact' asks for column 'answer', which no row"
+    with pytest.raises(RewardError, match=message):
+        scorer("exact").check([RowColumn("level", 3, None)], 3)
+    scorer("exact").check([RowColumn("answer", 3, None)], 3)
 
 
 def test_all_calls_are_made_in_one_thread_that_is_not_the_callers(module: Any) -> None:

@@ -121,6 +121,12 @@ def test_scores_come_in_order_and_in_batches(service: Any) -> None:
     ]
 
 
+def test_columns_are_sent_with_the_samples_that_they_belong_to(service: Any) -> None:
+    columns = {"answer": ["ü", None, {"a": [1]}]}
+    scorer(service, batch_size=2).score(PROMPTS, RESPONSES, UIDS, columns)
+    assert [body["columns"] for _, body in service.requests] == [{"answer": ["ü", None]}, {"answer": [{"a": [1]}]}]
+
+
 def test_no_samples_make_no_request(service: Any) -> None:
     assert scorer(service).score([], [], []).shape == (0,)
     assert service.requests == []

@@ -34,6 +34,14 @@ def test_text_stays_readable_and_numpy_numbers_are_taken(tmp_path: Path) -> None
     assert read_samples(tmp_path) == [(1, row)]
 
 
+def test_columns_of_the_prompts_row_come_back(tmp_path: Path) -> None:
+    rows = [replace(ROW, columns=columns) for columns in ({"answer": ["ü", None]}, {}, None)]
+    with SamplesLog(tmp_path) as log:
+        log.append(1, rows)
+    assert [row for _, row in read_samples(tmp_path)] == rows
+    assert (tmp_path / "samples.jsonl").read_text(encoding="utf-8").count('"columns"') == 2
+
+
 def test_resumption_takes_back_samples_beyond_the_checkpoint(tmp_path: Path) -> None:
     with SamplesLog(tmp_path) as log:
         for step in (2, 4, 6):

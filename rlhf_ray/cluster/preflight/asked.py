@@ -4,13 +4,13 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from rlhf_ray.cluster.planner.adapters import adapter_sizes
-from rlhf_ray.cluster.planner.folders import read_shape
-from rlhf_ray.cluster.planner.shapes import Head, ModelShape
-from rlhf_ray.config.jobs import JobConfig, PPOJob, PreferenceJob, RewardModel
-from rlhf_ray.config.rewards import FunctionReward, HttpReward
+from rlhf_ray.config.jobs import Job
+from rlhf_ray.config.roles import RoleSpec
 from rlhf_ray.config.run import EpochRun, PPORun
-from rlhf_ray.config.training import Critic, Dtype, Policy
+from rlhf_ray.config.training import Dtype, TrainingEngine
+from rlhf_ray.models.config_json import read_shape
+from rlhf_ray.models.lora_sizes import adapter_sizes
+from rlhf_ray.models.shapes import ModelShape
 
 _BYTES: Mapping[Dtype, int] = {"bfloat16": 2, "float32": 4}
 _ADAM_BYTES = 12
@@ -47,41 +47,37 @@ class Transfer:
     setting: str
 
 
-def modules_and_variables(config: JobConfig) -> tuple[dict[str, str], dict[str, str]]:
+def modules_and_variables(config: Job) -> tuple[dict[str, str], dict[str, str]]:
     """Modules of reward functions, and environment variables with the tokens of services, by their settings."""
-    modules, variables = {}, {}
-    for index, part in enumerate(config.reward if isinstance(config, PPOJob) else ()):
-        if isinstance(part, FunctionReward):
-            modules[f"reward.{index}.function"] = part.function.partition(":")[0]
-        elif isinstance(part, HttpReward) and part.token_env is not None:
-            variables[f"reward.{index}.token_env"] = part.token_env
+    modules, variables = dict[str, str](), dict[str, str]()
+    for role in config.roles:
+        modules |= role.modules
+        variables |= role.variables
     return modules, variables
 
 
-def compiled_optimizers(config: JobConfig) -> dict[str, str]:
-    """Roles whose optimizer steps in host memory, by a kernel that their nodes compile, with the settings for it."""
+def compiled_optimizers(config: Job) -> dict[str, str]:
+    """Roles, by their section of `placement`, whose optimizer steps in host memory, with the settings for it: their
+    nodes compile its kernel."""
     return {
-        name: f"{name}.engine.offload_optimizer"
-        for name, section in zip(_names(config), _sections(config), strict=True)
-        if section.engine.offload_optimizer != "none"
+        role.placed_as: f"{role.section}.engine.offload_optimizer"
+        for role in config.roles
+        if isinstance(role.engine, TrainingEngine) and role.engine.offload_optimizer != "none"
     }
 
 
-def disk_need(config: JobConfig) -> DiskNeed:
+def disk_need(config: Job) -> DiskNeed:
     """Room for checkpoints and exports.
 
     Raises:
-        PlanError: the size of a model can't be told from its config.json.
+        ShapeError: the size of a model can't be told from its config.json.
     """
-    one = sum(_checkpoint_bytes(section, shape) for section, shape in _trained(config))
-    if isinstance(config, PreferenceJob) and config.reference.update_every:
-        one += read_shape(config.reference_model).parameters * _BYTES[config.reference.engine.dtype]
+    one = sum(_checkpoint_bytes(role) for role in config.roles if role.checkpointed)
     count = _checkpoints(config)
     what = f"{count} checkpoint{'s'[: count > 1]} of {describe_bytes(one)}"
     size = count * one
     if config.run.export:
-        section, shape = next(_trained(config))
-        exported = shape.parameters * _BYTES[section.engine.dtype]
+        exported = sum(_weight_bytes(role) for role in config.roles if role.exported)
         # A new one is written beside the one that is there.
         copies = 2 if count > 1 else 1
         size += copies * exported
@@ -89,20 +85,23 @@ def disk_need(config: JobConfig) -> DiskNeed:
     return DiskNeed(size, what)
 
 
-def transfers(config: JobConfig) -> Iterator[Transfer]:
+def transfers(config: Job) -> Iterator[Transfer]:
     """What travels between nodes in each step, with its time limit.
 
     Raises:
-        PlanError: as `disk_need`.
+        ShapeError: as `disk_need`.
     """
     timeouts = config.run.timeouts
-    if isinstance(config, PPOJob):
-        weights = read_shape(config.policy.model).parameters * _BYTES[config.policy.engine.dtype]
-        yield Transfer("one weight sync", weights, timeouts.sync_s, "run.timeouts.sync_s")
-    for (section, shape), name in zip(_trained(config), _names(config), strict=True):
-        # An all-reduce sends every gradient once there and once back.
-        size = 2 * _trained_parameters(section, shape) * _BYTES[section.engine.dtype]
-        yield Transfer(f"one reduction of the {name}'s gradients", size, timeouts.update_s, "run.timeouts.update_s")
+    for role in config.roles:
+        if role.kind == "engine":
+            weights = sum(_weight_bytes(role) for role in config.roles if role.exported)
+            yield Transfer("one weight sync", weights, timeouts.sync_s, "run.timeouts.sync_s")
+    for role in config.roles:
+        if role.trained:
+            # An all-reduce sends every gradient once there and once back.
+            size = 2 * _trained_parameters(role) * _BYTES[_dtype(role)]
+            what = f"one reduction of the {role.name}'s gradients"
+            yield Transfer(what, size, timeouts.update_s, "run.timeouts.update_s")
 
 
 def describe_bytes(size: float) -> str:
@@ -112,33 +111,32 @@ def describe_bytes(size: float) -> str:
     return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.3g} MB"
 
 
-def _names(config: JobConfig) -> list[str]:
-    return ["policy", "critic"] if isinstance(config, PPOJob) else [config.role.name]
+def _shape(role: RoleSpec) -> ModelShape:
+    assert role.model is not None
+    return read_shape(role.model.path).with_head("scalar" if role.kind == "scalar" else "vocabulary")
 
 
-def _sections(config: JobConfig) -> list[Policy | Critic | RewardModel]:
-    return [config.policy, config.critic] if isinstance(config, PPOJob) else [config.role.trained]
+def _dtype(role: RoleSpec) -> Dtype:
+    assert role.engine is not None
+    assert role.engine.dtype is not None
+    return role.engine.dtype
 
 
-def _trained(config: JobConfig) -> Iterator[tuple[Policy | Critic | RewardModel, ModelShape]]:
-    if isinstance(config, PPOJob):
-        yield config.policy, read_shape(config.policy.model)
-        critic = config.reward_models[0].model if config.critic.init_from == "reward" else config.critic.init_from
-        yield config.critic, read_shape(critic).with_head("scalar")
-    else:
-        head: Head = "scalar" if config.role.name == "reward" else "vocabulary"
-        yield config.role.trained, read_shape(config.role.trained.model).with_head(head)
+def _weight_bytes(role: RoleSpec) -> int:
+    return _shape(role).parameters * _BYTES[_dtype(role)]
 
 
-def _checkpoint_bytes(section: Policy | Critic | RewardModel, shape: ModelShape) -> int:
-    return _trained_parameters(section, shape) * (_BYTES[section.engine.dtype] + _ADAM_BYTES)
+def _checkpoint_bytes(role: RoleSpec) -> int:
+    if not isinstance(role.engine, TrainingEngine):
+        return _weight_bytes(role)
+    return _trained_parameters(role) * (_BYTES[role.engine.dtype] + _ADAM_BYTES)
 
 
-def _trained_parameters(section: Policy | Critic | RewardModel, shape: ModelShape) -> int:
-    return shape.parameters if section.lora is None else sum(adapter_sizes(shape, section.lora))
+def _trained_parameters(role: RoleSpec) -> int:
+    return _shape(role).parameters if role.lora is None else sum(adapter_sizes(_shape(role), role.lora))
 
 
-def _checkpoints(config: JobConfig) -> int:
+def _checkpoints(config: Job) -> int:
     """How many there are at most at a time."""
     run = config.run
     # The newest is complete before the oldest goes.

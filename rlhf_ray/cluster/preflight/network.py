@@ -3,8 +3,8 @@
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from typing import Literal
 
-from rlhf_ray.cluster.planner.errors import PlanError
 from rlhf_ray.cluster.preflight.asked import Transfer, describe_bytes, transfers
 from rlhf_ray.cluster.preflight.judge import Clock, judge_broadcast, judge_clocks, judge_reach
 from rlhf_ray.cluster.preflight.links import LinkProbe
@@ -15,13 +15,18 @@ from rlhf_ray.cluster.preflight.view import View
 from rlhf_ray.cluster.topology import Node
 from rlhf_ray.config.jobs import JobConfig
 from rlhf_ray.config.placement import RolePlacement, RolloutPlacement
+from rlhf_ray.models.shapes import ShapeError
+
+Backend = Literal["nccl", "gloo"]
 
 _PINGS = 3
 _ANSWER_S = 5.0
-_GROUP_S = 15.0
+GROUP_S: Mapping[Backend, float] = {"gloo": 15.0, "nccl": 60.0}
+"""Until a group of processes has met and sent something. NCCL starts CUDA, looks at the machine's topology and opens
+its connections in the first broadcast, which takes tens of seconds on a machine with many GPUs."""
 _HARDLY_A_GPU = 0.01
 
-Links = Mapping[str, tuple[Sequence[Node], Probes]]
+Links = Mapping[Backend, tuple[Sequence[Node], Probes]]
 """Nodes of each backend's group, and the probes on them."""
 
 
@@ -65,18 +70,25 @@ def check_ports(view: View) -> Check:
 
 
 @contextmanager
-def link_probes(config: JobConfig, seats: Mapping[str, Sequence[Node]], deadline: Deadline) -> Iterator[Links]:
-    """Start the groups of processes that will measure, one for each backend whose roles are on several nodes."""
+def link_probes(config: JobConfig, seats: Mapping[str, Sequence[Node]], limit_s: float) -> Iterator[Links]:
+    """Start the groups of processes that will measure, one for each backend whose roles are on several nodes. Where one
+    needs longer to meet than gloo does, so much is added to the limit."""
     with ExitStack() as stack:
-        links = {}
-        for backend, on_gpus in (("nccl", True), ("gloo", False)):
+        links: dict[Backend, tuple[Sequence[Node], Probes]] = {}
+        kinds: tuple[tuple[Backend, bool], ...] = (("nccl", True), ("gloo", False))
+        for backend, on_gpus in kinds:
             roles = {
-                role: placed.placement for role, placed in config.places.items() if _on_gpus(config, role) == on_gpus
+                role: placement for role, placement in config.placements.items() if _on_gpus(config, role) == on_gpus
             }
             nodes = list({node.node_id: node for role in roles for node in seats[role]}.values())
             if len(nodes) > 1:
                 options = {"num_gpus": _HARDLY_A_GPU * on_gpus, "runtime_env": {"env_vars": _interfaces(roles)}}
-                links[backend] = nodes, stack.enter_context(probes(LinkProbe, nodes, deadline, **options))
+                links[backend] = (
+                    nodes,
+                    stack.enter_context(
+                        probes(LinkProbe, nodes, Deadline(limit_s + GROUP_S[backend] - GROUP_S["gloo"]), **options)
+                    ),
+                )
         yield links
 
 
@@ -85,7 +97,7 @@ def check_links(view: View, links: Links) -> tuple[Check, list[Broadcast]]:
     if not links:
         return Check("links", "no roles on several nodes have to talk", skipped=True), []
     limits: list[Transfer] = []
-    with suppress(PlanError):  # there is nothing to compare with then; the check of the disk says why
+    with suppress(ShapeError):  # there is nothing to compare with then; the check of the disk says why
         limits = list(transfers(view.config))
     problems: list[str] = []
     broadcasts = []
@@ -103,16 +115,19 @@ def check_links(view: View, links: Links) -> tuple[Check, list[Broadcast]]:
     return Check("links", "; ".join(words), tuple(problems)), broadcasts
 
 
-def _broadcast(view: View, backend: str, nodes: Sequence[Node], group: Probes) -> tuple[Broadcast | None, list[str]]:
+def _broadcast(
+    view: View, backend: Backend, nodes: Sequence[Node], group: Probes
+) -> tuple[Broadcast | None, list[str]]:
     source, *others = (node.name for node in nodes)
-    meeting, raised = group.ask("address", {source: (view.addresses[source],)}, _GROUP_S)
+    limit_s = GROUP_S[backend]
+    meeting, raised = group.ask("address", {source: (view.addresses[source],)}, limit_s)
     if source in meeting:
         host, port = meeting[source]
         places = {
-            name: (backend, rank, len(nodes), view.addresses[name], host, port, _GROUP_S)
+            name: (backend, rank, len(nodes), view.addresses[name], host, port, limit_s)
             for rank, name in enumerate([source, *others])
         }
-        measured, raised = group.ask("broadcast", places, _GROUP_S)
+        measured, raised = group.ask("broadcast", places, limit_s)
         if len(measured) == len(nodes):
             size = measured[source][0]
             return Broadcast(backend, source, size, {name: measured[name][1] for name in others}), []
@@ -126,8 +141,7 @@ def _broadcast(view: View, backend: str, nodes: Sequence[Node], group: Probes) -
 
 
 def _on_gpus(config: JobConfig, role: str) -> bool:
-    placement = config.places[role].placement
-    return bool(config.places[placement.colocate or role].placement.gpus)
+    return bool(config.placements[config.placements[role].colocate or role].gpus)
 
 
 def _interfaces(roles: Mapping[str, RolePlacement | RolloutPlacement]) -> dict[str, str]:

@@ -13,7 +13,7 @@ Seats = dict[str, tuple[Node, ...]]
 
 def check_placement(config: JobConfig, nodes: Sequence[Node]) -> tuple[Check, Seats]:
     """The check, and the nodes of each role, as `View.seats`."""
-    requests = requests_of({role: placed.placement for role, placed in config.places.items()})
+    requests = requests_of(config.placements)
     whole = [replace(node, free=node.resources) for node in nodes]
     problems = _problems(requests, whole)
     chosen: Assignment = {}
@@ -30,7 +30,7 @@ def check_placement(config: JobConfig, nodes: Sequence[Node]) -> tuple[Check, Se
             chosen = assign(requests, whole)
             detail = f"fits once others have left: {error}"
         check = Check("placement", detail)
-    seats = {role: chosen[placed.placement.colocate or role] for role, placed in config.places.items()}
+    seats = {role: chosen[placement.colocate or role] for role, placement in config.placements.items()}
     return check, {role: tuple(places) for role, places in seats.items()}
 
 
@@ -49,8 +49,8 @@ def _problem(requests: Sequence[Request], nodes: Sequence[Node]) -> list[str]:
 
 
 def _able(request: Request, nodes: Sequence[Node]) -> list[Node]:
-    """Nodes that could take at least one place."""
-    one = replace(request, places=request.block, nodes=None)
+    """Nodes that could take at least one bundle."""
+    one = replace(request, bundles=request.block, nodes=None)
     return [node for node in nodes if not _problem([one], [node])]
 
 

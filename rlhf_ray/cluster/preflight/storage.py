@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_ray.cluster.named_paths import named_in
-from rlhf_ray.cluster.planner.errors import PlanError
 from rlhf_ray.cluster.preflight.asked import describe_bytes, disk_need
 from rlhf_ray.cluster.preflight.judge import judge_disk, judge_folder, judge_shared
 from rlhf_ray.cluster.preflight.report import Check
 from rlhf_ray.cluster.preflight.view import View
 from rlhf_ray.cluster.topology import Node
-from rlhf_ray.config.jobs import PPOJob, PreferenceJob
+from rlhf_ray.models.shapes import ShapeError
 
 _ANSWER_S = 8.0
 _PATIENCE_S = 4.0
@@ -21,7 +20,7 @@ _PATIENCE_S = 4.0
 
 def check_storage(view: View) -> Iterator[Check]:
     """Write a small file from this process's node, look for it on the others that will write, and remove it."""
-    writers = view.of(_writing_roles(view), with_home=True)
+    writers = view.of((role.placed_as for role in view.config.roles if role.checkpointed), with_home=True)
     problems: list[str] = []
     free: dict[str, int] = {}
     for named in named_in(view.config):
@@ -70,21 +69,13 @@ def _disk(view: View, free: dict[str, int]) -> Check:
     folder = Path(view.config.run.dir).absolute()
     try:
         need = disk_need(view.config)
-    except PlanError as error:
+    except ShapeError as error:
         return Check("disk", f"how much a checkpoint takes is not known: {error}", skipped=True)
     if not free:
         return Check("disk", f"{folder} could not be written", skipped=True)
     there = _size(folder / "checkpoints") + _size(folder / "export")
     problems = judge_disk("run.dir", str(folder), need, there, free)
     return Check("disk", f"{describe_bytes(min(free.values()))} free, {need.what} at most", tuple(problems))
-
-
-def _writing_roles(view: View) -> list[str]:
-    config = view.config
-    if isinstance(config, PPOJob):
-        return ["policy", "critic"]
-    updated = isinstance(config, PreferenceJob) and config.reference.update_every
-    return [config.role.name, *(["reference"] if updated else [])]
 
 
 def _size(folder: Path) -> int:

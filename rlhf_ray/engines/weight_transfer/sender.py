@@ -1,13 +1,15 @@
 """The one interface for sending weights; which backend carries them is the platform's choice."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
-from vllm.distributed.weight_transfer.base import TrainerInitInfo, VLLMWeightSyncClient
+from vllm.distributed.weight_transfer.base import ParamMeta, TrainerInitInfo, VLLMWeightSyncClient
 from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
 
 from rlhf_ray.engines.weight_transfer.source import ModelWeights
-from rlhf_ray.platform import transfer_backend
+from rlhf_ray.platform import TransferBackend, transfer_backend
 
 
 @dataclass(frozen=True)
@@ -36,22 +38,26 @@ class WeightSender:
     """Sends a model's weights to all engines. Every trainer rank builds one and calls `send` together."""
 
     def __init__(self, model: nn.Module, group: SyncGroup, client: VLLMWeightSyncClient) -> None:
-        self._engine = WeightTransferTrainerFactory.trainer_init(
-            _init_info(group), client=client, source=ModelWeights(model, group.bucket_bytes)
-        )
+        source = ModelWeights(model, group.bucket_bytes)
+        info = init_info(group, transfer_backend(group.same_devices), source.metadata())
+        self._engine = WeightTransferTrainerFactory.trainer_init(info, client=client, source=source)
 
     def send(self) -> None:
         """One whole update of every engine."""
         self._engine.send_weights()
 
 
-def _init_info(group: SyncGroup) -> TrainerInitInfo:
+def init_info(group: SyncGroup, backend: TransferBackend, weights: Sequence[ParamMeta]) -> TrainerInitInfo:
+    """What a backend of vLLM's is told of the group and the weights that will be sent."""
     world_size = 1 + group.workers
-    backend = transfer_backend(group.same_devices)
     if backend == "ipc":
         from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 
-        return IPCTrainerInitInfo(packed=True, packed_buffer_size_bytes=group.bucket_bytes, rank=group.rank)
+        # This backend's buffer takes no tensor larger than itself, where the others let one go alone, and it is made as
+        # large as it is said to be, whatever is sent.
+        sizes = [math.prod(weight.shape) * weight.dtype.itemsize for weight in weights]
+        size = min(max(group.bucket_bytes, *sizes), sum(sizes))
+        return IPCTrainerInitInfo(packed=True, packed_buffer_size_bytes=size, rank=group.rank)
     if backend == "nccl":
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 

@@ -1,0 +1,176 @@
+"""Where the roles of a job sit: how fast their processes are there, and what they share."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from rlhf_ray.cluster.assignment import Assignment, assign, requests_of
+from rlhf_ray.config.jobs import JobConfig
+from rlhf_ray.config.placement import RolePlacement, RolloutPlacement
+from rlhf_ray.planner.calibration import Calibration, Device
+from rlhf_ray.planner.devices import DEVICES
+from rlhf_ray.planner.hardware import Hardware, Machine
+from rlhf_ray.planner.pass_time import Group, Ranks, Rates, rates_of
+from rlhf_ray.planner.workload import Role, RolloutRole, ScoredRole, TrainedRole, Workload
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Machines with a job on them.
+
+    Attributes:
+        assignment: node of each place of each role that has places of its own, ranks in order.
+        constants: of each kind of device in use.
+    """
+
+    hardware: Hardware
+    assignment: Assignment
+    constants: Mapping[Device, Calibration]
+
+
+@dataclass(frozen=True)
+class Seat:
+    """Where one role sits.
+
+    Attributes:
+        host: role whose places they are.
+        rates: of its slowest rank or worker.
+        group: its ranks, or the workers of one engine.
+        constants: of the device.
+        nodes: names of its nodes.
+        needs: of each device or node that it may share with others, how much it uses.
+    """
+
+    host: str
+    rates: Rates
+    group: Group
+    constants: Calibration
+    nodes: frozenset[str]
+    needs: Mapping[str, float] = field(default_factory=dict)
+
+
+class Seats:
+    """The seats of all roles of a job.
+
+    Attributes:
+        of: by role.
+        capacity: of each resource that seats need: 1 of devices, so that roles on them take turns; cores of nodes.
+    """
+
+    def __init__(self, config: JobConfig, cluster: Cluster) -> None:
+        self._config, self._cluster = config, cluster
+        self.capacity: dict[str, float] = {}
+        self.of = {role: self._seat(role) for role in config.places}
+
+    def _seat(self, role: str) -> Seat:
+        placement = self._config.places[role].placement
+        host = placement.colocate or role
+        at = self._config.places[host].placement
+        nodes = self._cluster.assignment[host]
+        machines = [self._cluster.hardware.machine(node) for node in nodes]
+        if not at.gpus:
+            machines = [_without_devices(machine) for machine in machines]
+        threads = placement.threads or at.threads or max(1, int(at.cpus))
+        constants = self._cluster.constants["gpu" if at.gpus else "cpu"]
+        rates = min((rates_of(machine, constants, threads) for machine in machines), key=lambda rates: rates.bfloat16)
+        group = Group(len(nodes), len({node.name for node in nodes}), rates.link, rates.network)
+        processes = 1
+        if isinstance(placement, RolloutPlacement):
+            group = replace(group, ranks=placement.tensor_parallel, nodes=1)
+            processes = placement.tensor_parallel if host == role else 1
+        needs = self._on_devices(host) if at.gpus else self._on_cores(machines, threads * processes)
+        return Seat(host, rates, group, constants, frozenset(node.name for node in nodes), needs)
+
+    def _on_devices(self, host: str) -> dict[str, float]:
+        name = f"devices of {host}"
+        self.capacity[name] = 1.0
+        return {name: 1.0}
+
+    def _on_cores(self, machines: list[Machine], threads: int) -> dict[str, float]:
+        needs: dict[str, float] = {}
+        for machine in machines:
+            name = f"cores of {machine.node.name}"
+            needs[name] = needs.get(name, 0.0) + threads
+            self.capacity[name] = max(1.0, machine.cpus)
+        return needs
+
+
+def ranks_of(role: TrainedRole | ScoredRole, seat: Seat) -> Ranks:
+    """The model of a role on its ranks."""
+    lora = role.lora if isinstance(role, TrainedRole) else None
+    return Ranks(role.shape, role.engine, seat.rates, seat.group, seat.constants, lora)
+
+
+def _without_devices(machine: Machine) -> Machine:
+    """The same node for a role that reserves no device of it."""
+    return machine if machine.kind.is_cpu else replace(machine, kind=DEVICES["CPU"], devices=0)
+
+
+@dataclass(frozen=True)
+class Chair:
+    """Where one process sits.
+
+    Attributes:
+        rank: of the role; of an engine's worker its number among the workers of all engines.
+        device: number of its device within the node; None on the CPU.
+        first: of its engine's workers.
+    """
+
+    role: Role
+    rank: int
+    machine: Machine
+    device: int | None
+    first: bool = True
+
+
+def seat_processes(workload: Workload, hardware: Hardware) -> list[Chair]:
+    """All processes that hold a model.
+
+    Raises:
+        PlacementError: when a role has no place.
+    """
+    placements = {seat: placed.placement for seat, placed in workload.job.places.items()}
+    assignment = assign(requests_of(placements), hardware.nodes)
+    devices = _devices(placements, assignment)
+    chairs = []
+    for role in workload.roles:
+        place = placements[role.seat]
+        host = place.colocate or role.seat
+        # A place of an engine of its own holds all its workers; a place of a role holds one process of each guest.
+        seats = [
+            (hardware.machine(node), device)
+            for node, numbers in zip(assignment[host], devices[host], strict=True)
+            for device in numbers
+        ]
+        workers = role.placement.tensor_parallel if isinstance(role, RolloutRole) else 1
+        chairs += [
+            Chair(role, rank, machine, device, rank % workers == 0) for rank, (machine, device) in enumerate(seats)
+        ]
+    return chairs
+
+
+def _devices(
+    placements: dict[str, RolePlacement | RolloutPlacement], assignment: Assignment
+) -> dict[str, list[Sequence[int | None]]]:
+    """Numbers of the devices of each place of each role, one for each process; None for a process on the CPU."""
+    taken: dict[str, list[float]] = {}
+    found: dict[str, list[Sequence[int | None]]] = {}
+    for role, place in placements.items():
+        if role not in assignment:
+            continue
+        workers = place.tensor_parallel if isinstance(place, RolloutPlacement) else 1
+        found[role] = []
+        for node in assignment[role]:
+            there = taken.setdefault(node.name, [])
+            numbers = [_next_device(there, place.gpus) if place.gpus else None for _ in range(workers)]
+            found[role].append(numbers)
+    return found
+
+
+def _next_device(taken: list[float], share: float) -> int:
+    """The first device with so much of it left; `taken` has the shares of each so far."""
+    for number, used in enumerate(taken):
+        if used + share <= 1.0001:
+            taken[number] += share
+            return number
+    taken.append(share)
+    return len(taken) - 1

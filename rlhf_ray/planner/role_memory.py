@@ -1,0 +1,346 @@
+"""Memory of one process of each kind of role: a rank that DeepSpeed trains, one that only scores, an engine's worker.
+
+Of ranks it follows DeepSpeed 0.19's own code with the settings of `engines/training.py`: bfloat16 or float32 engines
+with torch's AdamW, gradients accumulated in the engine's own format, contiguous buckets of DeepSpeed's default sizes.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+from rlhf_ray.config.roles import Level
+from rlhf_ray.config.training import Lora
+from rlhf_ray.models.lora_sizes import adapted_layers, adapter_sizes, frozen_bytes
+from rlhf_ray.models.shapes import ModelShape
+from rlhf_ray.planner.activation_memory import FLOAT32, INT64, ITEMSIZE, PassShape
+from rlhf_ray.planner.footprint import PLACES, Item, Moment, Place, always, during
+from rlhf_ray.planner.workload import RolloutRole, ScoredRole, TrainedRole
+
+# DeepSpeed's defaults, in elements (runtime/zero/config.py), and what `engines/training.py` sets.
+REDUCE_BUCKET = 500_000_000
+LIVE_PARAMETERS = 1_000_000_000
+PREFETCH = 50_000_000
+SUB_GROUP = 1_000_000_000
+SWAP_GROUP = 50_000_000
+SWAP_BUFFERS = 5
+PERSISTENT = 10_000
+
+FLOAT64 = 8
+MOMENTS = 2 * FLOAT32
+"""Adam's, of one weight."""
+SWAPPED = 4 * FLOAT32
+"""Of one weight whose state is on a disk, while it is in host memory: gradient, master weight and moments."""
+UPDATE: tuple[Moment, ...] = ("backward", "reduce", "step")
+
+
+GIB = 2**30
+SORTED_LOGIT = 4 * FLOAT32 + INT64
+"""Of one logit while vLLM samples: itself, its log-prob, its place in order with top-p, its probability."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Elements of a model as its engine holds it.
+
+    Attributes:
+        all: weights of the model with its adapters.
+        trained: that have gradients.
+        largest: of one trained tensor.
+        persistent: in tensors that ZeRO-3 keeps whole.
+    """
+
+    all: int
+    trained: int
+    largest: int
+    persistent: int
+
+    @staticmethod
+    @cache
+    def of(shape: ModelShape, lora: Lora | None) -> "Sizes":
+        """Of a model with its adapters."""
+        persistent = sum(t.size * t.count for t in shape.tensors() if t.size <= PERSISTENT)
+        if lora is None:
+            largest = max(tensor.size for tensor in shape.tensors())
+            return Sizes(shape.parameters, shape.parameters, largest, persistent)
+        adapters = adapter_sizes(shape, lora)
+        return Sizes(shape.parameters + sum(adapters), sum(adapters), max(adapters), persistent)
+
+
+def trained_items(role: TrainedRole, *, cpu: bool) -> list[Item]:
+    """What one rank holds, without the process itself."""
+    return _Rank(role, cpu).items()
+
+
+def swapped_weights(largest: int, ranks: int, place: Place) -> list[Item]:
+    """Buffers in host memory of weights that are on a disk; each holds any rank's part of any of them."""
+    size = SWAP_BUFFERS * -(-largest // ranks)
+    return [always("offload buffers", size, place="host")] if place == "disk" else []
+
+
+def gathered_elements(weights: int, largest: int, ranks: int, place: Place, *, cpu: bool) -> int:
+    """Elements of sharded weights that are whole on a device at a time; DeepSpeed keeps what it soon needs again."""
+    if ranks == 1 and (place == "device" or cpu):
+        return 0
+    kept = largest if place == "disk" else LIVE_PARAMETERS
+    return min(weights, kept + PREFETCH)
+
+
+def pass_shape(role: TrainedRole, *, cpu: bool) -> PassShape:
+    """How its model computes."""
+    engine = role.engine
+    return PassShape(
+        shape=role.shape,
+        dtype=engine.dtype,
+        cpu=cpu,
+        checkpointing=engine.activation_checkpointing,
+        vocab_chunk_tokens=engine.vocab_chunk_tokens,
+        entropy=role.entropy,
+        sequence_parallel=engine.sequence_parallel,
+        adapter_rank=role.lora.rank if role.lora else 0,
+        adapted=adapted_layers(role.shape, role.lora) if role.lora else frozenset(),
+    )
+
+
+class _Rank:
+    def __init__(self, role: TrainedRole, cpu: bool) -> None:
+        self.role, self.engine, self.cpu = role, role.engine, cpu
+        self.stage, self.ranks = role.engine.zero_stage, role.ranks
+        self.item = ITEMSIZE[role.engine.dtype]
+        self.sizes = Sizes.of(role.shape, role.lora)
+        self.owned = -(-self.sizes.trained // (self.ranks if self.stage else 1))
+        self.states = PLACES[role.engine.offload_optimizer]
+
+    def items(self) -> list[Item]:
+        return [*self._weights(), *self._optimizer(), *self._gradients(), *self._step(), *self._passes()]
+
+    def _weights(self) -> list[Item]:
+        size = frozen_bytes(self.role.shape, self.role.lora, self.item) + self.item * self.sizes.trained
+        if self.role.lora is None:
+            size = self.item * self.sizes.all
+        if self.stage < 3:
+            return [always("weights", size, Level.WEIGHTS)]
+        place = PLACES[self.engine.offload_parameters]
+        whole = self.item * self.sizes.persistent
+        gathered = gathered_elements(self.sizes.all, self.sizes.largest, self.ranks, place, cpu=self.cpu) * self.item
+        return [
+            always("weights", size / self.ranks, Level.WEIGHTS, place),
+            always("weights kept whole", whole if self.ranks > 1 or place != "device" else 0, Level.WEIGHTS),
+            *swapped_weights(self.item * self.sizes.largest, self.ranks, place),
+            during("gathered weights", gathered, "score", "backward", "reduce"),
+        ]
+
+    def _optimizer(self) -> list[Item]:
+        # Stage 0 in float32 trains the weights themselves; all others keep a float32 copy beside them.
+        copies = self.stage > 0 or self.engine.dtype != "float32"
+        items = [always("optimizer moments", MOMENTS * self.owned, place=self.states)]
+        if copies:
+            items.insert(0, always("master weights", FLOAT32 * self.owned, place=self.states))
+        return [*items, *self._offload_buffers()]
+
+    def _offload_buffers(self) -> list[Item]:
+        """What stays allocated beside a state that is not on the device."""
+        gradients = FLOAT32 * self.owned
+        if self.states == "disk":
+            part = SWAPPED * min(SWAP_GROUP, self.owned)
+            return [always("offload buffers", part, place="host"), always("gradients", gradients, place="disk")]
+        if self.states == "device":
+            return []
+        if self.stage == 3:
+            return [always("offload buffers", gradients, place="host")]
+        # Updated weights on their way back, and one gradient on its way, on both sides.
+        largest = self.item * self.sizes.largest
+        host = gradients + self.item * self.owned + largest
+        return [always("offload buffers", host, place="host"), always("offload buffers", largest)]
+
+    def _gradients(self) -> list[Item]:
+        role, item, trained = self.role, self.item, self.sizes.trained
+        micro_batches = role.batch.micro_batches(self.engine, self.ranks)
+        accumulates = micro_batches > 1
+        bucket = min(REDUCE_BUCKET, trained)
+        buckets = bucket if self.cpu or self.ranks == 1 else 2 * bucket  # one is reduced while the other is filled
+        flattened = min(max(REDUCE_BUCKET, self.sizes.largest), trained)
+        several = trained > REDUCE_BUCKET
+        # Of several buckets the first is full while most activations are still there.
+        early: tuple[Moment, ...] = ("backward",) if several else ()
+        whole: list[Moment] = [*(("backward",) if accumulates else ()), "reduce"]
+        if self.stage == 0:
+            return [
+                during("gradients", item * trained, *whole, "step"),
+                during("reduce buffers", item * flattened, "reduce"),
+            ]
+        if self.stage == 3:
+            return [
+                always("gradients", item * self.owned, place="device" if self.states == "device" else "host"),
+                always("reduce buffers", item * bucket),
+                during("reduce buffers", item * flattened, *early, "reduce"),
+            ]
+        part = item * self.owned
+        if self.stage == 1:
+            return [
+                during("gradients", item * trained, *whole),
+                during("gradients", part if self.states == "device" else 0, "step"),
+                during("reduce buffers", item * (buckets + flattened) + part, "reduce"),
+            ]
+        accumulated = part if accumulates else 0
+        passing = item * flattened + part if several else max(item * flattened, part)
+        return [
+            during("gradients", accumulated, "backward", place=self.states),
+            during("gradients", part, "step", place=self.states),
+            during("reduce buffers", item * buckets, "backward"),
+            during("reduce buffers", item * flattened, *early),
+            during("reduce buffers", item * buckets + passing + accumulated, "reduce"),
+        ]
+
+    def _step(self) -> list[Item]:
+        """Gradients flattened and in float32, or, before that, the float64 copy of one that its norm takes."""
+        if self.states != "device":
+            return []
+        part = min(self.owned, SUB_GROUP) if self.stage == 3 else self.owned
+        flat = part * (FLOAT32 if self.item == FLOAT32 else FLOAT32 + self.item)
+        if self.stage == 0:
+            flat = 0 if self.item == FLOAT32 else FLOAT32 * self.owned
+        norm = FLOAT64 * min(self.sizes.largest, self.owned) if self.stage else 0
+        return [during("gradients for the step", max(flat, norm), "step")]
+
+    def _passes(self) -> list[Item]:
+        role, how = self.role, pass_shape(self.role, cpu=self.cpu)
+        pack = role.batch.train_pack(self.engine, self.ranks)
+        head, working = how.head_bytes(pack, backward=True), how.working_bytes(pack.tokens)
+        head_gradient = self.item * role.shape.head_parameters if role.lora is None else 0
+        items = [
+            during("activations", how.held_bytes(pack.tokens), "backward"),
+            during("logits and states", max(head, working), "backward"),
+            during("gradients", head_gradient if role.shape.head == "vocabulary" else 0, "backward"),
+        ]
+        if role.scores:
+            scored = role.batch.score_pack(self.engine, self.ranks)
+            passing = how.forward_bytes(scored.tokens) + how.head_bytes(scored, backward=False)
+            items.append(during("logits and states", passing, "score"))
+        if role.sync_bytes:
+            items.append(during("sync bucket", self._sync_bytes(), "sync"))
+        return items
+
+    def _sync_bytes(self) -> int:
+        """Weights leave from where they are, but shards and adapters are made whole first, a bucket at a time; NCCL
+        packs buckets, of which one travels while the next is filled."""
+        largest = max(tensor.size for tensor in self.role.shape.tensors())
+        if self.stage == 3 or not self.cpu:
+            buckets = 1 if self.cpu else 2
+            return buckets * sync_bucket(self.role.sync_bytes, self.role.shape, self.item)
+        return 2 * FLOAT32 * largest if self.role.lora is not None else 0
+
+
+def scored_items(role: ScoredRole, *, cpu: bool) -> list[Item]:
+    """What one rank holds, without the process itself."""
+    engine, shape = role.engine, role.shape
+    item = ITEMSIZE[engine.dtype]
+    weights = item * shape.parameters
+    how = PassShape(
+        shape,
+        engine.dtype,
+        cpu,
+        vocab_chunk_tokens=engine.vocab_chunk_tokens,
+        sequence_parallel=engine.sequence_parallel,
+    )
+    pack = role.batch.score_pack(engine, role.ranks)
+    passing = how.forward_bytes(pack.tokens) + how.head_bytes(pack, backward=False)
+    items = [during("logits and states", passing, "score")]
+    if engine.zero_stage == 0:
+        return [always("weights", weights, Level.WEIGHTS), *items]
+    place = PLACES[engine.offload_parameters]
+    largest = max(tensor.size for tensor in shape.tensors())
+    gathered = gathered_elements(shape.parameters, largest, role.ranks, place, cpu=cpu) * item
+    whole = sum(tensor.size * tensor.count for tensor in shape.tensors() if tensor.size <= PERSISTENT) * item
+    return [
+        always("weights", weights / role.ranks, Level.WEIGHTS, place),
+        always("weights kept whole", whole if role.ranks > 1 or place != "device" else 0, Level.WEIGHTS),
+        *swapped_weights(item * largest, role.ranks, place),
+        during("gathered weights", gathered, "score"),
+        *items,
+    ]
+
+
+@dataclass(frozen=True)
+class EnginePlan:
+    """One engine.
+
+    Attributes:
+        items: of one worker, without the process itself.
+        cached_tokens: that its KV cache has room for.
+        wanted_tokens: of all sequences that it decodes at the same time, when they are longest.
+        needs: device bytes of one worker, below which it can't start: weights, a pass, one longest sequence.
+        allotted: device bytes that one worker may use; None on the CPU, where the KV cache alone is limited.
+    """
+
+    items: tuple[Item, ...]
+    cached_tokens: int
+    wanted_tokens: int
+    needs: int
+    allotted: int | None
+
+    @property
+    def starts(self) -> bool:
+        """Whether one sequence fits into its KV cache."""
+        return self.cached_tokens > 0
+
+
+def token_bytes(role: RolloutRole) -> int:
+    """Keys and values of one token in one worker. Workers share the heads; with more workers than there are of keys
+    and values, several hold the same."""
+    shape = role.shape
+    heads = max(1, shape.kv_heads // role.placement.tensor_parallel)
+    return 2 * shape.layers * heads * shape.head_dim * ITEMSIZE[role.dtype]
+
+
+def engine_plan(role: RolloutRole, device_memory: int, *, cpu: bool) -> EnginePlan:
+    """What one worker of an engine holds.
+
+    Args:
+        device_memory: of one device; on the CPU of the node.
+    """
+    shape, engine, workers = role.shape, role.engine, role.placement.tensor_parallel
+    item = ITEMSIZE[role.dtype]
+    weights = item * shape.parameters // workers
+    adapters = (
+        item * role.adapter_rank * sum(sum(tensor.shape) * tensor.count for tensor in shape.tensors() if tensor.linear)
+    )
+    passing = _pass_bytes(role)
+    each = token_bytes(role)
+    allotted = None if cpu else int(engine.gpu_memory_utilization * device_memory)
+    cache = engine.cpu_kv_cache_gib * GIB if allotted is None else allotted - weights - adapters - passing
+    tokens = max(0, cache) // each
+    longest = engine.max_model_len
+    wanted = min(engine.max_num_seqs, -(-role.batch.samples // role.placement.engines)) * role.batch.longest
+    items = (
+        always("weights", weights, Level.WEIGHTS),
+        always("adapters", adapters, Level.WEIGHTS),
+        # A GPU's pass is measured when the engine starts and stays its own.
+        always("pass", passing) if not cpu else during("pass", passing, "generate"),
+        always("KV cache", max(0, cache)),
+        during("sync bucket", sync_bucket(role.sync_bytes, shape, item), "sync"),
+    )
+    return EnginePlan(
+        items,
+        cached_tokens=tokens if tokens >= longest else 0,
+        wanted_tokens=wanted,
+        needs=weights + adapters + passing + longest * each,
+        allotted=allotted,
+    )
+
+
+def _pass_bytes(role: RolloutRole) -> int:
+    """One step of the engine with as many tokens as it may have, and the sampling of as many sequences."""
+    shape, engine, workers = role.shape, role.engine, role.placement.tensor_parallel
+    item = ITEMSIZE[role.dtype]
+    experts = shape.experts
+    inner = shape.intermediate if shape.dense_layers else 0
+    if experts is not None:
+        inner = max(inner, experts.intermediate * experts.per_token + experts.shared_intermediate)
+    tokens = max(engine.max_num_batched_tokens, engine.max_model_len)
+    states = item * (3 * shape.hidden + 3 * -(-inner // workers)) * tokens
+    return states + SORTED_LOGIT * shape.vocab * min(engine.max_num_seqs, tokens)
+
+
+def sync_bucket(most: int, shape: ModelShape, item: int) -> int:
+    """Bytes of one bucket of a weight sync: `most`, but a larger tensor goes whole, and there is no more than the model
+    has."""
+    return min(max(most, item * max(tensor.size for tensor in shape.tensors())), item * shape.parameters)
