@@ -71,7 +71,7 @@ def _serve(pipe: Connection, setting: Setting, log: Path) -> None:
 
 
 def _result(run: Callable[[Setting], str], setting: Setting) -> tuple[str, str]:
-    print(f"\n===== {run.__module__}.{run.__qualname__}", flush=True)
+    print(f"\n===== {run}", flush=True)
     try:
         return "pass", run(setting)
     except CheckFailed as error:
