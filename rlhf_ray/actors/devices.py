@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping, Sequence
 import ray
 
 from rlhf_ray.actors.group import ActorGroup
-from rlhf_ray.actors.waiting import RoleTimeout, wait_all
+from rlhf_ray.actors.waiting import wait_all, wait_until_made
 from rlhf_ray.cluster.sharing import DeviceSharing, Moves, Phase
 from rlhf_ray.config.placement import Placed
 from rlhf_ray.config.run import Timeouts
@@ -54,11 +54,8 @@ class Devices:
 
     def finish(self, refs: Sequence[ray.ObjectRef], what: str) -> None:
         """Wait until others have made these objects, before those who make them leave."""
-        limit = self._timeouts.score_s
-        if self._sharing.levels and refs:
-            _, pending = ray.wait(list(refs), num_returns=len(refs), timeout=limit, fetch_local=False)
-            if pending:
-                raise RoleTimeout(what, limit, "run.timeouts.score_s")
+        if self._sharing.levels:
+            wait_until_made(refs, self._timeouts.score_s, what, "run.timeouts.score_s")
 
     def _make(self, moves: Moves) -> None:
         refs = [

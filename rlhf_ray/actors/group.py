@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from rlhf_ray.actors.liveness import liveness
 from rlhf_ray.actors.waiting import wait_all
 from rlhf_ray.actors.watched import actor_class
 from rlhf_ray.cluster.assignment import requests_of
@@ -107,6 +108,7 @@ class ActorGroup:
 
     def kill(self) -> None:
         """End the processes, whatever they do."""
+        liveness.forget(self.actors)
         for actor in self.actors:
             ray.kill(actor)
 
@@ -155,6 +157,7 @@ def create_group(
             "max_restarts": 0,
         }
         actors.append(actor_class(worker).options(**options).remote(**arguments(rank)))
+    liveness.watch(role, actors)
     return ActorGroup(role, actors, sequence_parallel, sharded=sharded)
 
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from rlhf_ray.actors.address import own_address
 from rlhf_ray.actors.group import ActorGroup
-from rlhf_ray.actors.waiting import RoleTimeout, fetch, wait_all
+from rlhf_ray.actors.waiting import fetch, settle, wait_any
 from rlhf_ray.actors.watched import Watched
 from rlhf_ray.config.rollout import Rollout, Sampling
 from rlhf_ray.data.requests import PromptRequest
@@ -151,6 +151,10 @@ class RolloutWorker(Watched):
         """What this engine did since the last call."""
         return self.recorder.drain()
 
+    def find_lost_process(self) -> str | None:
+        """A process of the engine."""
+        return None if self.engine is None else self.engine.find_lost_process()
+
     def queue(self) -> tuple[int | None, int | None, int | None]:
         """Running and waiting requests, and the version of the weights; None until the engine is up, and where only a
         part of its workers sits."""
@@ -248,9 +252,12 @@ class RolloutGroup(ActorGroup):
         parts = [EnginePart(n, self._parts, host, port) for host, port in addresses for n in range(self._parts)]
         return self._all.call_each("load_model", [(setup, part) for part in parts])
 
-    def end_engines(self, timeout_s: float) -> None:
-        """Have the engines end their own processes, which outlive an actor that is killed."""
-        self._all.run("shutdown", timeout_s=timeout_s, setting="run.timeouts.setup_s")
+    def end_engines(self, timeout_s: float) -> list[str]:
+        """Have the engines end their own processes, which outlive an actor that is killed; why some did not, in words.
+
+        All are waited for, as one that is dead already must not keep the others from ending.
+        """
+        return settle(self._all.call("shutdown"), timeout_s)
 
     @property
     def processes(self) -> list[Any]:
@@ -270,7 +277,7 @@ class RolloutGroup(ActorGroup):
         engines see the same batches each time.
 
         Raises:
-            RoleTimeout, RoleFailure: as `wait_all`.
+            RoleTimeout, ActorDied, TaskFailed: as `wait_all`.
         """
         sampling = sampling or self._rollout.sampling
         if self._deterministic:
@@ -310,8 +317,13 @@ class RolloutGroup(ActorGroup):
             queued[engine] += len(shard)
             trajectories, facts = self.call_one(engine, "generate", shard, sampling, version, num_returns=2)
             running[facts] = (number, engine, trajectories)
-        released = self.call_each("release", [(count, self._timeout_s) for count in queued])
-        wait_all(released, self._timeout_s, "rollout: release", "run.timeouts.rollout_s")
+        released = set(self.call_each("release", [(count, self._timeout_s) for count in queued]))
+        while released:  # a prompt that fails ends the wait as well: its engine may never have all of them
+            done = wait_any([*released, *running], self._timeout_s, "rollout: release", "run.timeouts.rollout_s")
+            if done in running:
+                break
+            released.remove(done)
+            fetch(done, "rollout: release")
         self._count(len(shards), 0, len(running))
         while running:
             facts, (number, _, trajectories) = self._next(running)
@@ -324,8 +336,6 @@ class RolloutGroup(ActorGroup):
     def _next(
         self, running: dict[ray.ObjectRef, tuple[int, int, ray.ObjectRef]]
     ) -> tuple[ShardFacts, tuple[int, int, ray.ObjectRef]]:
-        done, _ = ray.wait(list(running), num_returns=1, timeout=self._timeout_s)
-        if not done:
-            raise RoleTimeout("rollout: generate", self._timeout_s, "run.timeouts.rollout_s")
-        entry = running.pop(done[0])
-        return fetch(done[0], f"rollout/{entry[1]}: generate"), entry
+        done = wait_any(list(running), self._timeout_s, "rollout: generate", "run.timeouts.rollout_s")
+        entry = running.pop(done)
+        return fetch(done, f"rollout/{entry[1]}: generate"), entry

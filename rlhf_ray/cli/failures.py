@@ -18,7 +18,7 @@ logger = logging.getLogger("rlhf_ray")
 
 FAILURE_REPORT = "failure.txt"
 
-FAILED, BAD_INPUT, INTERRUPTED, TERMINATED = 1, 2, 130, 143
+FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 
 # By name, since importing the modules that define them would load torch or Ray.
 _BAD_INPUT = frozenset({"ConfigError", "ExportError", "PackageError", "PlanError", "ResumeError", "UnknownJob"})
@@ -52,7 +52,8 @@ def errors_as_messages() -> Iterator[None]:
 
 def how_stopped(stop: KeyboardInterrupt) -> tuple[str, int]:
     """In a word, and the exit code that shells give to the signal."""
-    return ("terminated", TERMINATED) if type(stop).__name__ == "Terminated" else ("interrupted", INTERRUPTED)
+    number = getattr(stop, "number", None)  # of `Terminated`, whose module is not imported here
+    return ("interrupted", INTERRUPTED) if number is None else ("terminated", 128 + number)
 
 
 def say(message: str, *, error: bool = False) -> None:

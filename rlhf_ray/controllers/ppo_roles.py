@@ -11,11 +11,12 @@ import ray
 from rlhf_ray.actors.critic import CriticWorker
 from rlhf_ray.actors.devices import Devices
 from rlhf_ray.actors.group import ActorGroup, Seating, create_group
+from rlhf_ray.actors.liveness import liveness
 from rlhf_ray.actors.policy import PolicyWorker
 from rlhf_ray.actors.reference import ReferenceWorker
 from rlhf_ray.actors.reward import RewardModelWorker, TextRewardWorker
 from rlhf_ray.actors.rollout import GeneratedShard, RolloutGroup, RolloutWorker
-from rlhf_ray.actors.waiting import RoleFailure, RoleTimeout, wait_all
+from rlhf_ray.actors.waiting import wait_all
 from rlhf_ray.actors.watched import actor_class
 from rlhf_ray.config.jobs import PPOJob
 from rlhf_ray.config.rewards import FunctionReward, ModelReward, part_name
@@ -146,9 +147,7 @@ def ppo_roles(config: PPOJob, inputs: PPOInputs, watch: Watch = unwatched) -> It
 
 
 def _end_engines(rollout: RolloutGroup) -> None:
-    try:
-        rollout.end_engines(timeout_s=30)
-    except (RoleFailure, RoleTimeout) as error:
+    for error in rollout.end_engines(timeout_s=30):
         logger.warning("a rollout engine did not end in order: %s", error)
 
 
@@ -160,6 +159,7 @@ def _reward_part(part: Any, group: Any) -> RewardPart:
     workers = part.workers if isinstance(part, FunctionReward) else 1
     worker = actor_class(TextRewardWorker).options(num_cpus=0)
     actors = [worker.remote(**arguments_of(f"reward-{name}", rank, workers, 0, False)) for rank in range(workers)]
+    liveness.watch(f"reward-{name}", actors)
     return RewardPart(name, part.weight, ActorGroup(f"reward-{name}", actors), is_model=False)
 
 
