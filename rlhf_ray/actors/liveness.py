@@ -64,6 +64,11 @@ class Liveness:
         """The actor with this id of Ray's, None when it is not watched here."""
         return None if actor_id is None else self._names.get(actor_id)
 
+    def told(self, name: ActorName) -> None:
+        """The death of this actor is known otherwise; it is not to be told again."""
+        with self._lock:
+            self._asked = {question: who for question, who in self._asked.items() if who != name}
+
     def __len__(self) -> int:
         return len(self._asked)
 

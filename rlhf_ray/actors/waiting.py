@@ -242,4 +242,7 @@ def _typed_failures(what: str) -> Iterator[None]:
 
 def _death(actor_id: str | None, what: str, reason: str) -> ActorDied:
     name = liveness.name_of(actor_id)
-    return ActorDied(name.role if name else "", name.rank if name else None, what, reason, actor_id)
+    if name is None:
+        return ActorDied("", None, what, reason, actor_id)
+    liveness.told(name)
+    return ActorDied(name.role, name.rank, what, reason, actor_id)

@@ -40,3 +40,15 @@ def test_other_threads_leave_the_handler_alone() -> None:
     thread.start()
     thread.join(10)
     assert seen == [signal.SIG_DFL]
+
+
+def test_a_hangup_ends_in_order_too_unless_it_is_ignored() -> None:
+    with pytest.raises(Terminated, match="SIGHUP"), signals_end_in_order():
+        signal.raise_signal(signal.SIGHUP)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as `nohup` does
+    try:
+        with signals_end_in_order():
+            signal.raise_signal(signal.SIGHUP)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
