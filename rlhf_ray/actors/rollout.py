@@ -318,15 +318,10 @@ class RolloutGroup(ActorGroup):
             trajectories, facts = self.call_one(engine, "generate", shard, sampling, version, num_returns=2)
             running[facts] = (number, engine, trajectories)
         released = set(self.call_each("release", [(count, self._timeout_s) for count in queued]))
-        while released:  # a prompt that fails ends the wait as well: its engine may never have all of them
-            done = wait_any([*released, *running], self._timeout_s, "rollout: release", "run.timeouts.rollout_s")
-            if done in running:
-                break
-            released.remove(done)
-            fetch(done, "rollout: release")
         self._count(len(shards), 0, len(running))
         while running:
-            facts, (number, _, trajectories) = self._next(running)
+            # Both are waited for: where a prompt fails, its engine may never have all that it is to be released with.
+            facts, (number, _, trajectories) = self._next(running, released)
             self._count(len(shards), 0, len(running))
             yield GeneratedShard(number, len(shards), trajectories, facts)
 
@@ -334,8 +329,14 @@ class RolloutGroup(ActorGroup):
         self.shards = Shards(waiting, generating, shards - waiting - generating)
 
     def _next(
-        self, running: dict[ray.ObjectRef, tuple[int, int, ray.ObjectRef]]
+        self, running: dict[ray.ObjectRef, tuple[int, int, ray.ObjectRef]], released: set[ray.ObjectRef] | None = None
     ) -> tuple[ShardFacts, tuple[int, int, ray.ObjectRef]]:
-        done = wait_any(list(running), self._timeout_s, "rollout: generate", "run.timeouts.rollout_s")
+        releases = released or set()
+        while True:
+            done = wait_any([*releases, *running], self._timeout_s, "rollout: generate", "run.timeouts.rollout_s")
+            if done in running:
+                break
+            releases.remove(done)
+            fetch(done, "rollout: release")
         entry = running.pop(done)
         return fetch(done, f"rollout/{entry[1]}: generate"), entry

@@ -6,7 +6,9 @@ The actors start once and serve all tests in the order of this file; the last on
 
 import json
 import os
+import re
 import signal
+import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +18,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import ray
 import torch
@@ -233,6 +236,16 @@ def test_a_refused_prompt_is_an_error_also_while_generation_is_held(
         list(held.generate([[good[0]], [overlong], [good[2]]], version=0))
     go_on()
     assert len(list(held.generate([[request] for request in good], version=0))) == 3
+
+
+def test_engines_have_their_sockets_in_folders_of_their_own(roles: PPORoles) -> None:
+    """Those that vLLM names lie in no folder that others use."""
+    root = Path(tempfile.gettempdir()) / f"rlhf-ray-{os.getuid()}"
+    processes = [psutil.Process(pid) for pid in [*engine_processes(), *(pid_of(roles.rollout, n) for n in range(2))]]
+    bound = {Path(socket.laddr) for process in processes for socket in process.net_connections("unix") if socket.laddr}
+    vllms = {path for path in bound if re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", path.name)}
+    assert len({path.parent for path in vllms}) == ENGINES
+    assert {path.parent.parent for path in vllms} == {root}
 
 
 def test_an_engine_whose_actor_dies_ends_the_run(
