@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -75,8 +76,13 @@ def _watch(last_words: LastWords) -> DaemonWatch:
 
 
 def _fail(error: BaseException) -> int:
-    logger.error("%s", error)
-    return 128 + error.number if isinstance(error, Terminated) else 1
+    """The last words of a command that has none of its own."""
+    if not isinstance(error, KeyboardInterrupt):
+        logger.error("%s", error)
+        return 1
+    number = error.number if isinstance(error, Terminated) else signal.SIGINT
+    logger.error("ended by %s", signal.Signals(number).name)
+    return 128 + number
 
 
 def _connect(cluster: Cluster, name: str) -> None:
