@@ -1,6 +1,6 @@
 """Kills each kind of process of a PPO run in each phase of it, and says how soon the run told whose death it was.
 
-    python -m benchmarks.deaths                       # all of them, on a cluster of its own: about 20 minutes
+    python -m benchmarks.deaths                       # all of them, on a cluster of its own
     python -m benchmarks.deaths --kind engine --phase generate --phase update
 
 A row is good when the run ended within ten seconds of the death with an `ActorDied` of the right role, or, before the
@@ -113,6 +113,7 @@ def _case(killed: str, phase: str, deterministic: bool, folder: Path, cluster: C
         "run.steps=3",
         "run.checkpoint_every=1",
         "run.tensorboard=false",
+        *(f"run.timeouts.{limit}_s=60" for limit in ("rollout", "score", "update", "sync", "checkpoint")),
         f"run.deterministic={str(deterministic).lower()}",
     ]
     pattern, role = KINDS[killed]
@@ -122,6 +123,7 @@ def _case(killed: str, phase: str, deterministic: bool, folder: Path, cluster: C
         overrides.append("placement.rollout.labels={zone: doomed}")
         kill = lambda: cluster.remove_node(node, allow_graceful=False)  # noqa: E731
     config = load_config(CONFIG, overrides)
+    # Those limits are for deaths that are not told: then the table says so, and the next case follows.
     with _killing(phase, kill) as killed_s:
         try:
             train(config)

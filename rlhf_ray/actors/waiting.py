@@ -110,8 +110,9 @@ def wait_all(refs: Sequence[ray.ObjectRef], timeout_s: float, what: str, setting
                 return results
         except GetTimeoutError:
             limit.look()
-        ready, _ = ray.wait(refs, num_returns=len(refs), timeout=0, fetch_local=False)
-        if len(ready) == len(refs):
+        each = list(dict.fromkeys(refs))
+        ready, _ = ray.wait(each, num_returns=len(each), timeout=0, fetch_local=False)
+        if len(ready) == len(each):
             limit.only_fetching()
 
 
@@ -130,8 +131,8 @@ def wait_until_made(refs: Sequence[ray.ObjectRef], timeout_s: float, what: str, 
     Raises:
         RoleTimeout, ActorDied: as `wait_all`.
     """
-    if refs:
-        _ready(refs, len(refs), timeout_s, what, setting)
+    if each := list(dict.fromkeys(refs)):
+        _ready(each, len(each), timeout_s, what, setting)
 
 
 def _ready(refs: Sequence[ray.ObjectRef], count: int, timeout_s: float, what: str, setting: str) -> list[ray.ObjectRef]:

@@ -129,6 +129,10 @@ class Parent(Busy, Watched):
     def find_lost_process(self) -> str | None:
         return None if self._child.poll() is None else "its child died"
 
+    def late(self, seconds: float) -> str:
+        time.sleep(seconds)
+        return "late"
+
     def collective(self) -> None:
         """Fails as peers of a dead rank do."""
         time.sleep(0.3)
@@ -165,6 +169,12 @@ def test_a_death_is_told_whoever_is_waited_for(watched: ActorGroup, lost: str, w
     assert ("its child died" in caught.value.reason) == (lost == "child")
     # It is told once: what follows is ending the others in order.
     assert wait_all([watched.call_one(2, "answer", 5)], 30.0, "", "") == [5]
+
+
+def test_a_wait_that_goes_on_for_several_looks_ends_with_its_results(watched: ActorGroup) -> None:
+    slow, quick = watched.call_one(0, "late", 2.5), watched.call_one(1, "answer", "quick")
+    assert wait([slow, quick, slow]) == ["late", "quick", "late"]
+    wait_until_made([slow, quick, slow], 30.0, "", "")
 
 
 def test_what_peers_say_of_a_dead_rank_is_not_taken_for_the_cause(watched: ActorGroup) -> None:
