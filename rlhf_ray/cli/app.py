@@ -3,6 +3,7 @@
 import logging
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -11,7 +12,15 @@ import typer
 from rlhf_ray.cli.arguments import Config, Overrides, problems_of
 from rlhf_ray.cli.calibrate import calibrate
 from rlhf_ray.cli.data import data
-from rlhf_ray.cli.failures import Commands, forget_failure, how_stopped, record_failure, say
+from rlhf_ray.cli.failures import (
+    Commands,
+    exit_code,
+    forget_failure,
+    how_stopped,
+    message_of,
+    record_failure,
+    say,
+)
 from rlhf_ray.cli.jobs import logs, stop, submit
 from rlhf_ray.cli.plan import plan
 from rlhf_ray.cli.preflight import preflight
@@ -176,11 +185,9 @@ def train(config: Config, overrides: Overrides = None) -> None:
 
         _import_from_here()
         with problems_of(config):
-            folder = run(job)
+            folder = run(job, partial(_last_words, job))
     except KeyboardInterrupt as stop:
-        what, code = how_stopped(stop)
-        say(f"{what}; {_how_to_resume(job)}")
-        raise typer.Exit(code) from None
+        raise typer.Exit(_last_words(job, stop)) from None
     except ConfigError:
         raise
     except Exception as error:
@@ -238,6 +245,16 @@ def _import_from_here() -> None:
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.append(here)
+
+
+def _last_words(job: "JobConfig", error: BaseException) -> int:
+    """Say why a run ends before its end and how to go on; the exit code. Needs no cluster."""
+    if isinstance(error, KeyboardInterrupt):
+        what, code = how_stopped(error)
+        say(f"{what}; {_how_to_resume(job)}")
+        return code
+    say(f"{message_of(error)}; {_how_to_resume(job)}", error=True)
+    return exit_code(error)
 
 
 def _how_to_resume(job: "JobConfig") -> str:
