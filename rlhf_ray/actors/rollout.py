@@ -261,8 +261,8 @@ class RolloutGroup(ActorGroup[RolloutWorker]):
         """Have each engine generate, once this many prompts have been queued since the last release."""
         return self.call_each(RolloutWorker.release, [(count, self._timeouts.rollout_s) for count in counts])
 
-    def versions(self) -> Calls[int]:
-        """Version of the weights that each engine uses."""
+    def versions(self) -> Calls[int | None]:
+        """Version of the weights that each engine uses; None where it has none."""
         return self.call(RolloutWorker.version)
 
     def generate(

@@ -189,7 +189,7 @@ class PPOController:
         cursor = PromptCursor(len(self.inputs.prompts), seed=0, shuffle=False)
         tickets = cursor.take(min(self.config.run.samples_kept, len(self.inputs.prompts)))
         requests = requests_for(self.inputs.prompts, tickets, 1, derive_seed(self.config.seed, "showcase"))
-        self._wake_engines()
+        wake_engines(self.roles, self.folder.recorder, self.version, self.config.run.timeouts.sync)
         [shard] = self.roles.rollout.generate([requests], self.version)
         self.devices.enter("score", ["reward"])
         limit = self.config.run.timeouts.score

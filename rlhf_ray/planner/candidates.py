@@ -99,7 +99,7 @@ def _on_cores(job: JobConfig, hardware: Hardware) -> Iterator[Layout]:
 
 def _groupings(job: JobConfig) -> Iterator[tuple[Groups, bool]]:
     """Roles that share devices, the engines last, and whether they leave them to each other."""
-    roles = list(job.places)
+    roles = list(job.placements)
     pairs = {"policy": ("policy", "reference"), "critic": ("critic", "reward")}
     mixed = tuple(
         tuple(guest for guest in pairs.get(role, (role,)) if guest in roles)
@@ -148,7 +148,7 @@ def _layout(
     sections: dict[str, dict[str, Any]] = {}
     for group, count, place in zip(groups, counts, places, strict=True):
         for role in group:
-            own = job.places[role].placement
+            own = job.placements[role]
             section: dict[str, Any] = {key: getattr(own, key) for key in _KEPT if getattr(own, key)}
             engines = {"engines": count // tensor_parallel, "tensor_parallel": tensor_parallel}
             amount = engines if isinstance(own, RolloutPlacement) else {"ranks": count}

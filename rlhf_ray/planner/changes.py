@@ -7,7 +7,7 @@ from itertools import count, islice, product
 from typing import Any
 
 from rlhf_ray.cluster.assignment import PlacementError
-from rlhf_ray.config.jobs import JobConfig, PPOJob
+from rlhf_ray.config.jobs import JobConfig
 from rlhf_ray.config.loading import ConfigError, apply_override, parse_config
 from rlhf_ray.config.placement import RolloutPlacement
 from rlhf_ray.models.shapes import can_share_heads
@@ -52,16 +52,17 @@ def moves_of(plan: MemoryPlan, roles: frozenset[str] | None) -> Iterator[Move]:
         elif isinstance(role, ScoredRole):
             yield from _scored(role)
         else:
-            yield from _rollout(role, on_gpu=isinstance(job, PPOJob) and job.placement.gpus_of("rollout") > 0)
-    if not getattr(job.placement, "offload_idle", True):
+            yield from _rollout(role, on_gpu=job.placements[role.placement.colocate or role.seat].gpus > 0)
+    if len(job.placements) > 1 and not job.placement.leaves_idle:
         yield Move(4, {"placement.offload_idle": True})
-    if isinstance(job, PPOJob) and job.data.prompts_per_step > 1 and plan.store_needed > plan.store:
-        yield Move(4, {"data.prompts_per_step": job.data.prompts_per_step // 2})
+    prompts = job.step_shape.samples // job.step_shape.prompt_samples
+    if plan.engine is not None and prompts > 1 and plan.store_needed > plan.store:
+        yield Move(4, {"data.prompts_per_step": prompts // 2})
 
 
 def placement_moves(job: JobConfig) -> Iterator[Move]:
     """For a job that has no place: fewer processes, or fewer CPUs for each."""
-    for seat, (placement, _) in job.places.items():
+    for seat, placement in job.placements.items():
         if placement.colocate is not None:
             continue
         size = "engines" if isinstance(placement, RolloutPlacement) else "ranks"

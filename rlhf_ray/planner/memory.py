@@ -4,9 +4,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from rlhf_ray.cluster.sharing import NEEDS, DeviceSharing
-from rlhf_ray.config.jobs import JobConfig, PPOJob, PreferenceJob
-from rlhf_ray.config.roles import Level
+from rlhf_ray.cluster.sharing import DeviceSharing
+from rlhf_ray.config.jobs import Job
+from rlhf_ray.config.roles import Level, needs_by_phase
 from rlhf_ray.config.sharing import shared_places
 from rlhf_ray.planner.calibration import ProcessMemory
 from rlhf_ray.planner.footprint import PLACES, Footprint, Item, Phase, Place, always, during, total
@@ -16,6 +16,7 @@ from rlhf_ray.planner.role_memory import EnginePlan, engine_plan, scored_items, 
 from rlhf_ray.planner.workload import Role, RolloutRole, ScoredRole, TrainedRole, Workload, workload_of
 
 _OfStep = Literal["generate", "score", "update", "sync"]
+_PHASES: tuple[_OfStep, ...] = ("generate", "score", "update", "sync")
 
 
 HOST_SHARE = 0.95
@@ -39,37 +40,32 @@ class Stage:
     levels: Mapping[str, Level]
 
 
-def stages(job: JobConfig) -> list[Stage]:
+def stages(job: Job) -> list[Stage]:
     """The stages of a step, after the loading of all models, in a run that has settled."""
-    places = job.places
-    leaves = getattr(job.placement, "offload_idle", False)
-    sharing = DeviceSharing(shared_places(places) if leaves else [])
+    needs = needs_by_phase(job.roles)
+    sharing = DeviceSharing(shared_places(job.places) if job.placement.leaves_idle else [], needs)
     parts = _parts(job, sharing)
     for _, phase, roles in parts:  # one step before the one that is told of
         sharing.enter(phase, roles)
     # Roles that leave load one after the other, and go before the next comes; a device must hold any of them whole.
-    found = [Stage("load", "load", frozenset(places), {})]
+    found = [Stage("load", "load", frozenset(job.places), {})]
     for name, phase, roles in parts:
         sharing.enter(phase, roles)
         found.append(Stage(name, phase, roles, dict(sharing.levels)))
     return found
 
 
-def _parts(job: JobConfig, sharing: DeviceSharing) -> list[tuple[str, _OfStep, frozenset[str]]]:
-    there = frozenset(job.places)
-    if isinstance(job, PPOJob):
-        phases: tuple[_OfStep, ...] = ("generate", "score", "update", "sync")
-        trained = ["critic", "policy"]
-    else:
-        phases = ("score", "update") if isinstance(job, PreferenceJob) and "reference" in there else ("update",)
-        trained = [job.role.name]
+def _parts(job: Job, sharing: DeviceSharing) -> list[tuple[str, _OfStep, frozenset[str]]]:
+    needs = needs_by_phase(job.roles)
+    trained = [role.placed_as for role in reversed(job.roles) if role.trained]
     parts: list[tuple[str, _OfStep, frozenset[str]]] = []
-    for phase in phases:
+    for phase in _PHASES:
+        working = needs.get(phase, {}).keys()
         if phase == "update":
             turns = sharing.turns(trained)
             parts += [(_name(turn, turns), phase, frozenset(turn)) for turn in turns]
-        else:
-            parts.append((phase, phase, there & NEEDS[phase].keys()))
+        elif working - trained:  # what a trained role does before its update takes less than that
+            parts.append((phase, phase, frozenset(working)))
     return parts
 
 
@@ -158,10 +154,10 @@ class MemoryPlan:
         """What else stands in the way, in words."""
         found = []
         if self.engine is not None and not self.engine.starts:
-            job = self.workload.job
+            [engines] = [role for role in self.workload.roles if isinstance(role, RolloutRole)]
             found.append(
                 f"rollout: the KV cache of an engine has no room for one sequence of rollout.engine.max_model_len "
-                f"({job.rollout.engine.max_model_len}) tokens, so vLLM won't start"  # type: ignore[union-attr]
+                f"({engines.engine.max_model_len}) tokens, so vLLM won't start"
             )
         if self.store_needed > self.store:
             found.append(
@@ -172,7 +168,7 @@ class MemoryPlan:
         return found
 
 
-def plan_memory(job: JobConfig, hardware: Hardware, processes: ProcessMemory) -> MemoryPlan:
+def plan_memory(job: Job, hardware: Hardware, processes: ProcessMemory) -> MemoryPlan:
     """Where the memory of a job goes.
 
     Raises:

@@ -59,12 +59,12 @@ class Seats:
     def __init__(self, config: JobConfig, cluster: Cluster) -> None:
         self._config, self._cluster = config, cluster
         self.capacity: dict[str, float] = {}
-        self.of = {role: self._seat(role) for role in config.places}
+        self.of = {role: self._seat(role) for role in config.placements}
 
     def _seat(self, role: str) -> Seat:
-        placement = self._config.places[role].placement
+        placement = self._config.placements[role]
         host = placement.colocate or role
-        at = self._config.places[host].placement
+        at = self._config.placements[host]
         nodes = self._cluster.assignment[host]
         machines = [self._cluster.hardware.machine(node) for node in nodes]
         if not at.gpus:
@@ -128,7 +128,7 @@ def seat_processes(workload: Workload, hardware: Hardware) -> list[Chair]:
     Raises:
         PlacementError: when a role has no place.
     """
-    placements = {seat: placed.placement for seat, placed in workload.job.places.items()}
+    placements = workload.job.placements
     assignment = assign(requests_of(placements), hardware.nodes)
     devices = _devices(placements, assignment)
     chairs = []

@@ -210,7 +210,7 @@ class _Rank:
             during("logits and states", max(head, working), "backward"),
             during("gradients", head_gradient if role.shape.head == "vocabulary" else 0, "backward"),
         ]
-        if role.scores:
+        if role.score_passes:
             scored = role.batch.score_pack(self.engine, self.ranks)
             passing = how.forward_bytes(scored.tokens) + how.head_bytes(scored, backward=False)
             items.append(during("logits and states", passing, "score"))

@@ -98,7 +98,7 @@ class _Search:
 
     def candidates(self) -> Iterator[tuple[StepTime, Overrides]]:
         """The job as it is and every layout with settings that fit, if it has a place: the step, and what to change."""
-        uses_devices = any(placed.placement.gpus > 0 for placed in self._job.places.values())
+        uses_devices = any(placement.gpus > 0 for placement in self._job.placements.values())
         as_it_is = [Overrides()] if uses_devices == self._on_devices else []
         complete = map(self._complete, layouts(self._job, self._hardware, self._roles[0].shape.heads))
         for overrides in chain(as_it_is, complete):
@@ -126,7 +126,7 @@ class _Search:
         return {key: value for key, value in overrides.items() if self.job({key: value}) != own}
 
     def _cluster(self, job: JobConfig) -> Cluster | None:
-        requests = requests_of({role: placed.placement for role, placed in job.places.items()})
+        requests = requests_of(job.placements)
         try:
             return Cluster(self._hardware, assign(requests, self._hardware.nodes), self._constants)
         except PlacementError:
@@ -162,7 +162,7 @@ class _Search:
                 ranks=count,
                 scores=any(isinstance(role, ScoredRole) for role in members),
                 learns=any(isinstance(role, TrainedRole) for role in members),
-                leaves=getattr(job.placement, "offload_idle", False),
+                leaves=job.placement.leaves_idle,
                 on_devices=self._on_devices,
             )
         )

@@ -4,9 +4,9 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from rlhf_ray.cluster.assignment import assign, requests_of
-from rlhf_ray.cluster.sharing import DeviceSharing, Phase
-from rlhf_ray.config.jobs import EpochJob, JobConfig, PPOJob, PreferenceJob, RewardModelJob, shard_count
-from rlhf_ray.config.roles import Level
+from rlhf_ray.cluster.sharing import DeviceSharing
+from rlhf_ray.config.jobs import Job, shard_count
+from rlhf_ray.config.roles import Level, StepShape, needs_by_phase
 from rlhf_ray.config.sharing import shared_places
 from rlhf_ray.planner.calibration import Calibration, Device
 from rlhf_ray.planner.decoding_time import Engine, shard_arrivals
@@ -16,14 +16,12 @@ from rlhf_ray.planner.pass_time import Ranks
 from rlhf_ray.planner.placement import Cluster, Seats, ranks_of
 from rlhf_ray.planner.timeline import SWITCH, Span, Task, covered, run
 from rlhf_ray.planner.work import BYTES, Sequences
-from rlhf_ray.planner.workload import Lengths, RolloutRole, Workload, workload_of
+from rlhf_ray.planner.workload import Lengths, RolloutRole, TrainedRole, Workload, workload_of
 
 # Shards are followed in so many waves: enough of them to see scoring overlap with generation.
 _WAVES = 8
 # Token, its log-prob and version from the engine, and four columns of numbers to train on.
 _TOKEN_BYTES = 28
-_CANDIDATES = 2
-"""Answers of a row that are compared; rows of choices and rankings can have more."""
 
 
 @dataclass(frozen=True)
@@ -73,11 +71,11 @@ def step_time(workload: Workload, cluster: Cluster, lengths: Lengths, cached_tok
     """
     config = workload.job
     seats = Seats(config, cluster)
-    if isinstance(config, PPOJob):
-        tasks = ppo_tasks(workload, config, seats, lengths, cached_tokens)
-        generated = config.samples_per_step * lengths.response
+    if any(isinstance(role, RolloutRole) for role in workload.roles):
+        tasks = rollout_tasks(workload, seats, lengths, cached_tokens)
+        generated = config.step_shape.samples * lengths.response
     else:
-        tasks, generated = epoch_tasks(workload, config, seats, lengths), 0.0
+        tasks, generated = data_tasks(workload, seats, lengths), 0.0
     spans = run(tasks, seats.capacity)
     seconds = max(span.end for span in spans)
     return StepTime(
@@ -89,7 +87,7 @@ def step_time(workload: Workload, cluster: Cluster, lengths: Lengths, cached_tok
 
 
 def predict(
-    job: JobConfig,
+    job: Job,
     hardware: Hardware,
     known: Mapping[Device, Calibration],
     lengths: Lengths,
@@ -104,7 +102,7 @@ def predict(
         ShapeError: when the shape of a model can't be read.
         PlacementError: when a role has no place.
     """
-    requests = requests_of({role: placed.placement for role, placed in job.places.items()})
+    requests = requests_of(job.placements)
     cluster = Cluster(hardware, assign(requests, hardware.nodes), known)
     return step_time(workload_of(job), cluster, lengths, cached_tokens)
 
@@ -124,43 +122,52 @@ def _role_time(role: str, spans: Sequence[Span], seconds: float) -> RoleTime:
     return RoleTime(role, busy, 1.0 - busy / seconds)
 
 
-def ppo_tasks(
-    workload: Workload, config: PPOJob, seats: Seats, lengths: Lengths, cached_tokens: int | None
-) -> list[Task]:
-    """The tasks of one step, in an order in which none waits for a later one.
+def rollout_tasks(workload: Workload, seats: Seats, lengths: Lengths, cached_tokens: int | None) -> list[Task]:
+    """The tasks of a step that generates its samples, in an order in which none waits for a later one.
 
     Args:
         cached_tokens: that the KV cache of one engine has room for; None for as many as it can use.
     """
-    return _Step(workload, config, seats, lengths, cached_tokens).tasks()
+    return _Step(workload, seats, lengths, cached_tokens).tasks()
 
 
 class _Step:
-    def __init__(
-        self, workload: Workload, config: PPOJob, seats: Seats, lengths: Lengths, cached_tokens: int | None
-    ) -> None:
-        self._config, self._seats, self._lengths = config, seats, lengths
-        self._scoring: dict[str, list[Ranks]] = {}
+    def __init__(self, workload: Workload, seats: Seats, lengths: Lengths, cached_tokens: int | None) -> None:
+        job = workload.job
+        self._shape, self._seats, self._lengths = job.step_shape, seats, lengths
+        self._scoring: dict[str, list[tuple[Ranks, int]]] = {}
+        self._trained: dict[str, Ranks] = {}
         for role in workload.roles:
             if isinstance(role, RolloutRole):
-                self._engine = _engine(role, seats, lengths, config.data.samples_per_prompt, cached_tokens)
+                self._rollout = role
+                self._engine = _engine(role, seats, lengths, self._shape.prompt_samples, cached_tokens)
                 continue
-            self._scoring.setdefault(role.seat, []).append(ranks_of(role, seats.of[role.seat]))
-        [self._policy], [self._critic] = self._scoring["policy"], self._scoring["critic"]
-        if config.policy_is_reference:
-            self._scoring["policy"] *= 2  # once more, with its adapters off
-        self._shards = shard_count(config.samples_per_step, config.rollout.shard_samples)
+            ranks = ranks_of(role, seats.of[role.seat])
+            if role.score_passes:
+                self._scoring.setdefault(role.seat, []).append((ranks, role.score_passes))
+            if isinstance(role, TrainedRole):
+                self._trained[role.seat] = ranks
+                if role.exported:
+                    self._sender = role.seat
+        # The last of those that are trained: the critic where there is one.
+        *_, self._advantages_by = self._trained
+        self._shards = shard_count(self._shape.samples, self._shape.shard or self._shape.samples)
         self._arrivals = self._generated()
-        self._sharing = DeviceSharing(shared_places(config.places) if config.placement.offload_idle else [])
+        self._sharing = DeviceSharing(
+            shared_places(job.places) if job.placement.leaves_idle else [], needs_by_phase(job.roles)
+        )
         self._tasks: list[Task] = []
 
     def tasks(self) -> list[Task]:
         for _ in range(2):  # roles find their devices as the step before left them
             self._tasks = []
             scored = self._score(self._generate())
-            # Each rank of the critic fetches some shards, and three columns of each.
-            calls = 4 * self._shards / self._critic.group.ranks * self._critic.constants.ray.call_s
-            advantages = self._add("score", "critic", calls, scored)
+            # Each rank that makes training shards fetches some generated ones, and a column of each trained role and
+            # of the reference.
+            makers = self._trained[self._advantages_by]
+            objects = 2 + len(self._trained)
+            calls = objects * self._shards / makers.group.ranks * makers.constants.ray.call_s
+            advantages = self._add("score", self._advantages_by, calls, scored)
             self._sync(self._update((advantages,)))
         return self._tasks
 
@@ -181,12 +188,12 @@ class _Step:
 
     def _generated(self) -> list[float]:
         """When one engine's shards are complete; all have as many."""
-        engines = self._config.placement.rollout.engines
-        finished = self._engine.finish_times(-(-self._config.samples_per_step // engines), self._lengths)
+        engines = self._rollout.placement.engines
+        finished = self._engine.finish_times(-(-self._shape.samples // engines), self._lengths)
         return sorted(shard_arrivals(finished, -(-self._shards // engines)))
 
     def _score(self, waves: list[tuple[int, int]]) -> tuple[int, ...]:
-        shard = self._sequences(self._config.samples_per_step / self._shards)
+        shard = self._sequences(self._shape.samples / self._shards)
         # Engines that must leave their devices first have generated everything before anything is scored; other roles
         # come while the first shards are generated.
         apart = "rollout" in self._sharing.levels
@@ -194,43 +201,42 @@ class _Step:
         last = dict.fromkeys(self._scoring, entered)
         for task, shards in waves:
             for role, models in self._scoring.items():
-                seconds = shards * sum(model.scoring_s(shard) for model in models)
+                seconds = shards * sum(passes * model.scoring_s(shard) for model, passes in models)
                 last[role] = (self._add("score", role, seconds, (task, *last[role])),)
         return tuple(task for after in last.values() for task in after)
 
     def _update(self, after: tuple[int, ...]) -> tuple[int, ...]:
-        algorithm, batch = self._config.algorithm, self._sequences(self._config.samples_per_step)
-        trained = {"critic": self._critic, "policy": self._policy}
+        batch, trained = self._sequences(self._shape.samples), dict(reversed(self._trained.items()))
         for turn in self._sharing.turns(trained):
             after = self._enter("update", after, turn)
             updates = []
             for role in turn:
                 ranks = trained[role]
                 fetched = batch.tokens * _TOKEN_BYTES / (ranks.constants.ray.object_store_gb_s * GB)
-                seconds = algorithm.epochs * ranks.update_s(batch, algorithm.optimizer_steps)
+                seconds = self._shape.epochs * ranks.update_s(batch, self._shape.optimizer_steps)
                 updates.append(self._add(f"{role}_update", role, fetched + seconds, after))
             after = tuple(updates)
         return after
 
     def _sync(self, after: tuple[int, ...]) -> None:
-        policy, rollout = self._policy, self._seats.of["rollout"]
+        policy, rollout = self._trained[self._sender], self._seats.of["rollout"]
         factors, tensors = policy.constants.weight_sync, sum(tensor.count for tensor in policy.shape.tensors())
         size = policy.weight_bytes
-        if self._config.policy.lora is not None and self._config.rollout.lora_sync == "adapters":
+        if self._rollout.adapter_rank:
             size = policy.trained * BYTES[policy.engine.dtype]
-        near = len(rollout.nodes | self._seats.of["policy"].nodes) == 1
+        near = len(rollout.nodes | self._seats.of[self._sender].nodes) == 1
         bandwidth = policy.rates.link if near else min(policy.rates.link, policy.rates.network)
         seconds = factors.sync_s + tensors * factors.tensor_s + factors.weights * size / bandwidth
         if policy.engine.zero_stage == 3:
             seconds += policy.group.all_gather_s(size, policy.constants.collectives, policy.shape.layers)
         after = self._enter("sync", after)
         # Nothing else runs meanwhile: the step waits for it.
-        self._tasks.append(Task("weight_sync", ("policy", "rollout"), seconds, {}, after))
+        self._tasks.append(Task("weight_sync", (self._sender, "rollout"), seconds, {}, after))
 
     def _sequences(self, samples: float) -> Sequences:
         return Sequences.of(samples, self._lengths.prompt, self._lengths.response)
 
-    def _enter(self, phase: Phase, after: tuple[int, ...], only: Collection[str] | None = None) -> tuple[int, ...]:
+    def _enter(self, phase: str, after: tuple[int, ...], only: Collection[str] | None = None) -> tuple[int, ...]:
         """Roles that share devices go and come, as `DeviceSharing` says."""
         before = dict(self._sharing.levels)
         for moves in self._sharing.enter(phase, only):
@@ -247,9 +253,9 @@ class _Step:
             return 0.0
         low, high = sorted((before, level))
         size = 0.0
-        for ranks in self._scoring[role][:1] if role == "policy" else self._scoring[role]:
+        for ranks, _ in self._scoring[role]:
             size += ranks.held_bytes if low < Level.WEIGHTS <= high else 0.0
-            size += ranks.optimizer_bytes if low < Level.FULL <= high and role in ("policy", "critic") else 0.0
+            size += ranks.optimizer_bytes if low < Level.FULL <= high and role in self._trained else 0.0
         return size / rates.host
 
     def _add(self, phase: str, role: str, seconds: float, after: tuple[int, ...]) -> int:
@@ -275,15 +281,13 @@ def _engine(
     )
 
 
-def epoch_tasks(workload: Workload, config: EpochJob, seats: Seats, lengths: Lengths) -> list[Task]:
-    """The tasks of one step, in an order in which none waits for a later one.
+def data_tasks(workload: Workload, seats: Seats, lengths: Lengths) -> list[Task]:
+    """The tasks of a step over rows of a data set, in an order in which none waits for a later one.
 
     Args:
         lengths: of the tokens of a row that are not learnt, and of those that are, by answer.
     """
-    batch = _batch(config, lengths)
-    trained, *others = [role for role in workload.roles if not isinstance(role, RolloutRole)]
-    ranks = ranks_of(trained, seats.of[trained.seat])
+    batch = _batch(workload.job.step_shape, lengths)
     tasks: list[Task] = []
 
     def add(phase: str, role: str, seconds: float) -> None:
@@ -291,28 +295,25 @@ def epoch_tasks(workload: Workload, config: EpochJob, seats: Seats, lengths: Len
         after = (len(tasks) - 1,) if tasks else ()
         tasks.append(Task(phase, (role,), seconds, seats.of[role].needs, after))
 
-    if isinstance(config, PreferenceJob):
-        algorithm = config.algorithm
-        passes = 1 if algorithm.kto is None else 2  # KTO compares with mismatched answers too
-        for reference in others:
-            add("score", "reference", passes * ranks_of(reference, seats.of["reference"]).scoring_s(batch))
-        by_policy = int(algorithm.couples_rows) + passes - 1
-        if algorithm.needs_reference and config.policy_is_reference and config.reference.cache is None:
-            by_policy += passes
-        if by_policy:
-            add("score", "policy", by_policy * ranks.scoring_s(batch))
-    add("update", trained.name, ranks.update_s(batch, optimizer_steps=1))
+    models = [
+        (role, ranks_of(role, seats.of[role.seat])) for role in workload.roles if not isinstance(role, RolloutRole)
+    ]
+    for role, ranks in reversed(models):  # others before the one that is trained
+        if role.score_passes:
+            add("score", role.seat, role.score_passes * ranks.scoring_s(batch))
+    for role, ranks in models:
+        if isinstance(role, TrainedRole):
+            add("update", role.seat, ranks.update_s(batch, optimizer_steps=1))
     return tasks
 
 
-def _batch(config: EpochJob, lengths: Lengths) -> Sequences:
-    rows = config.data.rows_per_step
-    if isinstance(config, RewardModelJob):
-        texts = Sequences.of(rows * _CANDIDATES, lengths.prompt + lengths.response, 0)
-        return Sequences(rows, texts.tokens, texts.pairs, texts.count)
-    if isinstance(config, PreferenceJob) and not config.algorithm.unpaired:
-        answers = Sequences.of(rows * _CANDIDATES, lengths.prompt, lengths.response)
-        # The answers of a row share their prompt's tokens, but each attends to them.
-        shared = rows * (_CANDIDATES - 1) * lengths.prompt
-        return Sequences(rows, answers.tokens - shared, answers.pairs, answers.scored)
-    return Sequences.of(rows, lengths.prompt, lengths.response)
+def _batch(shape: StepShape, lengths: Lengths) -> Sequences:
+    rows, texts = shape.samples, shape.texts
+    if shape.last_only:
+        whole = Sequences.of(rows * texts, lengths.prompt + lengths.response, 0)
+        return Sequences(rows, whole.tokens, whole.pairs, whole.count)
+    answers = Sequences.of(rows * texts, lengths.prompt, lengths.response)
+    if texts == 1:
+        return answers
+    # The answers of a row share their prompt's tokens, but each attends to them.
+    return Sequences(rows, answers.tokens - rows * (texts - 1) * lengths.prompt, answers.pairs, answers.scored)

@@ -1,11 +1,11 @@
 """What a job asks of its roles, from its config and the shapes of its models."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
-from rlhf_ray.config.jobs import JobConfig, PPOJob, PreferenceJob, RewardModelJob, SFTJob
+from rlhf_ray.config.jobs import Job
 from rlhf_ray.config.placement import RolePlacement, RolloutPlacement
-from rlhf_ray.config.rewards import FunctionReward, ModelReward, part_name
+from rlhf_ray.config.roles import RoleSpec, StepShape
 from rlhf_ray.config.rollout import RolloutEngine
 from rlhf_ray.config.training import Dtype, Lora, ScoringEngine, TrainingEngine
 from rlhf_ray.models.config_json import read_shape
@@ -52,7 +52,7 @@ class Lengths:
         return (low + high) / 2
 
 
-def lengths_of(job: JobConfig, prompt: float | None = None, response: float | None = None) -> Lengths:
+def lengths_of(job: Job, prompt: float | None = None, response: float | None = None) -> Lengths:
     """Of a job.
 
     Args:
@@ -60,34 +60,12 @@ def lengths_of(job: JobConfig, prompt: float | None = None, response: float | No
             and of what is (of a pair's answers each). By default the longest that the config allows; of a pair, the
             prompt then has half of them.
     """
-    if isinstance(job, PPOJob):
-        most, longest = job.max_prompt_tokens, job.rollout.sampling.max_new_tokens
-    elif isinstance(job, PreferenceJob):
-        most, longest = job.data.max_tokens // 2, job.data.max_tokens - job.data.max_tokens // 2
-    else:
-        most, longest = 0, job.data.max_tokens
+    most, longest = job.step_shape.prompt, job.step_shape.response
     return Lengths(most if prompt is None else prompt, longest if response is None else response, longest)
 
 
-@dataclass(frozen=True)
-class Batch:
-    """The samples or rows of one step.
-
-    Attributes:
-        samples: in a step.
-        longest: tokens of the longest; of all texts of a row together.
-        learnt: of these, at which the vocabulary head is applied at most.
-        optimizer_steps: that the samples of a step are split into.
-        epochs: passes over the samples of a step.
-        shard: samples that are scored together.
-    """
-
-    samples: int
-    longest: int
-    learnt: int
-    optimizer_steps: int = 1
-    epochs: int = 1
-    shard: int | None = None
+class Batch(StepShape):
+    """The samples or rows of one step, packed for passes."""
 
     def micro_batches(self, engine: TrainingEngine, ranks: int) -> int:
         """Micro-batches of one rank in one optimizer step, when all samples are longest."""
@@ -116,13 +94,14 @@ class TrainedRole:
 
     Attributes:
         name: policy, critic or reward.
-        seat: under which `JobConfig.places` has it.
+        seat: under which `Job.places` has it.
         key: path of its section in the config.
         shape: of its model, with the head that it has here.
         placement: where its ranks sit.
         ranks: processes.
         entropy: its loss has an entropy bonus.
-        scores: it also computes log-probs or values before the update.
+        exported: its model is the job's result.
+        score_passes: over the step's samples that it makes before the update.
         sync_bytes: bucket of the weights that it sends to the engines; 0 when it sends none.
     """
 
@@ -135,8 +114,9 @@ class TrainedRole:
     placement: RolePlacement
     ranks: int
     batch: Batch
+    exported: bool = False
+    score_passes: int = 0
     entropy: bool = False
-    scores: bool = False
     sync_bytes: int = 0
 
     @property
@@ -157,6 +137,7 @@ class ScoredRole:
     placement: RolePlacement
     ranks: int
     batch: Batch
+    score_passes: int
 
     @property
     def loaded_bytes(self) -> int:
@@ -204,21 +185,87 @@ class Workload:
         trajectory_bytes: of one step, in Ray's object store.
     """
 
-    job: JobConfig
+    job: Job
     roles: tuple[Role, ...]
     text_workers: int
     trajectory_bytes: int
 
 
-def workload_of(job: JobConfig) -> Workload:
+def workload_of(job: Job) -> Workload:
     """What a job asks of its roles.
 
     Raises:
         ShapeError: when the shape of one of its models can't be read.
     """
-    if isinstance(job, PPOJob):
-        return _ppo(job)
-    return _preference(job) if isinstance(job, PreferenceJob) else _epochs(job)
+    shape = job.step_shape
+    batch = Batch(**{field.name: getattr(shape, field.name) for field in fields(StepShape)})
+    [dtype] = [role.engine.dtype for role in job.roles if role.exported and isinstance(role.engine, TrainingEngine)]
+    roles = [_role(role, batch, dtype) for role in job.roles if role.trained or role.kind == "engine" or _scores(role)]
+    return Workload(
+        job=job,
+        roles=tuple(roles),
+        text_workers=sum(role.ranks for role in job.roles if role.kind == "texts"),
+        trajectory_bytes=batch.samples
+        * (_trajectory_bytes(batch.prompt, batch.response) if _generates(job) else 4 * batch.longest),
+    )
+
+
+def _generates(job: Job) -> bool:
+    return any(role.kind == "engine" for role in job.roles)
+
+
+def _scores(role: RoleSpec) -> bool:
+    return role.model is not None and role.score_passes > 0
+
+
+def _role(role: RoleSpec, batch: Batch, dtype: Dtype) -> Role:
+    """`dtype` is that of the model that the job trains, which engines have too."""
+    assert role.model is not None
+    shape = read_shape(role.model.path).with_head("scalar" if role.kind == "scalar" else "vocabulary")
+    if isinstance(role.placement, RolloutPlacement):
+        assert isinstance(role.engine, RolloutEngine)
+        _check_heads(shape, role.placement.tensor_parallel, "placement.rollout.tensor_parallel")
+        return RolloutRole(
+            name=role.name,
+            seat=role.placed_as,
+            key=role.section,
+            shape=shape,
+            dtype=role.engine.dtype or dtype,
+            engine=role.engine,
+            placement=role.placement,
+            batch=batch,
+            sync_bytes=role.sync_bytes,
+            adapter_rank=role.adapter_rank,
+        )
+    assert role.placement is not None
+    if isinstance(role.engine, ScoringEngine):
+        return ScoredRole(
+            role.name,
+            role.placed_as,
+            role.section,
+            shape,
+            role.engine,
+            role.placement,
+            role.ranks,
+            batch,
+            role.score_passes,
+        )
+    assert isinstance(role.engine, TrainingEngine)
+    return TrainedRole(
+        name=role.name,
+        seat=role.placed_as,
+        key=role.section,
+        shape=shape,
+        engine=role.engine,
+        lora=role.lora,
+        placement=role.placement,
+        ranks=role.ranks,
+        batch=batch,
+        exported=role.exported,
+        score_passes=role.score_passes,
+        entropy=role.entropy,
+        sync_bytes=role.sync_bytes,
+    )
 
 
 def _check_heads(shape: ModelShape, parts: int, key: str) -> None:
@@ -230,137 +277,9 @@ def _check_heads(shape: ModelShape, parts: int, key: str) -> None:
         )
 
 
-def _ppo(job: PPOJob) -> Workload:
-    prompt, response = job.max_prompt_tokens, job.rollout.sampling.max_new_tokens
-    batch = Batch(
-        samples=job.samples_per_step,
-        longest=prompt + response,
-        learnt=response,
-        optimizer_steps=job.algorithm.optimizer_steps,
-        epochs=job.algorithm.epochs,
-        shard=job.rollout.shard_samples,
-    )
-    place = job.placement
-    policy = read_shape(job.policy.model)
-    _check_heads(policy, place.rollout.tensor_parallel, "placement.rollout.tensor_parallel")
-    bucket = job.rollout.sync_bucket_bytes(on_gpu=place.gpus_of("rollout") > 0)
-    critic = job.reward_models[0].model if job.critic.init_from == "reward" else job.critic.init_from
-    roles: list[Role] = [
-        TrainedRole(
-            name="policy",
-            seat="policy",
-            key="policy",
-            shape=policy.with_head("vocabulary"),
-            engine=job.policy.engine,
-            lora=job.policy.lora,
-            placement=place.policy,
-            ranks=place.ranks_of("policy"),
-            batch=batch,
-            entropy=job.algorithm.entropy_coef > 0,
-            scores=True,
-            sync_bytes=bucket,
-        ),
-        TrainedRole(
-            name="critic",
-            seat="critic",
-            key="critic",
-            shape=read_shape(critic).with_head("scalar"),
-            engine=job.critic.engine,
-            lora=job.critic.lora,
-            placement=place.critic,
-            ranks=place.ranks_of("critic"),
-            batch=batch,
-            scores=True,
-        ),
-    ]
-    if not job.policy_is_reference:
-        reference = job.policy.model if job.reference.from_model == "policy" else job.reference.from_model
-        shape = read_shape(reference).with_head("vocabulary")
-        ranks = place.ranks_of("reference")
-        roles.append(
-            ScoredRole(
-                "reference", "reference", "reference", shape, job.reference.engine, place.reference, ranks, batch
-            )
-        )
-    for number, part in enumerate(job.reward):
-        if isinstance(part, ModelReward):
-            shape, ranks = read_shape(part.model).with_head("scalar"), place.ranks_of("reward")
-            name = f"reward-{part_name(part)}"
-            roles.append(ScoredRole(name, "reward", f"reward.{number}", shape, part.engine, place.reward, ranks, batch))
-    adapters = job.policy.lora.rank if job.policy.lora and job.rollout.lora_sync == "adapters" else 0
-    roles.append(
-        RolloutRole(
-            name="rollout",
-            seat="rollout",
-            key="rollout",
-            shape=policy.with_head("vocabulary"),
-            dtype=job.rollout.engine.dtype or job.policy.engine.dtype,
-            engine=job.rollout.engine,
-            placement=place.rollout,
-            batch=batch,
-            sync_bytes=bucket,
-            adapter_rank=adapters,
-        )
-    )
-    texts = [part for part in job.reward if not isinstance(part, ModelReward)]
-    workers = sum(part.workers if isinstance(part, FunctionReward) else 1 for part in texts)
-    return Workload(job, tuple(roles), workers, batch.samples * _trajectory_bytes(prompt, response))
-
-
-def _reference(model: str, engine: ScoringEngine, place: RolePlacement, ranks: int, batch: Batch) -> ScoredRole:
-    shape = read_shape(model).with_head("vocabulary")
-    return ScoredRole("reference", "reference", "reference", shape, engine, place, ranks, batch)
-
-
 def _trajectory_bytes(prompt: int, response: int) -> int:
     """Of one sample: tokens, the engine's log-probs and weight versions; what roles compute of it, by response token
     (log-probs of policy and reference, values, then `TrainingColumns`); and some hundred bytes of names and offsets.
     Trajectories are there twice, in shards and in portions, while the critic makes these."""
     arrays, columns = 4 * prompt + 3 * 4 * response, (3 + 4) * 4 * response
     return 2 * (arrays + 256) + columns
-
-
-def _preference(job: PreferenceJob) -> Workload:
-    # A row of pairs is a prompt and two answers; how long the prompt is, only the data know.
-    longest = job.data.max_tokens * (1 if job.kind == "labels" else 2)
-    batch = Batch(samples=job.data.rows_per_step, longest=longest, learnt=longest)
-    roles: list[Role] = [
-        TrainedRole(
-            name="policy",
-            seat="policy",
-            key="policy",
-            shape=read_shape(job.policy.model).with_head("vocabulary"),
-            engine=job.policy.engine,
-            lora=job.policy.lora,
-            placement=job.placement.policy,
-            ranks=job.trained.ranks,
-            batch=batch,
-            scores=job.policy_is_reference,
-        )
-    ]
-    if job.algorithm.needs_reference and not job.policy_is_reference and job.reference.cache is None:
-        shape, ranks = read_shape(job.reference_model).with_head("vocabulary"), job.placement.reference_ranks
-        place = job.placement.reference
-        roles.append(
-            ScoredRole("reference", "reference", "reference", shape, job.reference.engine, place, ranks, batch)
-        )
-    return Workload(job, tuple(roles), 0, batch.samples * longest * 4)
-
-
-def _epochs(job: RewardModelJob | SFTJob) -> Workload:
-    role, texts = job.role, 2 if isinstance(job, RewardModelJob) else 1
-    longest = job.data.max_tokens * texts
-    # A reward model's head is applied at the last token of each text.
-    learnt = texts if isinstance(job, RewardModelJob) else longest
-    trained = TrainedRole(
-        name=role.name,
-        seat=role.name,
-        key=role.name,
-        shape=read_shape(role.trained.model).with_head("scalar" if isinstance(job, RewardModelJob) else "vocabulary"),
-        engine=role.trained.engine,
-        lora=role.trained.lora,
-        placement=role.placement,
-        ranks=role.ranks,
-        batch=Batch(samples=role.rows_per_step, longest=longest, learnt=learnt),
-    )
-    return Workload(job, (trained,), 0, role.rows_per_step * longest * 4)
