@@ -19,6 +19,7 @@ from rlhf_ray.controllers.experience import (
     collect_scores,
     send_weights,
     start_rewards,
+    wake_engines,
 )
 from rlhf_ray.controllers.inputs import PPOInputs
 from rlhf_ray.controllers.ppo_report import PPOReport
