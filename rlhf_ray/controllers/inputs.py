@@ -1,5 +1,7 @@
 """Inputs of a job, and what can be known to be wrong with them before any actor starts."""
 
+import signal
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,7 +26,7 @@ from rlhf_ray.config.jobs import (
 from rlhf_ray.config.loading import ConfigError
 from rlhf_ray.config.paths import why_not_writable
 from rlhf_ray.config.reward_loss import BradleyTerry
-from rlhf_ray.config.rewards import FunctionReward, HttpReward, ModelReward
+from rlhf_ray.config.rewards import FunctionReward, HttpReward, ModelReward, part_name
 from rlhf_ray.config.training import Critic, Policy, ScoringEngine, TrainingEngine
 from rlhf_ray.data.comparisons import ComparisonSet, load_comparisons
 from rlhf_ray.data.conversations import ConversationSet, load_conversations, mix
@@ -49,6 +51,9 @@ from rlhf_ray.rewards.function import FunctionScorer
 from rlhf_ray.rewards.http import HttpScorer
 from rlhf_ray.telemetry.errors import MissingTrackerError
 from rlhf_ray.telemetry.trackers import check_trackers
+
+IMPORT_S = 60.0
+"""Seconds that the module of a reward function may take to be imported."""
 
 
 @dataclass(frozen=True)
@@ -190,7 +195,8 @@ def _check_ppo(config: PPOJob, problems: list[str]) -> PPOInputs:
                         _same_vocabulary(part.model, tokenizer, trust_remote_code=part.trust_remote_code)
                     )
             elif isinstance(part, FunctionReward):
-                FunctionScorer(part)
+                with _time_limit(IMPORT_S, part):
+                    FunctionScorer(part)
             elif isinstance(part, HttpReward):
                 HttpScorer(part).check()
     prompts = None
@@ -333,6 +339,36 @@ def unfit_rows(config: RewardModelJob, setting: str, rows: ComparisonSet) -> Ite
         )
     if not rows.ranks.any():
         yield f"{setting}: every row is a tie: there is nothing to prefer"
+
+
+@contextmanager
+def _time_limit(seconds: float, part: FunctionReward) -> Iterator[None]:
+    """Ends what a user's code does, in the main thread, where alone it can be.
+
+    Raises:
+        RewardError: the time is over.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(*_: object) -> None:
+        raise _TimeIsOver
+
+    before = signal.signal(signal.SIGALRM, end)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    except _TimeIsOver:
+        slow = f"importing {part.function} took longer than {seconds:g} s: find out what it waits for"
+        raise RewardError(part_name(part), slow) from None
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+class _TimeIsOver(BaseException):
+    """No `Exception`, since what is imported may catch those."""
 
 
 @contextmanager
