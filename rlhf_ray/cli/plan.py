@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rlhf_ray.cli.arguments import Config, Overrides
+from rlhf_ray.cli.arguments import Config, Overrides, checked_path
 from rlhf_ray.cli.failures import FAILED
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ def plan(
         Path | None,
         typer.Option(
             metavar="FILE",
+            callback=checked_path,
             help="What `rlhf-ray calibrate` measured on such machines. By default what it measured on this one, where "
             "the plan is for it, else defaults.",
             show_default=False,
