@@ -17,6 +17,7 @@ from rlhf_ray.controllers.inputs import unfit_rows
 from rlhf_ray.data.comparisons import ComparisonSet, load_comparisons
 from rlhf_ray.data.conversations import ConversationSet, load_conversations
 from rlhf_ray.data.errors import DataError, DataErrors, Findings
+from rlhf_ray.data.prompt_rows import RowColumn
 from rlhf_ray.data.prompts import PromptSet, load_prompts
 from rlhf_ray.data.trajectory import Tokens
 from rlhf_ray.models.heads import ModelError, load_tokenizer
@@ -55,6 +56,7 @@ class SourceReport:
         rows: None where no row can be used.
         lengths: by name, what is measured in tokens.
         examples: by uid, the first rows.
+        columns: that travel with the samples of prompts.
         problems: one line each.
     """
 
@@ -65,6 +67,7 @@ class SourceReport:
     rows: PromptSet | ComparisonSet | ConversationSet | None = None
     lengths: dict[str, NDArray[np.int64]] = field(default_factory=dict)
     examples: dict[str, list[Example]] = field(default_factory=dict)
+    columns: tuple[RowColumn, ...] = ()
     problems: list[str] = field(default_factory=list)
 
 
@@ -119,6 +122,7 @@ def _load(config: JobConfig, setting: str, source: str, limit: int | None, repor
     if isinstance(config, PPOJob):
         prompts = load_prompts(config.data, tokenizer, config.max_prompt_tokens, found)
         report.rows, report.lengths = prompts, {"tokens of a prompt": np.diff(prompts.offsets)}
+        report.columns = prompts.columns
         for row in range(min(EXAMPLES, len(prompts))):
             tokens = prompts.tokens(row)
             report.examples[prompts.uids[row]] = [Example("", tokens, np.zeros(len(tokens), bool))]
@@ -175,6 +179,9 @@ def print_report(report: SourceReport, *, first: bool) -> None:
         if rows.dropped or rows.truncated:
             lengths = {"tokens before the budget": found.lengths, **lengths}
         show([("", *_QUANTILES), *((name, *_quantiles(values)) for name, values in lengths.items())])
+        if report.columns:
+            shown = (c.name if c.rows == len(rows) else f"{c.name} ({c.rows:,} rows)" for c in report.columns)
+            note(f"columns that travel with the samples: {', '.join(shown)}")
     if report.problems:
         note("problems:")
         for problem in report.problems:
