@@ -206,4 +206,4 @@ def test_learnt_text_is_green_on_a_terminal(job: Callable[..., Path]) -> None:
 def test_columns_that_travel_with_the_samples_are_named(cli: RunCli, job: Callable[..., Path]) -> None:
     rows = [{"prompt": "2 + 3 =", "answer": "5", "level": 1}, {"prompt": "2 + 4 =", "answer": "6"}]
     done = cli("data", "inspect", job("ppo", rows))
-    assert "columns that travel with the samples: answer, level (1 rows)" in done.stderr.splitlines()
+    assert "columns that travel with the samples: answer, level (1 rows)" in done.stdout.splitlines()
