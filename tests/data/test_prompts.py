@@ -98,6 +98,7 @@ BAD_ROWS: list[tuple[Any, str]] = [
     ({"prompt": [{"role": 3, "content": "hi"}]}, "message 0 of 'prompt': 'role' is a number, but must be text"),
     ({"prompt": [{"role": " ", "content": "hi"}]}, "message 0 of 'prompt': 'role' is empty"),
     ('{"prompt": [{"role": "user", "content": "\\ud83d"}]}', "half of a surrogate pair"),
+    ({"prompt": [{"role": "user", "content": "a"}] * 1001}, "'prompt' has 1,001 messages, but may have 1,000 at most"),
     ({"prompt": [{"role": "user", "content": " "}]}, "'prompt' has no message with content"),
     (
         {"prompt": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},

@@ -224,6 +224,11 @@ UNUSABLE: list[tuple[str, bytes, str]] = [
         b"uid;text\na;b\n",
         "has one column, 'uid;text': it seems to be separated by ';', but must be by commas: see data.train",
     ),
+    (
+        "rows.csv",
+        b'"uid";"text"\na;b\n',
+        "is not CSV: ',' expected after '\"' in its first line; commas separate its columns: see data.train",
+    ),
     ("rows.jsonl", '{"text": "a"}'.encode("utf-16"), "is UTF-16 text: save it as UTF-8: see data.train"),
     ("rows.json", '{"text": "a"}'.encode("utf-32"), "is UTF-32 text: save it as UTF-8: see data.train"),
     (
