@@ -18,9 +18,10 @@ from benchmarks.plan_cases import CASES
 from rlhf_ray.config.jobs import JobConfig, PPOJob
 from rlhf_ray.planner.calibration import constants
 from rlhf_ray.planner.hardware import this_machine
+from rlhf_ray.planner.jobs import lengths_of
 from rlhf_ray.planner.memory import MemoryPlan, plan_memory
 from rlhf_ray.planner.step_time import StepTime, predict
-from rlhf_ray.planner.workload import Lengths, lengths_of
+from rlhf_ray.planner.work import Lengths
 from rlhf_ray.platform import machine_name
 from rlhf_ray.telemetry.metrics import Metrics
 

@@ -7,12 +7,13 @@ from itertools import count, islice, product
 from typing import Any
 
 from rlhf_ray.cluster.assignment import PlacementError
-from rlhf_ray.config.jobs import JobConfig, PPOJob
+from rlhf_ray.config.jobs import JobConfig
 from rlhf_ray.config.loading import ConfigError, apply_override, parse_config
 from rlhf_ray.config.placement import RolloutPlacement
 from rlhf_ray.models.shapes import can_share_heads
 from rlhf_ray.planner.calibration import ProcessMemory
 from rlhf_ray.planner.hardware import Hardware
+from rlhf_ray.planner.jobs import offload_idle
 from rlhf_ray.planner.memory import MemoryPlan, plan_memory
 from rlhf_ray.planner.workload import RolloutRole, ScoredRole, TrainedRole
 
@@ -52,11 +53,15 @@ def moves_of(plan: MemoryPlan, roles: frozenset[str] | None) -> Iterator[Move]:
         elif isinstance(role, ScoredRole):
             yield from _scored(role)
         else:
-            yield from _rollout(role, on_gpu=isinstance(job, PPOJob) and job.placement.gpus_of("rollout") > 0)
-    if not getattr(job.placement, "offload_idle", True):
+            host = role.placement.colocate or role.seat
+            yield from _rollout(role, on_gpu=job.places[host].placement.gpus > 0)
+    if offload_idle(job) is False:
         yield Move(4, {"placement.offload_idle": True})
-    if isinstance(job, PPOJob) and job.data.prompts_per_step > 1 and plan.store_needed > plan.store:
-        yield Move(4, {"data.prompts_per_step": job.data.prompts_per_step // 2})
+    if plan.workload.rollout is not None and plan.store_needed > plan.store:
+        batch = plan.workload.rollout.batch
+        prompts = batch.samples // batch.samples_per_prompt
+        if prompts > 1:
+            yield Move(4, {"data.prompts_per_step": prompts // 2})
 
 
 def placement_moves(job: JobConfig) -> Iterator[Move]:

@@ -7,8 +7,7 @@ from rlhf_ray.config.training import Dtype
 from rlhf_ray.models.shapes import ModelShape
 from rlhf_ray.planner.calibration import Calibration
 from rlhf_ray.planner.pass_time import Group, Rates
-from rlhf_ray.planner.work import BYTES, cached_bytes, layer_parameters, touched_parameters
-from rlhf_ray.planner.workload import Lengths
+from rlhf_ray.planner.work import BYTES, Lengths, cached_bytes, layer_parameters, touched_parameters
 
 # Sequences are followed in groups that start together: enough to see how a batch drains, few enough to be quick.
 _GROUPS_AT_A_TIME = 32

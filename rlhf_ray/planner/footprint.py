@@ -9,11 +9,12 @@ from rlhf_ray.engines.level import Level
 
 Place = Literal["device", "host", "disk"]
 PLACES: dict[Offload, Place] = {"none": "device", "cpu": "host", "nvme": "disk"}
-Phase = Literal["load", "generate", "score", "update", "sync"]
+StepPhase = Literal["generate", "score", "update", "sync"]
+PlannedPhase = Literal["load"] | StepPhase
 Moment = Literal["load", "generate", "score", "backward", "reduce", "step", "sync"]
 """When memory is held. An update has three: the backward pass begins, gradients are reduced, the optimizer steps."""
 
-PHASE_OF: dict[Moment, Phase] = {
+PHASE_OF: dict[Moment, PlannedPhase] = {
     "load": "load",
     "generate": "generate",
     "score": "score",
@@ -69,7 +70,7 @@ class Footprint:
         held = [i for i in self.items if i.place == place and (i.moments is None or moment in i.moments)]
         return sorted(held, key=lambda item: -item.size)
 
-    def peak(self, place: Place, phase: Phase | None = None) -> list[Item]:
+    def peak(self, place: Place, phase: PlannedPhase | None = None) -> list[Item]:
         """What it holds when that is most, in one phase or at all, largest first. What is freed after a peak stays with
         the process: allocators keep it."""
         moments: list[Moment | None] = [None, *(m for m in PHASE_OF if phase in (None, PHASE_OF[m]))]

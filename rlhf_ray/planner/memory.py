@@ -2,21 +2,18 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 from rlhf_ray.cluster.sharing import NEEDS, DeviceSharing
-from rlhf_ray.config.jobs import JobConfig, PPOJob, PreferenceJob
+from rlhf_ray.config.jobs import JobConfig
 from rlhf_ray.config.sharing import shared_places
 from rlhf_ray.engines.level import Level
 from rlhf_ray.planner.calibration import ProcessMemory
-from rlhf_ray.planner.footprint import PLACES, Footprint, Item, Phase, Place, always, during, total
+from rlhf_ray.planner.footprint import PLACES, Footprint, Item, Place, PlannedPhase, StepPhase, always, during, total
 from rlhf_ray.planner.hardware import Hardware, Machine
+from rlhf_ray.planner.jobs import offload_idle, workload_of
 from rlhf_ray.planner.placement import Chair, seat_processes
 from rlhf_ray.planner.role_memory import EnginePlan, engine_plan, scored_items, trained_items
-from rlhf_ray.planner.workload import Role, RolloutRole, ScoredRole, TrainedRole, Workload, workload_of
-
-_OfStep = Literal["generate", "score", "update", "sync"]
-
+from rlhf_ray.planner.workload import Role, RolloutRole, ScoredRole, TrainedRole, Workload
 
 HOST_SHARE = 0.95
 """Of host memory: where Ray's memory monitor begins to end processes (`RAY_memory_usage_threshold`)."""
@@ -34,43 +31,37 @@ class Stage:
     """
 
     name: str
-    phase: Phase
+    phase: PlannedPhase
     working: frozenset[str]
     levels: Mapping[str, Level]
 
 
-def stages(job: JobConfig) -> list[Stage]:
+def stages(workload: Workload) -> list[Stage]:
     """The stages of a step, after the loading of all models, in a run that has settled."""
-    places = job.places
-    leaves = getattr(job.placement, "offload_idle", False)
-    sharing = DeviceSharing(shared_places(places) if leaves else [])
-    parts = _parts(job, sharing)
-    for _, phase, roles in parts:  # one step before the one that is told of
+    places = workload.job.places
+    sharing = DeviceSharing(shared_places(places) if offload_idle(workload.job) else [])
+    order = _order(workload, sharing)
+    for _, phase, roles in order:  # one step before the one that is told of
         sharing.enter(phase, roles)
     # Roles that leave load one after the other, and go before the next comes; a device must hold any of them whole.
     found = [Stage("load", "load", frozenset(places), {})]
-    for name, phase, roles in parts:
+    for name, phase, roles in order:
         sharing.enter(phase, roles)
         found.append(Stage(name, phase, roles, dict(sharing.levels)))
     return found
 
 
-def _parts(job: JobConfig, sharing: DeviceSharing) -> list[tuple[str, _OfStep, frozenset[str]]]:
-    there = frozenset(job.places)
-    if isinstance(job, PPOJob):
-        phases: tuple[_OfStep, ...] = ("generate", "score", "update", "sync")
-        trained = ["critic", "policy"]
-    else:
-        phases = ("score", "update") if isinstance(job, PreferenceJob) and "reference" in there else ("update",)
-        trained = [job.role.name]
-    parts: list[tuple[str, _OfStep, frozenset[str]]] = []
-    for phase in phases:
+def _order(workload: Workload, sharing: DeviceSharing) -> list[tuple[str, StepPhase, frozenset[str]]]:
+    """Name, phase and working roles of each stage of a step."""
+    there = frozenset(workload.job.places)
+    order: list[tuple[str, StepPhase, frozenset[str]]] = []
+    for phase in workload.phases:
         if phase == "update":
-            turns = sharing.turns(trained)
-            parts += [(_name(turn, turns), phase, frozenset(turn)) for turn in turns]
+            turns = sharing.turns(workload.updated)
+            order += [(_name(turn, turns), phase, frozenset(turn)) for turn in turns]
         else:
-            parts.append((phase, phase, there & NEEDS[phase].keys()))
-    return parts
+            order.append((phase, phase, there & NEEDS[phase].keys()))
+    return order
 
 
 def _name(turn: list[str], turns: list[list[str]]) -> str:
@@ -157,11 +148,11 @@ class MemoryPlan:
     def problems(self) -> list[str]:
         """What else stands in the way, in words."""
         found = []
-        if self.engine is not None and not self.engine.starts:
-            job = self.workload.job
+        rollout = self.workload.rollout
+        if rollout is not None and self.engine is not None and not self.engine.starts:
             found.append(
                 f"rollout: the KV cache of an engine has no room for one sequence of rollout.engine.max_model_len "
-                f"({job.rollout.engine.max_model_len}) tokens, so vLLM won't start"  # type: ignore[union-attr]
+                f"({rollout.engine.max_model_len}) tokens, so vLLM won't start"
             )
         if self.store_needed > self.store:
             found.append(
@@ -181,7 +172,7 @@ def plan_memory(job: JobConfig, hardware: Hardware, processes: ProcessMemory) ->
     """
     workload = workload_of(job)
     chairs = seat_processes(workload, hardware)
-    building = _Building(workload, hardware, processes, stages(job))
+    building = _Building(workload, hardware, processes, stages(workload))
     for chair in chairs:
         building.add(chair)
     building.add_others()

@@ -20,12 +20,13 @@ from rlhf_ray.config.loading import ConfigError, parse_config
 from rlhf_ray.planner.calibration import Calibration, Device, ProcessMemory
 from rlhf_ray.planner.candidates import Layout, Setting, layouts, settings
 from rlhf_ray.planner.hardware import Hardware
+from rlhf_ray.planner.jobs import offload_idle, workload_of
 from rlhf_ray.planner.memory import MemoryPlan, plan_memory
 from rlhf_ray.planner.placement import Cluster, Seats, ranks_of
 from rlhf_ray.planner.role_memory import engine_plan
 from rlhf_ray.planner.step_time import StepTime, step_time
-from rlhf_ray.planner.work import Sequences
-from rlhf_ray.planner.workload import Lengths, Role, RolloutRole, ScoredRole, TrainedRole, workload_of
+from rlhf_ray.planner.work import Lengths, Sequences
+from rlhf_ray.planner.workload import Role, RolloutRole, ScoredRole, TrainedRole
 
 logger = logging.getLogger("rlhf_ray")
 
@@ -162,7 +163,7 @@ class _Search:
                 ranks=count,
                 scores=any(isinstance(role, ScoredRole) for role in members),
                 learns=any(isinstance(role, TrainedRole) for role in members),
-                leaves=getattr(job.placement, "offload_idle", False),
+                leaves=bool(offload_idle(job)),
                 on_devices=self._on_devices,
             )
         )
@@ -213,8 +214,8 @@ class _Search:
 
     def _cached_tokens(self, job: JobConfig) -> int | None:
         """That the KV cache of an engine has room for."""
-        role = workload_of(job).roles[-1]
-        if not isinstance(role, RolloutRole):
+        role = workload_of(job).rollout
+        if role is None:
             return None
         memory = min(machine.device_memory for machine in self._hardware.machines)
         return engine_plan(role, memory, cpu=not self._on_devices).cached_tokens

@@ -10,7 +10,7 @@ from rlhf_ray.models.shapes import ModelShape
 from rlhf_ray.planner.calibration import Calibration, Collectives, Generation, defaults
 from rlhf_ray.planner.decoding_time import Engine, shard_arrivals
 from rlhf_ray.planner.pass_time import Group, Rates
-from rlhf_ray.planner.workload import Lengths
+from rlhf_ray.planner.work import Lengths
 
 SHAPE = ModelShape.of(
     {

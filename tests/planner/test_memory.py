@@ -11,9 +11,10 @@ from rlhf_ray.models.shapes import ShapeError
 from rlhf_ray.planner.calibration import ProcessMemory
 from rlhf_ray.planner.footprint import total
 from rlhf_ray.planner.hardware import Hardware, load_hardware
+from rlhf_ray.planner.jobs import workload_of
 from rlhf_ray.planner.memory import MemoryPlan, Shelf, plan_memory, stages
 from rlhf_ray.planner.role_memory import token_bytes, trained_items
-from rlhf_ray.planner.workload import RolloutRole, ScoredRole, TrainedRole, workload_of
+from rlhf_ray.planner.workload import RolloutRole, ScoredRole, TrainedRole
 
 MakeJob = Callable[..., Any]
 GIB = 2**30
@@ -325,14 +326,14 @@ def _with_store(machine: Any, size: int) -> Any:
 
 
 def test_roles_that_stay_have_no_level(make_job: MakeJob) -> None:
-    found = stages(make_job("ppo"))
+    found = stages(workload_of(make_job("ppo")))
     assert [stage.name for stage in found] == ["load", "generate", "score", "update", "sync"]
     assert all(not stage.levels for stage in found)
     assert found[3].working == {"policy", "critic"}
 
 
 def test_each_stage_has_whom_it_needs_as_far_as_it_needs_them(make_job: MakeJob) -> None:
-    by_name = {stage.name: stage for stage in stages(make_job("ppo", *TOGETHER))}
+    by_name = {stage.name: stage for stage in stages(workload_of(make_job("ppo", *TOGETHER)))}
     assert list(by_name) == ["load", "generate", "score", "update critic", "update policy", "sync"]
     score = by_name["score"].levels
     assert score == dict.fromkeys(("policy", "critic", "reference", "reward"), Level.WEIGHTS)
@@ -343,7 +344,7 @@ def test_each_stage_has_whom_it_needs_as_far_as_it_needs_them(make_job: MakeJob)
 
 
 def test_a_reference_on_the_policys_devices_leaves_before_the_update(make_job: MakeJob) -> None:
-    found = stages(make_job("preference", "placement.offload_idle=true"))
+    found = stages(workload_of(make_job("preference", "placement.offload_idle=true")))
     assert [(stage.name, stage.levels.get("reference")) for stage in found] == [
         ("load", None),
         ("score", Level.WEIGHTS),
@@ -352,4 +353,4 @@ def test_a_reference_on_the_policys_devices_leaves_before_the_update(make_job: M
 
 
 def test_a_job_with_one_role_only_updates(make_job: MakeJob) -> None:
-    assert [stage.name for stage in stages(make_job("sft"))] == ["load", "update"]
+    assert [stage.name for stage in stages(workload_of(make_job("sft")))] == ["load", "update"]

@@ -15,11 +15,12 @@ from rlhf_ray.config.loading import ConfigError, apply_override, parse_config
 from rlhf_ray.planner.calibration import ProcessMemory, defaults
 from rlhf_ray.planner.candidates import Setting, layouts, settings
 from rlhf_ray.planner.hardware import Hardware, load_hardware
+from rlhf_ray.planner.jobs import workload_of
 from rlhf_ray.planner.memory import plan_memory
 from rlhf_ray.planner.placement import Cluster
 from rlhf_ray.planner.search import Proposal, best_placements
 from rlhf_ray.planner.step_time import step_time
-from rlhf_ray.planner.workload import Lengths, workload_of
+from rlhf_ray.planner.work import Lengths
 
 SMALL = {
     "model_type": "llama",

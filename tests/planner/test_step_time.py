@@ -10,9 +10,10 @@ from rlhf_ray.cluster.assignment import assign, requests_of
 from rlhf_ray.config.loading import parse_config
 from rlhf_ray.planner.calibration import defaults
 from rlhf_ray.planner.hardware import load_hardware
+from rlhf_ray.planner.jobs import workload_of
 from rlhf_ray.planner.placement import Cluster
 from rlhf_ray.planner.step_time import StepTime, step_time
-from rlhf_ray.planner.workload import Lengths, workload_of
+from rlhf_ray.planner.work import Lengths
 
 LLAMA_3_8B = {
     "model_type": "llama",
