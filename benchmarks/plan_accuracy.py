@@ -71,8 +71,8 @@ def _unwritten(job: JobConfig, plan: MemoryPlan) -> dict[str, float]:
 def _memory(plan: MemoryPlan, peaks: dict[str, int], unwritten: dict[str, float]) -> list[Measure]:
     measures = []
     for role, peak in sorted(peaks.items()):
-        tenants = [tenant for shelf in plan.shelves for tenant in shelf.tenants if tenant.role.startswith(role)]
-        predicted = max(max(tenant.held) for tenant in tenants) - unwritten.get(role, 0.0)
+        uses = [use for pool in plan.pools for use in pool.uses if use.role.startswith(role)]
+        predicted = max(max(use.held) for use in uses) - unwritten.get(role, 0.0)
         measures += [
             Measure(name=f"predicted ÷ measured memory of {role}", value=predicted / peak, asked="0.90 to 1.10"),
             Measure(name=f"predicted memory of {role}", value=predicted / GIB, unit="GiB"),

@@ -11,7 +11,7 @@ from rlhf_ray.models.config_json import read_shape
 from rlhf_ray.models.shapes import ModelShape, ShapeError, can_share_heads
 from rlhf_ray.planner.calibration import MIB
 from rlhf_ray.planner.work import Lengths, Sequences
-from rlhf_ray.planner.workload import Batch, Role, RolloutRole, ScoredRole, TrainedRole, Workload
+from rlhf_ray.planner.workload import ModelRole, RolloutRole, ScoredRole, StepBatch, TrainedRole, Workload
 
 _ANSWERS = 2
 """Answers of a row that are compared; rows of choices and rankings can have more."""
@@ -28,18 +28,18 @@ def workload_of(job: JobConfig) -> Workload:
     return _preference(job) if isinstance(job, PreferenceJob) else _epochs(job)
 
 
-def _check_heads(shape: ModelShape, parts: int, key: str) -> None:
-    if not can_share_heads(shape, parts):
+def _check_heads(shape: ModelShape, ranks: int, key: str) -> None:
+    if not can_share_heads(shape, ranks):
         raise ShapeError(
             key,
-            f"{parts} can't share the {shape.heads} attention heads and {shape.kv_heads} key/value heads of "
+            f"{ranks} can't share the {shape.heads} attention heads and {shape.kv_heads} key/value heads of "
             f"{shape.model!r} evenly",
         )
 
 
 def _ppo(job: PPOJob) -> Workload:
     prompt, response = job.max_prompt_tokens, job.rollout.sampling.max_new_tokens
-    batch = Batch(
+    batch = StepBatch(
         samples=job.samples_per_step,
         longest=prompt + response,
         learnt=response,
@@ -53,10 +53,10 @@ def _ppo(job: PPOJob) -> Workload:
     _check_heads(policy, place.rollout.tensor_parallel, "placement.rollout.tensor_parallel")
     bucket = job.rollout.sync_bucket_mib * MIB
     critic = job.reward_models[0].model if job.critic.init_from == "reward" else job.critic.init_from
-    roles: list[Role] = [
+    roles: list[ModelRole] = [
         TrainedRole(
             name="policy",
-            seat="policy",
+            placement_key="policy",
             key="policy",
             shape=policy.with_head("vocabulary"),
             engine=job.policy.engine,
@@ -71,7 +71,7 @@ def _ppo(job: PPOJob) -> Workload:
         ),
         TrainedRole(
             name="critic",
-            seat="critic",
+            placement_key="critic",
             key="critic",
             shape=read_shape(critic).with_head("scalar"),
             engine=job.critic.engine,
@@ -96,7 +96,7 @@ def _ppo(job: PPOJob) -> Workload:
     roles.append(
         RolloutRole(
             name="rollout",
-            seat="rollout",
+            placement_key="rollout",
             key="rollout",
             shape=policy.with_head("vocabulary"),
             dtype=job.rollout.engine.dtype or job.policy.engine.dtype,
@@ -120,7 +120,7 @@ def _ppo(job: PPOJob) -> Workload:
 
 
 def _reference(
-    model: str, engine: ScoringEngine, placement: RolePlacement, ranks: int, batch: Batch, passes: int = 1
+    model: str, engine: ScoringEngine, placement: RolePlacement, ranks: int, batch: StepBatch, passes: int = 1
 ) -> ScoredRole:
     shape = read_shape(model).with_head("vocabulary")
     return ScoredRole("reference", "reference", "reference", shape, engine, placement, ranks, batch, passes)
@@ -129,7 +129,7 @@ def _reference(
 def _trajectory_bytes(prompt: int, response: int) -> int:
     """Of one sample: tokens, the engine's log-probs and weight versions; what roles compute of it, by response token
     (log-probs of policy and reference, values, then `TrainingColumns`); and some hundred bytes of names and offsets.
-    Trajectories are there twice, in shards and in portions, while the critic makes these."""
+    Trajectories are there twice, in shards and cut anew for the update, while the critic makes these."""
     arrays, columns = 4 * prompt + 3 * 4 * response, (3 + 4) * 4 * response
     return 2 * (arrays + 256) + columns
 
@@ -137,16 +137,16 @@ def _trajectory_bytes(prompt: int, response: int) -> int:
 def _preference(job: PreferenceJob) -> Workload:
     # A row of pairs is a prompt and two answers; how long the prompt is, only the data know.
     longest = job.data.max_tokens * (1 if job.kind == "labels" else 2)
-    batch = Batch(samples=job.data.rows_per_step, longest=longest, learnt=longest)
+    batch = StepBatch(samples=job.data.rows_per_step, longest=longest, learnt=longest)
     algorithm = job.algorithm
     passes = 1 if algorithm.kto is None else 2  # KTO compares with mismatched answers too
     by_policy = int(algorithm.couples_rows) + passes - 1
     if algorithm.needs_reference and job.policy_is_reference and job.reference.cache is None:
         by_policy += passes
-    roles: list[Role] = [
+    roles: list[ModelRole] = [
         TrainedRole(
             name="policy",
-            seat="policy",
+            placement_key="policy",
             key="policy",
             shape=read_shape(job.policy.model).with_head("vocabulary"),
             engine=job.policy.engine,
@@ -178,14 +178,14 @@ def _epochs(job: RewardModelJob | SFTJob) -> Workload:
     learnt = texts if isinstance(job, RewardModelJob) else longest
     trained = TrainedRole(
         name=role.name,
-        seat=role.name,
+        placement_key=role.name,
         key=role.name,
         shape=read_shape(role.trained.model).with_head("scalar" if isinstance(job, RewardModelJob) else "vocabulary"),
         engine=role.trained.engine,
         lora=role.trained.lora,
         placement=role.placement,
         ranks=role.ranks,
-        batch=Batch(samples=role.rows_per_step, longest=longest, learnt=learnt),
+        batch=StepBatch(samples=role.rows_per_step, longest=longest, learnt=learnt),
     )
     return Workload(
         job,

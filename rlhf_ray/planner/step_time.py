@@ -9,13 +9,13 @@ from rlhf_ray.config.jobs import JobConfig, shard_count
 from rlhf_ray.config.sharing import shared_places
 from rlhf_ray.engines.level import Level
 from rlhf_ray.planner.calibration import Calibration, Device
-from rlhf_ray.planner.decoding_time import Engine, shard_arrivals
+from rlhf_ray.planner.decoding_time import DecodingEngine, shard_arrivals
 from rlhf_ray.planner.devices import GB
 from rlhf_ray.planner.hardware import Hardware
 from rlhf_ray.planner.jobs import offload_idle, step_sequences, workload_of
 from rlhf_ray.planner.pass_time import Ranks
-from rlhf_ray.planner.placement import Cluster, Seats, ranks_of
-from rlhf_ray.planner.timeline import SWITCH, Span, Task, covered, run
+from rlhf_ray.planner.placement import AssignedHardware, JobDevices, ranks_of
+from rlhf_ray.planner.timeline import SWITCH, Task, TaskSpan, covered, run
 from rlhf_ray.planner.work import BYTES, Lengths
 from rlhf_ray.planner.workload import RolloutRole, ScoredRole, TrainedRole, Workload
 
@@ -63,20 +63,22 @@ class StepTime:
         return self.response_tokens / self.seconds
 
 
-def step_time(workload: Workload, cluster: Cluster, lengths: Lengths, cached_tokens: int | None = None) -> StepTime:
+def step_time(
+    workload: Workload, cluster: AssignedHardware, lengths: Lengths, cached_tokens: int | None = None
+) -> StepTime:
     """One step of a job, without checkpoints and evaluations.
 
     Args:
         lengths: of prompts and responses; in a job over a data set, of what is not learnt and what is.
         cached_tokens: that the KV cache of one engine has room for; None for as many as it can use.
     """
-    seats = Seats(workload.job, cluster)
+    devices = JobDevices(workload.job, cluster)
     if workload.rollout is not None:
-        tasks = ppo_tasks(workload, workload.rollout, seats, lengths, cached_tokens)
+        tasks = ppo_tasks(workload, workload.rollout, devices, lengths, cached_tokens)
         generated = workload.rollout.batch.samples * lengths.response
     else:
-        tasks, generated = epoch_tasks(workload, seats, lengths), 0.0
-    spans = run(tasks, seats.capacity)
+        tasks, generated = epoch_tasks(workload, devices, lengths), 0.0
+    spans = run(tasks, devices.capacity)
     seconds = max(span.end for span in spans)
     return StepTime(
         seconds,
@@ -103,12 +105,12 @@ def predict(
         PlacementError: when a role has no place.
     """
     requests = requests_of({role: placed.placement for role, placed in job.places.items()})
-    cluster = Cluster(hardware, assign(requests, hardware.nodes), known)
+    cluster = AssignedHardware(hardware, assign(requests, hardware.nodes), known)
     return step_time(workload_of(job), cluster, lengths, cached_tokens)
 
 
-def _phases(spans: Sequence[Span]) -> dict[str, float]:
-    of_phase: dict[str, list[Span]] = {}
+def _phases(spans: Sequence[TaskSpan]) -> dict[str, float]:
+    of_phase: dict[str, list[TaskSpan]] = {}
     for span in spans:
         of_phase.setdefault(span.task.phase, []).append(span)
     found = {name: max(s.end for s in mine) - min(s.begin for s in mine) for name, mine in of_phase.items()}
@@ -117,13 +119,13 @@ def _phases(spans: Sequence[Span]) -> dict[str, float]:
     return found
 
 
-def _role_time(role: str, spans: Sequence[Span], seconds: float) -> RoleTime:
+def _role_time(role: str, spans: Sequence[TaskSpan], seconds: float) -> RoleTime:
     busy = covered(span for span in spans if role in span.task.roles)
     return RoleTime(role, busy, 1.0 - busy / seconds)
 
 
 def ppo_tasks(
-    workload: Workload, rollout: RolloutRole, seats: Seats, lengths: Lengths, cached_tokens: int | None
+    workload: Workload, rollout: RolloutRole, devices: JobDevices, lengths: Lengths, cached_tokens: int | None
 ) -> list[Task]:
     """What the roles do in one PPO step and what waits for what, as `controllers/ppo.py` orders it.
 
@@ -137,22 +139,22 @@ def ppo_tasks(
     Returns:
         Tasks in an order in which none waits for a later one.
     """
-    return _PPOStep(workload, rollout, seats, lengths, cached_tokens).tasks()
+    return _PPOStep(workload, rollout, devices, lengths, cached_tokens).tasks()
 
 
 class _PPOStep:
     def __init__(
-        self, workload: Workload, rollout: RolloutRole, seats: Seats, lengths: Lengths, cached_tokens: int | None
+        self, workload: Workload, rollout: RolloutRole, devices: JobDevices, lengths: Lengths, cached_tokens: int | None
     ) -> None:
         self._workload, self._rollout, self._batch = workload, rollout, rollout.batch
-        self._seats, self._lengths = seats, lengths
+        self._devices, self._lengths = devices, lengths
         self._scoring: dict[str, list[tuple[int, Ranks]]] = {}
         for role in workload.roles:
             if not isinstance(role, RolloutRole):
-                ranks = ranks_of(role, seats.of[role.seat])
-                self._scoring.setdefault(role.seat, []).append((role.score_passes, ranks))
+                ranks = ranks_of(role, devices.of[role.placement_key])
+                self._scoring.setdefault(role.placement_key, []).append((role.score_passes, ranks))
         [(_, self._policy)], [(_, self._critic)] = self._scoring["policy"], self._scoring["critic"]
-        self._engine = _engine(rollout, seats, lengths, cached_tokens)
+        self._engine = _engine(rollout, devices, lengths, cached_tokens)
         self._shards = shard_count(self._batch.samples, self._batch.shard or self._batch.samples)
         self._arrivals = self._generated()
         self._sharing = DeviceSharing(shared_places(workload.job.places) if offload_idle(workload.job) else [])
@@ -217,12 +219,12 @@ class _PPOStep:
         return after
 
     def _sync(self, after: tuple[int, ...]) -> None:
-        policy, rollout = self._policy, self._seats.of["rollout"]
+        policy, rollout = self._policy, self._devices.of["rollout"]
         factors, tensors = policy.constants.weight_sync, sum(tensor.count for tensor in policy.shape.tensors())
         size = policy.weight_bytes
         if self._rollout.adapter_rank:
             size = policy.trained * BYTES[policy.engine.dtype]
-        near = len(rollout.nodes | self._seats.of["policy"].nodes) == 1
+        near = len(rollout.nodes | self._devices.of["policy"].nodes) == 1
         bandwidth = policy.rates.link if near else min(policy.rates.link, policy.rates.network)
         seconds = factors.sync_s + tensors * factors.tensor_s + factors.weights * size / bandwidth
         if policy.engine.zero_stage == 3:
@@ -243,7 +245,7 @@ class _PPOStep:
     def _move_s(self, role: str, before: Level, level: Level) -> float:
         """Seconds in which a rank's states move between its device and host memory; engines drop theirs, and on a CPU
         both are one."""
-        rates = self._seats.of[role].rates
+        rates = self._devices.of[role].rates
         if role == "rollout" or not rates.ahead:
             return 0.0
         low, high = sorted((before, level))
@@ -254,27 +256,27 @@ class _PPOStep:
         return size / rates.host
 
     def _add(self, phase: str, role: str, seconds: float, after: tuple[int, ...]) -> int:
-        self._tasks.append(Task(phase, (role,), seconds, self._seats.of[role].needs, after))
+        self._tasks.append(Task(phase, (role,), seconds, self._devices.of[role].needs, after))
         return len(self._tasks) - 1
 
 
-def _engine(role: RolloutRole, seats: Seats, lengths: Lengths, cached_tokens: int | None) -> Engine:
-    seat, settings = seats.of["rollout"], role.engine
+def _engine(role: RolloutRole, devices: JobDevices, lengths: Lengths, cached_tokens: int | None) -> DecodingEngine:
+    at, settings = devices.of["rollout"], role.engine
     slots = settings.max_num_seqs
     if cached_tokens is not None:
         slots = min(slots, int(cached_tokens / (lengths.prompt + lengths.response)))
-    return Engine(
+    return DecodingEngine(
         shape=role.shape,
         dtype=role.dtype,
         slots=max(1, slots),
         prompts_shared=role.batch.samples_per_prompt if settings.prefix_caching else 1,
-        rates=seat.rates,
-        workers=seat.group,
-        constants=seat.constants,
+        rates=at.rates,
+        workers=at.group,
+        constants=at.constants,
     )
 
 
-def epoch_tasks(workload: Workload, seats: Seats, lengths: Lengths) -> list[Task]:
+def epoch_tasks(workload: Workload, devices: JobDevices, lengths: Lengths) -> list[Task]:
     """What the roles do in one step over a data set, as `controllers/epochs.py` and `preference.py` order it.
 
     Args:
@@ -289,10 +291,10 @@ def epoch_tasks(workload: Workload, seats: Seats, lengths: Lengths) -> list[Task
 
     def add(phase: str, role: TrainedRole | ScoredRole, seconds: float) -> None:
         after = (len(tasks) - 1,) if tasks else ()
-        tasks.append(Task(phase, (role.seat,), seconds, seats.of[role.seat].needs, after))
+        tasks.append(Task(phase, (role.placement_key,), seconds, devices.of[role.placement_key].needs, after))
 
     for role in (*references, trained):
         if role.score_passes:
-            add("score", role, role.score_passes * ranks_of(role, seats.of[role.seat]).scoring_s(batch))
-    add("update", trained, ranks_of(trained, seats.of[trained.seat]).update_s(batch, optimizer_steps=1))
+            add("score", role, role.score_passes * ranks_of(role, devices.of[role.placement_key]).scoring_s(batch))
+    add("update", trained, ranks_of(trained, devices.of[trained.placement_key]).update_s(batch, optimizer_steps=1))
     return tasks

@@ -77,8 +77,8 @@ class Sequences:
         length = unscored + scored
         return cls(count, count * length, count * length * (length + 1) / 2, count * scored)
 
-    def __truediv__(self, parts: float) -> "Sequences":
-        return Sequences(self.count / parts, self.tokens / parts, self.pairs / parts, self.scored / parts)
+    def __truediv__(self, divisor: float) -> "Sequences":
+        return Sequences(self.count / divisor, self.tokens / divisor, self.pairs / divisor, self.scored / divisor)
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,8 @@ def touched_parameters(shape: ModelShape, tokens: float) -> float:
     share = shape.experts.per_token / shape.experts.number
     expert = _expert_parameters(shape)
     always = layer_parameters(shape) - expert * share
-    return always + head + expert * (1 - (1 - share) ** tokens)
+    missed: float = (1 - share) ** tokens
+    return always + head + expert * (1 - missed)
 
 
 @cache

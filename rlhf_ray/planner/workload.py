@@ -15,7 +15,7 @@ from rlhf_ray.planner.footprint import StepPhase
 
 
 @dataclass(frozen=True)
-class Batch:
+class StepBatch:
     """The samples or rows of one step.
 
     Attributes:
@@ -54,7 +54,7 @@ class Batch:
 
     def _pack(self, rows: int, engine: TrainingEngine | ScoringEngine) -> Pack:
         tokens = max(self.longest, min(engine.micro_batch_tokens, rows * self.longest))
-        return Pack(tokens, -(-tokens * self.learnt // self.longest)).part(engine.sequence_parallel)
+        return Pack(tokens, -(-tokens * self.learnt // self.longest)).per_rank(engine.sequence_parallel)
 
 
 @dataclass(frozen=True)
@@ -63,10 +63,10 @@ class TrainedRole:
 
     Attributes:
         name: policy, critic or reward.
-        seat: under which `JobConfig.places` has it.
+        placement_key: of its section under `placement`; reward models share one.
         key: path of its section in the config.
         shape: of its model, with the head that it has here.
-        placement: where its ranks sit.
+        placement: that section.
         ranks: processes.
         entropy: its loss has an entropy bonus.
         scores: memory is planned for the log-probs or values that it also computes, before the update.
@@ -75,14 +75,14 @@ class TrainedRole:
     """
 
     name: str
-    seat: str
+    placement_key: str
     key: str
     shape: ModelShape
     engine: TrainingEngine
     lora: Lora | None
     placement: RolePlacement
     ranks: int
-    batch: Batch
+    batch: StepBatch
     entropy: bool = False
     scores: bool = False
     score_passes: int = 0
@@ -90,7 +90,7 @@ class TrainedRole:
 
     @property
     def loaded_bytes(self) -> int:
-        """What one rank reads of its model before it goes to its device; with ZeRO-3 its own part."""
+        """What one rank reads of its model before it goes to its device; with ZeRO-3 its own shard."""
         return _loaded_bytes(self.shape, self.engine, self.ranks)
 
 
@@ -103,18 +103,18 @@ class ScoredRole:
     """
 
     name: str
-    seat: str
+    placement_key: str
     key: str
     shape: ModelShape
     engine: ScoringEngine
     placement: RolePlacement
     ranks: int
-    batch: Batch
+    batch: StepBatch
     score_passes: int = 1
 
     @property
     def loaded_bytes(self) -> int:
-        """What one rank reads of its model before it goes to its device; with ZeRO-3 its own part."""
+        """What one rank reads of its model before it goes to its device; with ZeRO-3 its own shard."""
         return _loaded_bytes(self.shape, self.engine, self.ranks)
 
 
@@ -130,18 +130,18 @@ class RolloutRole:
     """
 
     name: str
-    seat: str
+    placement_key: str
     key: str
     shape: ModelShape
     dtype: Dtype
     engine: RolloutEngine
     placement: RolloutPlacement
-    batch: Batch
+    batch: StepBatch
     sync_bytes: int
     adapter_rank: int
 
 
-Role = TrainedRole | ScoredRole | RolloutRole
+ModelRole = TrainedRole | ScoredRole | RolloutRole
 
 
 def _loaded_bytes(shape: ModelShape, engine: TrainingEngine | ScoringEngine, ranks: int) -> int:
@@ -161,7 +161,7 @@ class Workload:
     """
 
     job: JobConfig
-    roles: tuple[Role, ...]
+    roles: tuple[ModelRole, ...]
     phases: tuple[StepPhase, ...]
     updated: tuple[str, ...]
     text_workers: int
