@@ -29,7 +29,7 @@ class Devices:
     """
 
     def __init__(self, config: Job, groups: Mapping[str, Sequence[Movable]]) -> None:
-        there = {role: placed for role, placed in config.places.items() if groups.get(role)}
+        there = {role: placement for role, placement in config.placements.items() if groups.get(role)}
         self._sharing = DeviceSharing(
             shared_places(there) if config.placement.leaves_idle else [],
             needs_by_phase(config.roles),

@@ -12,7 +12,6 @@ from rlhf_ray.config.paths import UsablePath
 from rlhf_ray.config.placement import (
     Cluster,
     JobPlacement,
-    Placed,
     PPOPlacement,
     PreferencePlacement,
     RewardModelPlacement,
@@ -102,16 +101,6 @@ class Job(Section):
     def placements(self) -> dict[str, RolePlacement | RolloutPlacement]:
         """The sections of the roles that take places in the cluster, by the name that `placement` has for them."""
         return {role.placed_as: role.placement for role in self.roles if role.placement is not None}
-
-    @property
-    def places(self) -> dict[str, Placed]:
-        """By the name that `placement` has for them, the roles that take places in the cluster."""
-        found: dict[str, Placed] = {}
-        for role in self.roles:
-            if role.placement is not None:
-                before = found.get(role.placed_as)
-                found[role.placed_as] = Placed(role.placement, 1 if before is None else before.groups + 1)
-        return found
 
 
 class PPOJob(Job):
@@ -288,7 +277,7 @@ class PPOJob(Job):
             samples=self.samples_per_step,
             prompt=self.max_prompt_tokens,
             response=self.rollout.sampling.max_new_tokens,
-            prompt_samples=self.data.samples_per_prompt,
+            samples_per_prompt=self.data.samples_per_prompt,
             optimizer_steps=self.algorithm.optimizer_steps,
             epochs=self.algorithm.epochs,
             shard=self.rollout.shard_samples,

@@ -51,7 +51,7 @@ class StepShape:
         texts: of one sample: 2 where the answers of a row are compared.
         shared_prompt: the texts of a sample share their prompt's tokens.
         last_only: a score is read at the last token of each text, and no vocabulary head is applied.
-        prompt_samples: samples of one prompt.
+        samples_per_prompt: samples of one prompt.
         optimizer_steps: that the samples of a step are split into.
         epochs: passes over the samples of a step.
         shard: samples that are scored together; None for all.
@@ -63,7 +63,7 @@ class StepShape:
     texts: int = 1
     shared_prompt: bool = False
     last_only: bool = False
-    prompt_samples: int = 1
+    samples_per_prompt: int = 1
     optimizer_steps: int = 1
     epochs: int = 1
     shard: int | None = None

@@ -18,7 +18,7 @@ from typing import Any, Literal
 from rlhf_ray.config.jobs import JobConfig
 from rlhf_ray.config.placement import RolloutPlacement
 from rlhf_ray.planner.hardware import Hardware
-from rlhf_ray.planner.workload import Role, RolloutRole, ScoredRole, TrainedRole
+from rlhf_ray.planner.workload import ModelRole, RolloutRole, ScoredRole, TrainedRole
 
 _MOST_CPUS = 8  # of a rank that drives a device; it needs one or two
 _KEPT = ("labels", "resources", "env")  # what a role needs wherever it sits
@@ -177,7 +177,7 @@ class Setting:
     scoring_stage: Literal[0, 3] = 0
     micro_batch: float = 1.0
 
-    def keys_of(self, role: Role) -> dict[str, Any]:
+    def keys_of(self, role: ModelRole) -> dict[str, Any]:
         """Of the section `engine` of a role."""
         if isinstance(role, RolloutRole):
             return {}

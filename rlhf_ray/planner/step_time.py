@@ -6,17 +6,18 @@ from dataclasses import dataclass
 from rlhf_ray.cluster.assignment import assign, requests_of
 from rlhf_ray.cluster.sharing import DeviceSharing
 from rlhf_ray.config.jobs import Job, shard_count
-from rlhf_ray.config.roles import Level, StepShape, needs_by_phase
+from rlhf_ray.config.roles import Level, needs_by_phase
 from rlhf_ray.config.sharing import shared_places
 from rlhf_ray.planner.calibration import Calibration, Device
-from rlhf_ray.planner.decoding_time import Engine, shard_arrivals
+from rlhf_ray.planner.decoding_time import DecodingEngine, shard_arrivals
 from rlhf_ray.planner.devices import GB
 from rlhf_ray.planner.hardware import Hardware
+from rlhf_ray.planner.jobs import step_sequences, workload_of
 from rlhf_ray.planner.pass_time import Ranks
-from rlhf_ray.planner.placement import Cluster, Seats, ranks_of
-from rlhf_ray.planner.timeline import SWITCH, Span, Task, covered, run
-from rlhf_ray.planner.work import BYTES, Sequences
-from rlhf_ray.planner.workload import Lengths, RolloutRole, TrainedRole, Workload, workload_of
+from rlhf_ray.planner.placement import AssignedHardware, JobDevices, ranks_of
+from rlhf_ray.planner.timeline import SWITCH, Task, TaskSpan, covered, run
+from rlhf_ray.planner.work import BYTES, Lengths
+from rlhf_ray.planner.workload import RolloutRole, ScoredRole, TrainedRole, Workload
 
 # Shards are followed in so many waves: enough of them to see scoring overlap with generation.
 _WAVES = 8
@@ -62,26 +63,27 @@ class StepTime:
         return self.response_tokens / self.seconds
 
 
-def step_time(workload: Workload, cluster: Cluster, lengths: Lengths, cached_tokens: int | None = None) -> StepTime:
+def step_time(
+    workload: Workload, cluster: AssignedHardware, lengths: Lengths, cached_tokens: int | None = None
+) -> StepTime:
     """One step of a job, without checkpoints and evaluations.
 
     Args:
         lengths: of prompts and responses; in a job over a data set, of what is not learnt and what is.
         cached_tokens: that the KV cache of one engine has room for; None for as many as it can use.
     """
-    config = workload.job
-    seats = Seats(config, cluster)
-    if any(isinstance(role, RolloutRole) for role in workload.roles):
-        tasks = rollout_tasks(workload, seats, lengths, cached_tokens)
-        generated = config.step_shape.samples * lengths.response
+    devices = JobDevices(workload.job, cluster)
+    if workload.rollout is not None:
+        tasks = rollout_tasks(workload, workload.rollout, devices, lengths, cached_tokens)
+        generated = workload.rollout.batch.samples * lengths.response
     else:
-        tasks, generated = data_tasks(workload, seats, lengths), 0.0
-    spans = run(tasks, seats.capacity)
+        tasks, generated = data_tasks(workload, devices, lengths), 0.0
+    spans = run(tasks, devices.capacity)
     seconds = max(span.end for span in spans)
     return StepTime(
         seconds,
         _phases(spans),
-        tuple(_role_time(role, spans, seconds) for role in config.places),
+        tuple(_role_time(role, spans, seconds) for role in workload.job.placements),
         generated,
     )
 
@@ -103,12 +105,12 @@ def predict(
         PlacementError: when a role has no place.
     """
     requests = requests_of(job.placements)
-    cluster = Cluster(hardware, assign(requests, hardware.nodes), known)
+    cluster = AssignedHardware(hardware, assign(requests, hardware.nodes), known)
     return step_time(workload_of(job), cluster, lengths, cached_tokens)
 
 
-def _phases(spans: Sequence[Span]) -> dict[str, float]:
-    of_phase: dict[str, list[Span]] = {}
+def _phases(spans: Sequence[TaskSpan]) -> dict[str, float]:
+    of_phase: dict[str, list[TaskSpan]] = {}
     for span in spans:
         of_phase.setdefault(span.task.phase, []).append(span)
     found = {name: max(s.end for s in mine) - min(s.begin for s in mine) for name, mine in of_phase.items()}
@@ -117,44 +119,50 @@ def _phases(spans: Sequence[Span]) -> dict[str, float]:
     return found
 
 
-def _role_time(role: str, spans: Sequence[Span], seconds: float) -> RoleTime:
+def _role_time(role: str, spans: Sequence[TaskSpan], seconds: float) -> RoleTime:
     busy = covered(span for span in spans if role in span.task.roles)
     return RoleTime(role, busy, 1.0 - busy / seconds)
 
 
-def rollout_tasks(workload: Workload, seats: Seats, lengths: Lengths, cached_tokens: int | None) -> list[Task]:
-    """The tasks of a step that generates its samples, in an order in which none waits for a later one.
+def rollout_tasks(
+    workload: Workload, rollout: RolloutRole, devices: JobDevices, lengths: Lengths, cached_tokens: int | None
+) -> list[Task]:
+    """What the roles do in one PPO step and what waits for what, as `controllers/ppo.py` orders it.
+
+    A shard is scored when its slowest response is complete, while others are generated. Advantages need all of them;
+    then policy and critic are updated at the same time, and the new weights go to the engines. With
+    `placement.offload_idle`, roles on the same devices come to them and leave them between these phases.
 
     Args:
         cached_tokens: that the KV cache of one engine has room for; None for as many as it can use.
+
+    Returns:
+        Tasks in an order in which none waits for a later one.
     """
-    return _Step(workload, seats, lengths, cached_tokens).tasks()
+    return _RolloutStep(workload, rollout, devices, lengths, cached_tokens).tasks()
 
 
-class _Step:
-    def __init__(self, workload: Workload, seats: Seats, lengths: Lengths, cached_tokens: int | None) -> None:
-        job = workload.job
-        self._shape, self._seats, self._lengths = job.step_shape, seats, lengths
-        self._scoring: dict[str, list[tuple[Ranks, int]]] = {}
-        self._trained: dict[str, Ranks] = {}
+class _RolloutStep:
+    def __init__(
+        self, workload: Workload, rollout: RolloutRole, devices: JobDevices, lengths: Lengths, cached_tokens: int | None
+    ) -> None:
+        self._workload, self._rollout, self._batch = workload, rollout, rollout.batch
+        self._devices, self._lengths = devices, lengths
+        self._scoring: dict[str, list[tuple[int, Ranks]]] = {}
         for role in workload.roles:
-            if isinstance(role, RolloutRole):
-                self._rollout = role
-                self._engine = _engine(role, seats, lengths, self._shape.prompt_samples, cached_tokens)
-                continue
-            ranks = ranks_of(role, seats.of[role.seat])
-            if role.score_passes:
-                self._scoring.setdefault(role.seat, []).append((ranks, role.score_passes))
-            if isinstance(role, TrainedRole):
-                self._trained[role.seat] = ranks
-                if role.exported:
-                    self._sender = role.seat
-        # The last of those that are trained: the critic where there is one.
-        *_, self._advantages_by = self._trained
-        self._shards = shard_count(self._shape.samples, self._shape.shard or self._shape.samples)
+            if not isinstance(role, RolloutRole):
+                ranks = ranks_of(role, devices.of[role.placement_key])
+                self._scoring.setdefault(role.placement_key, []).append((role.score_passes, ranks))
+        self._trained = {name: self._scoring[name][0][1] for name in workload.updated}
+        [self._sender] = [
+            role.placement_key for role in workload.roles if isinstance(role, TrainedRole) and role.sync_bytes
+        ]
+        self._engine = _engine(rollout, devices, lengths, cached_tokens)
+        self._shards = shard_count(self._batch.samples, self._batch.shard or self._batch.samples)
         self._arrivals = self._generated()
         self._sharing = DeviceSharing(
-            shared_places(job.places) if job.placement.leaves_idle else [], needs_by_phase(job.roles)
+            shared_places(workload.job.placements) if workload.job.placement.leaves_idle else [],
+            needs_by_phase(workload.job.roles),
         )
         self._tasks: list[Task] = []
 
@@ -162,12 +170,11 @@ class _Step:
         for _ in range(2):  # roles find their devices as the step before left them
             self._tasks = []
             scored = self._score(self._generate())
-            # Each rank that makes training shards fetches some generated ones, and a column of each trained role and
-            # of the reference.
-            makers = self._trained[self._advantages_by]
-            objects = 2 + len(self._trained)
-            calls = objects * self._shards / makers.group.ranks * makers.constants.ray.call_s
-            advantages = self._add("score", self._advantages_by, calls, scored)
+            # Each rank of the critic, or else of the policy, fetches some shards, and of each a column of the reference
+            # and one of whoever is trained.
+            first, ranks = next(iter(self._trained.items()))
+            calls = (2 + len(self._trained)) * self._shards / ranks.group.ranks * ranks.constants.ray.call_s
+            advantages = self._add("score", first, calls, scored)
             self._sync(self._update((advantages,)))
         return self._tasks
 
@@ -189,11 +196,11 @@ class _Step:
     def _generated(self) -> list[float]:
         """When one engine's shards are complete; all have as many."""
         engines = self._rollout.placement.engines
-        finished = self._engine.finish_times(-(-self._shape.samples // engines), self._lengths)
+        finished = self._engine.finish_times(-(-self._batch.samples // engines), self._lengths)
         return sorted(shard_arrivals(finished, -(-self._shards // engines)))
 
     def _score(self, waves: list[tuple[int, int]]) -> tuple[int, ...]:
-        shard = self._sequences(self._shape.samples / self._shards)
+        shard = step_sequences(self._workload.job, self._lengths) / self._shards
         # Engines that must leave their devices first have generated everything before anything is scored; other roles
         # come while the first shards are generated.
         apart = "rollout" in self._sharing.levels
@@ -201,30 +208,30 @@ class _Step:
         last = dict.fromkeys(self._scoring, entered)
         for task, shards in waves:
             for role, models in self._scoring.items():
-                seconds = shards * sum(passes * model.scoring_s(shard) for model, passes in models)
+                seconds = shards * sum(passes * model.scoring_s(shard) for passes, model in models)
                 last[role] = (self._add("score", role, seconds, (task, *last[role])),)
         return tuple(task for after in last.values() for task in after)
 
     def _update(self, after: tuple[int, ...]) -> tuple[int, ...]:
-        batch, trained = self._sequences(self._shape.samples), dict(reversed(self._trained.items()))
-        for turn in self._sharing.turns(trained):
+        batch = step_sequences(self._workload.job, self._lengths)
+        for turn in self._sharing.turns(self._trained):
             after = self._enter("update", after, turn)
             updates = []
             for role in turn:
-                ranks = trained[role]
+                ranks = self._trained[role]
                 fetched = batch.tokens * _TOKEN_BYTES / (ranks.constants.ray.object_store_gb_s * GB)
-                seconds = self._shape.epochs * ranks.update_s(batch, self._shape.optimizer_steps)
+                seconds = self._batch.epochs * ranks.update_s(batch, self._batch.optimizer_steps)
                 updates.append(self._add(f"{role}_update", role, fetched + seconds, after))
             after = tuple(updates)
         return after
 
     def _sync(self, after: tuple[int, ...]) -> None:
-        policy, rollout = self._trained[self._sender], self._seats.of["rollout"]
+        policy, rollout = self._trained[self._sender], self._devices.of["rollout"]
         factors, tensors = policy.constants.weight_sync, sum(tensor.count for tensor in policy.shape.tensors())
         size = policy.weight_bytes
         if self._rollout.adapter_rank:
             size = policy.trained * BYTES[policy.engine.dtype]
-        near = len(rollout.nodes | self._seats.of[self._sender].nodes) == 1
+        near = len(rollout.nodes | self._devices.of[self._sender].nodes) == 1
         bandwidth = policy.rates.link if near else min(policy.rates.link, policy.rates.network)
         seconds = factors.sync_s + tensors * factors.tensor_s + factors.weights * size / bandwidth
         if policy.engine.zero_stage == 3:
@@ -232,9 +239,6 @@ class _Step:
         after = self._enter("sync", after)
         # Nothing else runs meanwhile: the step waits for it.
         self._tasks.append(Task("weight_sync", (self._sender, "rollout"), seconds, {}, after))
-
-    def _sequences(self, samples: float) -> Sequences:
-        return Sequences.of(samples, self._lengths.prompt, self._lengths.response)
 
     def _enter(self, phase: str, after: tuple[int, ...], only: Collection[str] | None = None) -> tuple[int, ...]:
         """Roles that share devices go and come, as `DeviceSharing` says."""
@@ -248,72 +252,56 @@ class _Step:
     def _move_s(self, role: str, before: Level, level: Level) -> float:
         """Seconds in which a rank's states move between its device and host memory; engines drop theirs, and on a CPU
         both are one."""
-        rates = self._seats.of[role].rates
+        rates = self._devices.of[role].rates
         if role == "rollout" or not rates.ahead:
             return 0.0
         low, high = sorted((before, level))
         size = 0.0
-        for ranks, _ in self._scoring[role]:
+        for _, ranks in self._scoring[role]:
             size += ranks.held_bytes if low < Level.WEIGHTS <= high else 0.0
-            size += ranks.optimizer_bytes if low < Level.FULL <= high and role in self._trained else 0.0
+            size += ranks.optimizer_bytes if low < Level.FULL <= high and role in self._workload.updated else 0.0
         return size / rates.host
 
     def _add(self, phase: str, role: str, seconds: float, after: tuple[int, ...]) -> int:
-        self._tasks.append(Task(phase, (role,), seconds, self._seats.of[role].needs, after))
+        self._tasks.append(Task(phase, (role,), seconds, self._devices.of[role].needs, after))
         return len(self._tasks) - 1
 
 
-def _engine(
-    role: RolloutRole, seats: Seats, lengths: Lengths, samples_per_prompt: int, cached_tokens: int | None
-) -> Engine:
-    seat, settings = seats.of["rollout"], role.engine
+def _engine(role: RolloutRole, devices: JobDevices, lengths: Lengths, cached_tokens: int | None) -> DecodingEngine:
+    at, settings = devices.of["rollout"], role.engine
     slots = settings.max_num_seqs
     if cached_tokens is not None:
         slots = min(slots, int(cached_tokens / (lengths.prompt + lengths.response)))
-    return Engine(
+    return DecodingEngine(
         shape=role.shape,
         dtype=role.dtype,
         slots=max(1, slots),
-        prompts_shared=samples_per_prompt if settings.prefix_caching else 1,
-        rates=seat.rates,
-        workers=seat.group,
-        constants=seat.constants,
+        prompts_shared=role.batch.samples_per_prompt if settings.prefix_caching else 1,
+        rates=at.rates,
+        workers=at.group,
+        constants=at.constants,
     )
 
 
-def data_tasks(workload: Workload, seats: Seats, lengths: Lengths) -> list[Task]:
-    """The tasks of a step over rows of a data set, in an order in which none waits for a later one.
+def data_tasks(workload: Workload, devices: JobDevices, lengths: Lengths) -> list[Task]:
+    """What the roles do in one step over a data set, as `controllers/epochs.py` and `preference.py` order it.
 
     Args:
         lengths: of the tokens of a row that are not learnt, and of those that are, by answer.
+
+    Returns:
+        Tasks of which each waits for the one before.
     """
-    batch = _batch(workload.job.step_shape, lengths)
+    batch = step_sequences(workload.job, lengths)
+    trained, *references = [role for role in workload.roles if not isinstance(role, RolloutRole)]
     tasks: list[Task] = []
 
-    def add(phase: str, role: str, seconds: float) -> None:
-        """Each waits for the one before."""
+    def add(phase: str, role: TrainedRole | ScoredRole, seconds: float) -> None:
         after = (len(tasks) - 1,) if tasks else ()
-        tasks.append(Task(phase, (role,), seconds, seats.of[role].needs, after))
+        tasks.append(Task(phase, (role.placement_key,), seconds, devices.of[role.placement_key].needs, after))
 
-    models = [
-        (role, ranks_of(role, seats.of[role.seat])) for role in workload.roles if not isinstance(role, RolloutRole)
-    ]
-    for role, ranks in reversed(models):  # others before the one that is trained
+    for role in (*references, trained):
         if role.score_passes:
-            add("score", role.seat, role.score_passes * ranks.scoring_s(batch))
-    for role, ranks in models:
-        if isinstance(role, TrainedRole):
-            add("update", role.seat, ranks.update_s(batch, optimizer_steps=1))
+            add("score", role, role.score_passes * ranks_of(role, devices.of[role.placement_key]).scoring_s(batch))
+    add("update", trained, ranks_of(trained, devices.of[trained.placement_key]).update_s(batch, optimizer_steps=1))
     return tasks
-
-
-def _batch(shape: StepShape, lengths: Lengths) -> Sequences:
-    rows, texts = shape.samples, shape.texts
-    if shape.last_only:
-        whole = Sequences.of(rows * texts, lengths.prompt + lengths.response, 0)
-        return Sequences(rows, whole.tokens, whole.pairs, whole.count)
-    answers = Sequences.of(rows * texts, lengths.prompt, lengths.response)
-    if texts == 1:
-        return answers
-    # The answers of a row share their prompt's tokens, but each attends to them.
-    return Sequences(rows, answers.tokens - rows * (texts - 1) * lengths.prompt, answers.pairs, answers.scored)
