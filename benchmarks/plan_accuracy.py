@@ -18,9 +18,10 @@ from benchmarks.plan_cases import CASES
 from rlhf_ray.config.jobs import JobConfig, PPOJob
 from rlhf_ray.planner.calibration import constants
 from rlhf_ray.planner.hardware import this_machine
+from rlhf_ray.planner.jobs import lengths_of
 from rlhf_ray.planner.memory import MemoryPlan, plan_memory
 from rlhf_ray.planner.step_time import StepTime, predict
-from rlhf_ray.planner.workload import Lengths, lengths_of
+from rlhf_ray.planner.work import Lengths
 from rlhf_ray.platform import machine_name
 from rlhf_ray.telemetry.metrics import Metrics
 
@@ -70,8 +71,8 @@ def _unwritten(job: JobConfig, plan: MemoryPlan) -> dict[str, float]:
 def _memory(plan: MemoryPlan, peaks: dict[str, int], unwritten: dict[str, float]) -> list[Measure]:
     measures = []
     for role, peak in sorted(peaks.items()):
-        tenants = [tenant for shelf in plan.shelves for tenant in shelf.tenants if tenant.role.startswith(role)]
-        predicted = max(max(tenant.held) for tenant in tenants) - unwritten.get(role, 0.0)
+        uses = [use for pool in plan.pools for use in pool.uses if use.role.startswith(role)]
+        predicted = max(max(use.held) for use in uses) - unwritten.get(role, 0.0)
         measures += [
             Measure(name=f"predicted ÷ measured memory of {role}", value=predicted / peak, asked="0.90 to 1.10"),
             Measure(name=f"predicted memory of {role}", value=predicted / GIB, unit="GiB"),

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Self
 if TYPE_CHECKING:  # the actors, which get a pace, don't need them
     from rlhf_ray.config.jobs import PPOJob
     from rlhf_ray.planner.step_time import StepTime
-    from rlhf_ray.planner.workload import Lengths
+    from rlhf_ray.planner.work import Lengths
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ from rlhf_ray.data.trajectory import offsets_of
 from rlhf_ray.planner.calibration import defaults
 from rlhf_ray.planner.hardware import load_hardware
 from rlhf_ray.planner.step_time import StepTime, predict
-from rlhf_ray.planner.workload import Lengths
+from rlhf_ray.planner.work import Lengths
 from rlhf_ray.telemetry.metrics import Metrics, read_metrics
 
 WORKERS: dict[str, type] = {

@@ -6,7 +6,7 @@ from typing import Protocol
 import ray
 
 from rlhf_ray.actors.group import Calls, wait_together
-from rlhf_ray.actors.waiting import RoleTimeout
+from rlhf_ray.actors.waiting import wait_until_made
 from rlhf_ray.cluster.sharing import DeviceSharing, Moves
 from rlhf_ray.config.jobs import Job
 from rlhf_ray.config.roles import Level, needs_by_phase
@@ -29,7 +29,7 @@ class Devices:
     """
 
     def __init__(self, config: Job, groups: Mapping[str, Sequence[Movable]]) -> None:
-        there = {role: placed for role, placed in config.places.items() if groups.get(role)}
+        there = {role: placement for role, placement in config.placements.items() if groups.get(role)}
         self._sharing = DeviceSharing(
             shared_places(there) if config.placement.leaves_idle else [],
             needs_by_phase(config.roles),
@@ -70,11 +70,8 @@ class Devices:
 
     def finish(self, refs: Sequence[ray.ObjectRef], what: str) -> None:
         """Wait until others have made these objects, before those who make them leave."""
-        limit = self._timeouts.score_s
-        if self._sharing.levels and refs:
-            _, pending = ray.wait(list(refs), num_returns=len(refs), timeout=limit, fetch_local=False)
-            if pending:
-                raise RoleTimeout(what, limit, "run.timeouts.score_s")
+        if self._sharing.levels:
+            wait_until_made(refs, self._timeouts.score_s, what, "run.timeouts.score_s")
 
     def _make(self, moves: Moves) -> None:
         calls = [group.move(level) for role, level in moves.items() for group in self._groups[role]]

@@ -6,6 +6,7 @@ from typing import Any, Concatenate, Generic, ParamSpec, TypeVar, TypeVarTuple, 
 
 import ray
 
+from rlhf_ray.actors.liveness import liveness
 from rlhf_ray.actors.shards import GeneratedShard
 from rlhf_ray.actors.waiting import wait_all
 from rlhf_ray.actors.watched import Watched
@@ -147,6 +148,7 @@ class ActorGroup(Generic[Worker]):
 
     def kill(self) -> None:
         """End the processes, whatever they do."""
+        liveness.forget(self.actors)
         for actor in self.actors:
             ray.kill(actor)
 

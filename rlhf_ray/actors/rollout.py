@@ -12,7 +12,7 @@ import ray
 from rlhf_ray.actors.address import own_address
 from rlhf_ray.actors.group import ActorGroup, Calls
 from rlhf_ray.actors.shards import GeneratedShard, ShardFacts
-from rlhf_ray.actors.waiting import RoleTimeout, fetch, wait_all
+from rlhf_ray.actors.waiting import fetch, settle, wait_any
 from rlhf_ray.actors.watched import Watched
 from rlhf_ray.config.roles import Level
 from rlhf_ray.config.rollout import Rollout, Sampling
@@ -113,6 +113,10 @@ class RolloutWorker(Watched):
         """Version of the weights in use; None where the engine has none."""
         version: int | None = await self.engine.version()
         return version
+
+    def find_lost_process(self) -> str | None:
+        """A process of the engine."""
+        return None if self.engine is None else self.engine.find_lost_process()
 
     def queue(self) -> tuple[int | None, int | None, int | None]:
         """Running and waiting requests, and the version of the weights, which is None while it has none; all are None
@@ -229,9 +233,12 @@ class RolloutGroup(ActorGroup[RolloutWorker]):
         refs = [actor.load_model.remote(setup, part) for actor, part in zip(self._all.actors, parts, strict=True)]
         return Calls(refs, "rollout: load_model")
 
-    def end_engines(self) -> Calls[None]:
-        """Have the engines end their own processes, which outlive an actor that is killed."""
-        return self._all.call(RolloutWorker.shutdown)
+    def end_engines(self, timeout_s: float) -> list[str]:
+        """Have the engines end their own processes, which outlive an actor that is killed; why some did not, in words.
+
+        All are waited for, as one that is dead already must not keep the others from ending.
+        """
+        return settle(self._all.call(RolloutWorker.shutdown).refs, timeout_s)
 
     @property
     def processes(self) -> list[Any]:
@@ -254,8 +261,8 @@ class RolloutGroup(ActorGroup[RolloutWorker]):
         """Have each engine generate, once this many prompts have been queued since the last release."""
         return self.call_each(RolloutWorker.release, [(count, self._timeouts.rollout_s) for count in counts])
 
-    def versions(self) -> Calls[int]:
-        """Version of the weights that each engine uses."""
+    def versions(self) -> Calls[int | None]:
+        """Version of the weights that each engine uses; None where it has none."""
         return self.call(RolloutWorker.version)
 
     def generate(
@@ -286,11 +293,8 @@ class RolloutGroup(ActorGroup[RolloutWorker]):
         """Each shard when it is complete, until none is left.
 
         Raises:
-            RoleTimeout, RoleFailure: as `wait_all`.
+            RoleTimeout, ActorDied, TaskFailed: as `wait_all`.
         """
-        for ref in self._released:
-            wait_all([ref], self._timeouts.rollout_s, "rollout: release", "run.timeouts.rollout_s")
-        self._released = []
         while self._waiting or self._running:
             facts, queued, trajectories = self._next()
             self._dispatch()
@@ -324,11 +328,18 @@ class RolloutGroup(ActorGroup[RolloutWorker]):
         self._running[facts] = (queued, trajectories)
 
     def _next(self) -> tuple[ShardFacts, _Queued, ray.ObjectRef]:
-        done, _ = ray.wait(list(self._running), num_returns=1, timeout=self._timeouts.rollout_s)
-        if not done:
-            raise RoleTimeout("rollout: generate", self._timeouts.rollout_s, "run.timeouts.rollout_s")
-        queued, trajectories = self._running.pop(done[0])
-        facts: ShardFacts = fetch(done[0], f"rollout/{queued.engine}: generate")
+        limit = self._timeouts.rollout
+        while True:
+            # Releases are waited for too: where a prompt fails, its engine may never have all that it is to be released
+            # with.
+            refs = [*self._released, *self._running]
+            done = wait_any(refs, limit.seconds, "rollout: generate", limit.setting)
+            if done in self._running:
+                break
+            self._released.remove(done)
+            fetch(done, "rollout: release")
+        queued, trajectories = self._running.pop(done)
+        facts: ShardFacts = fetch(done, f"rollout/{queued.engine}: generate")
         self._generated += 1
         self._balancer.done(queued.engine, queued.tokens, len(queued.requests))
         return facts, queued, trajectories

@@ -1,6 +1,7 @@
 """What makes an actor answer, while it works, to the question what it works on."""
 
 import os
+import time
 from functools import cached_property
 from typing import Any
 
@@ -11,6 +12,9 @@ from rlhf_ray.telemetry.status import Activity, phase_of
 from rlhf_ray.telemetry.trace import Span, SpanRecorder
 
 _GROUP = "status"
+_LIFE = "life"
+
+_LOOK_EVERY_S = 0.5
 
 
 class Watched:
@@ -41,6 +45,17 @@ class Watched:
             version=version,
         )
 
+    @ray.method(concurrency_group=_LIFE)
+    def lost_process(self) -> str:
+        """Which process died that this one can't work without, and how; there is no answer while all are well."""
+        while (lost := self.find_lost_process()) is None:
+            time.sleep(_LOOK_EVERY_S)
+        return lost
+
+    def find_lost_process(self) -> str | None:
+        """The same, right now; None while all are well. A role without further processes has none to lose."""
+        return None
+
     def queue(self) -> tuple[int | None, int | None, int | None]:
         """Running and waiting requests, and the version of the weights, of a role that samples."""
         return None, None, None
@@ -61,7 +76,7 @@ class Watched:
 def actor_class(worker: type) -> Any:
     """Ray's class of actors of a `Watched` class.
 
-    With a group there, Ray runs the other methods in one thread beside the main one: still one at a time, and in order.
+    With groups there, Ray runs the other methods in one thread beside the main one: still one at a time, and in order.
     The constructor runs in the main thread.
     """
-    return ray.remote(concurrency_groups={_GROUP: 1})(worker)
+    return ray.remote(concurrency_groups={_GROUP: 1, _LIFE: 1})(worker)

@@ -3,15 +3,24 @@
 import logging
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from rlhf_ray.cli.arguments import Config, Overrides, problems_of
+from rlhf_ray.cli.arguments import Config, Overrides, checked_path, problems_of
 from rlhf_ray.cli.calibrate import calibrate
 from rlhf_ray.cli.data import data
-from rlhf_ray.cli.failures import Commands, forget_failure, how_stopped, record_failure, say
+from rlhf_ray.cli.failures import (
+    Commands,
+    exit_code,
+    forget_failure,
+    how_stopped,
+    message_of,
+    record_failure,
+    say,
+)
 from rlhf_ray.cli.jobs import logs, stop, submit
 from rlhf_ray.cli.plan import plan
 from rlhf_ray.cli.preflight import preflight
@@ -85,9 +94,9 @@ def prepare(
             show_default=False,
         ),
     ] = None,
-    target: Annotated[Path, typer.Option("--dir", metavar="PATH", help="Folder that gets models/ and data/.")] = Path(
-        "."
-    ),
+    target: Annotated[
+        Path, typer.Option("--dir", metavar="PATH", callback=checked_path, help="Folder that gets models/ and data/.")
+    ] = Path("."),
     force: Annotated[bool, typer.Option("--force", help="Make again what is there.")] = False,
 ) -> None:
     """Make the models and data that the examples use. What is there is reused.
@@ -99,9 +108,12 @@ def prepare(
       rlhf-ray prepare --only imdb-prompts --only movie-pairs --dir /shared/rlhf
     """
     from rlhf_ray.cli.results import show
+    from rlhf_ray.config.paths import why_not_writable
     from rlhf_ray.data.prepare import ITEMS, PrepareError
     from rlhf_ray.data.prepare import prepare as make
 
+    if why := why_not_writable(target.absolute()):
+        raise typer.BadParameter(f"{target} can't be written to: {why}", param_hint="--dir")
     try:
         items = make(target, only=set(only) if only else None, force=force)
     except PrepareError as error:
@@ -176,11 +188,9 @@ def train(config: Config, overrides: Overrides = None) -> None:
 
         _import_from_here()
         with problems_of(config):
-            folder = run(job)
+            folder = run(job, partial(_last_words, job))
     except KeyboardInterrupt as stop:
-        what, code = how_stopped(stop)
-        say(f"{what}; {_how_to_resume(job)}")
-        raise typer.Exit(code) from None
+        raise typer.Exit(_last_words(job, stop)) from None
     except ConfigError:
         raise
     except Exception as error:
@@ -196,11 +206,15 @@ def export(
         Path,
         typer.Argument(
             metavar="CHECKPOINT_OR_RUN",
+            callback=checked_path,
             help="Folder of a run, for its newest complete checkpoint, or of one checkpoint of it.",
             show_default=False,
         ),
     ],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write, new or empty.", show_default=False)],
+    out: Annotated[
+        Path,
+        typer.Argument(metavar="OUT", callback=checked_path, help="Folder to write, new or empty.", show_default=False),
+    ],
     role: Annotated[
         Literal["policy", "critic", "reward"] | None,
         typer.Option(help="Whose model. By default the policy of a PPO run, the reward model of a reward-model run."),
@@ -238,6 +252,16 @@ def _import_from_here() -> None:
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.append(here)
+
+
+def _last_words(job: "JobConfig", error: BaseException) -> int:
+    """Say why a run ends before its end and how to go on; the exit code. Needs no cluster."""
+    if isinstance(error, KeyboardInterrupt):
+        what, code = how_stopped(error)
+        say(f"{what}; {_how_to_resume(job)}")
+        return code
+    say(f"{message_of(error)}; {_how_to_resume(job)}", error=True)
+    return exit_code(error)
 
 
 def _how_to_resume(job: "JobConfig") -> str:

@@ -7,6 +7,33 @@ from typing import Annotated
 
 import typer
 
+
+def checked_path(value: Path | str | None) -> Path | str | None:
+    """For arguments that are paths: what no file can be called is refused before anything looks for it."""
+    if value is not None:
+        from rlhf_ray.config.paths import usable_path
+
+        try:
+            usable_path(str(value))
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from None
+    return value
+
+
+def writable_file(path: Path) -> Path:
+    """For what is written at the end of work that takes long: whether it can be is found out before.
+
+    Raises:
+        BadParameter: it can't.
+    """
+    from rlhf_ray.config.paths import why_not_writable
+
+    why = "is a folder" if path.is_dir() else why_not_writable(path.parent.absolute())
+    if why is not None:
+        raise typer.BadParameter(f"{path} can't be written: {why}")
+    return path
+
+
 Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the job.", show_default=False)]
 Overrides = Annotated[
     list[str] | None,

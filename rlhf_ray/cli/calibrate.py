@@ -5,12 +5,15 @@ from typing import Annotated
 
 import typer
 
+from rlhf_ray.cli.arguments import checked_path, writable_file
+
 
 def calibrate(
     out: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE",
+            callback=checked_path,
             help="File to write. By default calibration.yaml in the user's cache (~/.cache/rlhf_ray), where `plan` "
             "looks for it.",
             show_default=False,
@@ -32,8 +35,8 @@ def calibrate(
     from rlhf_ray.controllers.calibrate import calibrate as measure
     from rlhf_ray.planner.calibration import default_place, save_calibration
 
+    path = writable_file(out or default_place())
     found = measure()
-    path = out or default_place()
     save_calibration(found, path)
     assert found.rates is not None
     each = "GPU" if found.device == "gpu" else "core"

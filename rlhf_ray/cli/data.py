@@ -12,9 +12,9 @@ data = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at th
 def inspect(config: Config, overrides: Overrides = None) -> None:
     """Read the data of a job as `train` would, and show what it learns from it, without starting anything.
 
-    For each source: rows read, kept, dropped, truncated and refused; lengths in tokens; every problem by row; and three
-    rows as text, special tokens included, in which ⟦…⟧ is what counts in the loss. Of the model only the tokenizer is
-    loaded. The exit code is 2 when there are problems.
+    For each source: rows read, kept, dropped, truncated and refused; lengths in tokens; problems by row, twenty at
+    most, some of each kind; and three rows as text, special tokens included, in which ⟦…⟧ is what counts in the loss.
+    Of the model only the tokenizer is loaded. The exit code is 2 when there are problems.
 
     \b
     Examples:

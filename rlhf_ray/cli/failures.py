@@ -21,7 +21,7 @@ FAILURE_REPORT = "failure.txt"
 MOST_LINES = 20
 """Of one error: who corrects these meets the others."""
 
-FAILED, BAD_INPUT, INTERRUPTED, TERMINATED = 1, 2, 130, 143
+FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 
 # By name, since importing the modules that define them would load torch or Ray.
 _BAD_INPUT = frozenset(
@@ -57,7 +57,8 @@ def errors_as_messages() -> Iterator[None]:
 
 def how_stopped(stop: KeyboardInterrupt) -> tuple[str, int]:
     """In a word, and the exit code that shells give to the signal."""
-    return ("terminated", TERMINATED) if type(stop).__name__ == "Terminated" else ("interrupted", INTERRUPTED)
+    number = getattr(stop, "number", None)  # of `Terminated`, whose module is not imported here
+    return ("interrupted", INTERRUPTED) if number is None else ("terminated", 128 + number)
 
 
 def say(message: str, *, error: bool = False) -> None:

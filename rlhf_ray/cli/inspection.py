@@ -67,6 +67,9 @@ def print_report(report: SourceReport, *, first: bool) -> None:
         if rows.dropped or rows.truncated:
             lengths = {"tokens before the budget": found.lengths, **lengths}
         show([("", *_QUANTILES), *((name, *_quantiles(values)) for name, values in lengths.items())])
+        if report.columns:
+            shown = (c.name if c.rows == len(rows) else f"{c.name} ({c.rows:,} rows)" for c in report.columns)
+            note(f"columns that travel with the samples: {', '.join(shown)}")
     if report.problems:
         note("problems:")
         for problem in report.problems:

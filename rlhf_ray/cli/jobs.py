@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rlhf_ray.cli.arguments import Config, Overrides
+from rlhf_ray.cli.arguments import Config, Overrides, checked_path
 from rlhf_ray.cli.failures import INTERRUPTED, how_stopped, say
 
 if TYPE_CHECKING:
@@ -44,7 +44,12 @@ def submit(
     ] = None,
     working_dir: Annotated[
         Path,
-        typer.Option(metavar="PATH", help="Folder to send, which relative paths are meant from.", file_okay=False),
+        typer.Option(
+            metavar="PATH",
+            callback=checked_path,
+            help="Folder to send, which relative paths are meant from.",
+            file_okay=False,
+        ),
     ] = Path("."),
     exclude: Annotated[
         list[str] | None,
@@ -173,6 +178,6 @@ def _results_within(job: "JobConfig", working_dir: Path) -> list[str]:
 
 def _checked_id(job_id: str) -> str:
     # It becomes part of addresses and of the name of a log file.
-    if not re.fullmatch(r"[A-Za-z0-9_.-]+", job_id):
-        raise typer.BadParameter(f"{job_id!r} has other characters than letters, digits, . _ -", param_hint="--id")
+    if not re.fullmatch(r"[A-Za-z0-9_.-]{1,100}", job_id):
+        raise typer.BadParameter(f"{job_id!r} is not made of at most 100 letters, digits, . _ -", param_hint="--id")
     return job_id

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rlhf_ray.cli.arguments import Config, Overrides
+from rlhf_ray.cli.arguments import Config, Overrides, checked_path
 from rlhf_ray.cli.failures import FAILED
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ def plan(
         Path | None,
         typer.Option(
             metavar="FILE",
+            callback=checked_path,
             help="What `rlhf-ray calibrate` measured on such machines. By default what it measured on this one, where "
             "the plan is for it, else defaults.",
             show_default=False,
@@ -79,10 +80,10 @@ def plan(
     from rlhf_ray.cli.time_report import print_proposals, print_time, proposals_json, time_json
     from rlhf_ray.config.loading import load_config
     from rlhf_ray.planner.changes import nearest_changes
+    from rlhf_ray.planner.jobs import lengths_of
     from rlhf_ray.planner.memory import plan_memory
     from rlhf_ray.planner.search import best_placements
     from rlhf_ray.planner.step_time import predict
-    from rlhf_ray.planner.workload import lengths_of
 
     job = load_config(config, overrides or ())
     lengths = lengths_of(job, prompt_tokens, response_tokens)

@@ -9,9 +9,9 @@ from rich.table import Table
 from rich.text import Text
 
 from rlhf_ray.planner.changes import Change
-from rlhf_ray.planner.footprint import Item, total
+from rlhf_ray.planner.footprint import MemoryItem, total
 from rlhf_ray.planner.hardware import Hardware
-from rlhf_ray.planner.memory import MemoryPlan, Shelf, Tenant
+from rlhf_ray.planner.memory import MemoryPlan, MemoryPool, MemoryUse
 from rlhf_ray.telemetry.progress import QuietConsole
 
 GIB = 2**30
@@ -34,10 +34,10 @@ def print_plan(plan: MemoryPlan, hardware: Hardware, changes: Sequence[Change]) 
     if not console.is_terminal:
         console = QuietConsole(width=160)
     _print_table(console, f"Memory on {hardware.name}, in GiB, when it is most", _memory_table(plan))
-    for shelves in _alike(plan.shelves):
-        if _is_shared(shelves[0]):
-            title = f"{_where(shelves)}, stage by stage: what each role needs"
-            _print_table(console, title, _stage_table(plan, shelves))
+    for pools in _alike(plan.pools):
+        if _is_shared(pools[0]):
+            title = f"{_where(pools)}, stage by stage: what each role needs"
+            _print_table(console, title, _stage_table(plan, pools))
     for line in _verdict(plan, changes):
         console.print(line, soft_wrap=True)
 
@@ -55,7 +55,7 @@ def to_json(plan: MemoryPlan, hardware: Hardware, changes: Sequence[Change], tim
             "fits": plan.fits,
             "problems": plan.problems,
             "stages": [stage.name for stage in plan.stages],
-            "memory": [_shelf_json(shelf) for shelf in plan.shelves],
+            "memory": [_pool_json(pool) for pool in plan.pools],
             "object_store": {"needed": plan.store_needed, "capacity": plan.store},
             "engine": engine and {"cached_tokens": engine.cached_tokens, "wanted_tokens": engine.wanted_tokens},
             "changes": [change.arguments for change in changes],
@@ -65,29 +65,29 @@ def to_json(plan: MemoryPlan, hardware: Hardware, changes: Sequence[Change], tim
     )
 
 
-def _shelf_json(shelf: Shelf) -> dict[str, object]:
+def _pool_json(pool: MemoryPool) -> dict[str, object]:
     return {
-        "node": shelf.node,
-        "device": shelf.device,
-        "kind": shelf.kind,
-        "capacity": shelf.capacity,
-        "held": shelf.held,
-        "headroom": shelf.headroom,
-        "fits": shelf.fits,
+        "node": pool.node,
+        "device": pool.device,
+        "kind": pool.kind,
+        "capacity": pool.capacity,
+        "held": pool.held,
+        "headroom": pool.headroom,
+        "fits": pool.fits,
         "roles": [
             {
-                "role": tenant.role,
-                "rank": tenant.rank,
-                "held": max(tenant.held),
-                "stages": list(tenant.used),
-                "parts": {name: total(items) for name, items in _by_name(tenant.parts)},
+                "role": use.role,
+                "rank": use.rank,
+                "held": max(use.held),
+                "stages": list(use.used),
+                "parts": {name: total(items) for name, items in _by_name(use.items)},
             }
-            for tenant in shelf.tenants
+            for use in pool.uses
         ],
     }
 
 
-def _by_name(items: Iterable[Item]) -> Iterator[tuple[str, list[Item]]]:
+def _by_name(items: Iterable[MemoryItem]) -> Iterator[tuple[str, list[MemoryItem]]]:
     ordered = sorted(items, key=lambda item: item.name)
     for name, same in groupby(ordered, key=lambda item: item.name):
         yield name, list(same)
@@ -100,29 +100,29 @@ def _memory_table(plan: MemoryPlan) -> Table:
     for name in (*COLUMNS, "process", "together", "of", "left"):
         table.add_column(name, justify="right")
     table.add_column("")
-    for shelves in _alike(plan.shelves):
-        shelf, where = shelves[0], _where(shelves)
-        rows = _by_role(shelves)
-        for number, (role, ranks, tenant) in enumerate(rows):
-            parts = [_gib(size) for size in _columns(tenant.parts)]
-            table.add_row(where if number == 0 else "", role, ranks, *parts, _gib(max(tenant.held)))
-        told, style = _told(shelf)
+    for pools in _alike(plan.pools):
+        pool, where = pools[0], _where(pools)
+        rows = _by_role(pools)
+        for number, (role, ranks, use) in enumerate(rows):
+            parts = [_gib(size) for size in _columns(use.items)]
+            table.add_row(where if number == 0 else "", role, ranks, *parts, _gib(max(use.held)))
+        told, style = _told(pool)
         nothing = [""] * (len(COLUMNS) + 1)
-        sums = (_gib(shelf.held), _gib(shelf.capacity), _gib(shelf.headroom))
+        sums = (_gib(pool.held), _gib(pool.capacity), _gib(pool.headroom))
         name = "" if rows else where
         table.add_row(name, "", "", *nothing, *sums, Text(told, style), style="bold", end_section=True)
     return table
 
 
-def _stage_table(plan: MemoryPlan, shelves: Sequence[Shelf]) -> Table:
+def _stage_table(plan: MemoryPlan, pools: Sequence[MemoryPool]) -> Table:
     table = _table()
     table.add_column("role")
     for stage in plan.stages:
         table.add_column(stage.name, justify="right")
-    rows = _by_role(shelves)
-    for role, _, tenant in rows:
-        table.add_row(role, *map(_gib, tenant.used))
-    sums = [sum(sizes) for sizes in zip(*(tenant.used for tenant in shelves[0].tenants), strict=True)]
+    rows = _by_role(pools)
+    for role, _, use in rows:
+        table.add_row(role, *map(_gib, use.used))
+    sums = [sum(sizes) for sizes in zip(*(use.used for use in pools[0].uses), strict=True)]
     table.add_row("together", *map(_gib, sums), style="bold")
     return table
 
@@ -136,62 +136,62 @@ def _verdict(plan: MemoryPlan, changes: Sequence[Change]) -> Iterator[Text]:
     for problem in plan.problems:
         yield Text(problem, "bold red")
     if plan.fits:
-        least = min(plan.shelves, key=lambda shelf: shelf.headroom / shelf.capacity)
+        least = min(plan.pools, key=lambda pool: pool.headroom / pool.capacity)
         yield Text(f"It fits. Least is left on {_where([least])}: {_gib(least.headroom)} GiB.", "bold green")
         return
-    for shelves in _alike(plan.shelves):
-        if not shelves[0].fits:
-            yield Text(f"{_where(shelves)}: {_gib(-shelves[0].headroom)} GiB too little", "bold red")
+    for pools in _alike(plan.pools):
+        if not pools[0].fits:
+            yield Text(f"{_where(pools)}: {_gib(-pools[0].headroom)} GiB too little", "bold red")
     if not changes:
         yield Text("No change of the config was found with which it fits here: take more or larger machines.", "bold")
         return
     yield Text("It fits with any of these, nearest first:", "bold")
     for change in changes:
-        least = min(change.plan.shelves, key=lambda shelf: shelf.headroom / shelf.capacity)
+        least = min(change.plan.pools, key=lambda pool: pool.headroom / pool.capacity)
         yield Text(f"  {' '.join(change.arguments)}   (leaves {_gib(least.headroom)} GiB)")
 
 
-def _alike(shelves: Sequence[Shelf]) -> Iterator[list[Shelf]]:
-    """Shelves one after the other on which the same roles take the same."""
+def _alike(pools: Sequence[MemoryPool]) -> Iterator[list[MemoryPool]]:
+    """Memory pools one after the other on which the same roles take the same."""
 
-    def content(shelf: Shelf) -> tuple[object, ...]:
+    def content(pool: MemoryPool) -> tuple[object, ...]:
         return (
-            shelf.device is None,
-            shelf.kind,
-            shelf.capacity,
-            sorted((t.role, t.held, t.used) for t in shelf.tenants),
+            pool.device is None,
+            pool.kind,
+            pool.capacity,
+            sorted((t.role, t.held, t.used) for t in pool.uses),
         )
 
-    devices = [shelf for shelf in shelves if shelf.device is not None]
-    hosts = [shelf for shelf in shelves if shelf.kind == "host"]
-    disks = [shelf for shelf in shelves if shelf.kind == "disk"]
+    devices = [pool for pool in pools if pool.device is not None]
+    hosts = [pool for pool in pools if pool.kind == "host"]
+    disks = [pool for pool in pools if pool.kind == "disk"]
     for kind in (devices, hosts, disks):
         for _, same in groupby(kind, key=content):
             yield list(same)
 
 
-def _where(shelves: Sequence[Shelf]) -> str:
-    first, last = shelves[0], shelves[-1]
+def _where(pools: Sequence[MemoryPool]) -> str:
+    first, last = pools[0], pools[-1]
     nodes = first.node if first.node == last.node else f"{first.node} to {last.node}"
     if first.device is None:
         return f"{nodes}, {'disk' if first.kind == 'disk' else 'host memory'}"
-    numbers = sorted({shelf.device for shelf in shelves if shelf.device is not None})
+    numbers = sorted({pool.device for pool in pools if pool.device is not None})
     several = f"{numbers[0]}" if len(numbers) == 1 else f"{numbers[0]}-{numbers[-1]}"
     return f"{nodes}, {first.kind} {several}"
 
 
-def _is_shared(shelf: Shelf) -> bool:
+def _is_shared(pool: MemoryPool) -> bool:
     """Whether roles share a device, so that it matters who needs what when."""
-    return shelf.device is not None and len({tenant.role for tenant in shelf.tenants}) > 1
+    return pool.device is not None and len({use.role for use in pool.uses}) > 1
 
 
-def _by_role(shelves: Sequence[Shelf]) -> list[tuple[str, str, Tenant]]:
-    """Roles of the first of some shelves that are alike, their ranks on all of them, and what one rank takes."""
+def _by_role(pools: Sequence[MemoryPool]) -> list[tuple[str, str, MemoryUse]]:
+    """Roles of the first of some memory pools that are alike, their ranks on all of them, and what one rank takes."""
     rows = []
-    for role in dict.fromkeys(tenant.role for tenant in shelves[0].tenants):
-        same = sorted((t for t in shelves[0].tenants if t.role == role), key=lambda tenant: tenant.held, reverse=True)
-        ranks = sorted({tenant.rank for shelf in shelves for tenant in shelf.tenants if tenant.role == role})
-        for _, alike in groupby(same, key=lambda tenant: tenant.held):
+    for role in dict.fromkeys(use.role for use in pools[0].uses):
+        same = sorted((t for t in pools[0].uses if t.role == role), key=lambda use: use.held, reverse=True)
+        ranks = sorted({use.rank for pool in pools for use in pool.uses if use.role == role})
+        for _, alike in groupby(same, key=lambda use: use.held):
             one, *others = list(alike)
             each = f" (each of {len(others) + 1})" if others else ""
             rows.append((f"{role}{each}", _ranks(ranks), one))
@@ -202,16 +202,16 @@ def _ranks(numbers: Sequence[int]) -> str:
     return str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]}-{numbers[-1]}"
 
 
-def _told(shelf: Shelf) -> tuple[str, str]:
+def _told(pool: MemoryPool) -> tuple[str, str]:
     """In words, and the style of these."""
-    if not shelf.tenants:
+    if not pool.uses:
         return "unused", "dim"
-    if not shelf.fits:
+    if not pool.fits:
         return "does not fit", "bold red"
-    return ("fits, tight", "yellow") if shelf.headroom < TIGHT * shelf.capacity else ("fits", "green")
+    return ("fits, tight", "yellow") if pool.headroom < TIGHT * pool.capacity else ("fits", "green")
 
 
-def _columns(items: Iterable[Item]) -> list[int]:
+def _columns(items: Iterable[MemoryItem]) -> list[int]:
     sizes = dict.fromkeys([*COLUMNS, "process"], 0)
     for item in items:
         column = next((name for name, parts in COLUMNS.items() if item.name in parts), "process")

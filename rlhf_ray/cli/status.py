@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from rlhf_ray.cli.arguments import checked_path
+
 if TYPE_CHECKING:
     from rlhf_ray.cli.sightings import ClusterSight, FolderSight
 
@@ -18,6 +20,7 @@ def status(
         str | None,
         typer.Argument(
             metavar="RUN",
+            callback=checked_path,
             help="Folder of a run, or its name. By default all runs of the cluster at --address or RAY_ADDRESS, and "
             "without those the run in runs/ that was started last.",
             show_default=False,

@@ -11,7 +11,7 @@ from rich.text import Text
 from rlhf_ray.planner.calibration import Calibration
 from rlhf_ray.planner.search import Proposal
 from rlhf_ray.planner.step_time import StepTime
-from rlhf_ray.planner.workload import Lengths
+from rlhf_ray.planner.work import Lengths
 from rlhf_ray.telemetry.progress import QuietConsole
 
 _PHASES = {

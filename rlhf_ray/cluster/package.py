@@ -5,7 +5,6 @@ models, data, weights and environments, which are large and are either on storag
 the cluster at all.
 """
 
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,11 +12,11 @@ from os.path import normpath
 from pathlib import Path
 from zipfile import ZIP_DEFLATED, ZipFile, ZipInfo
 
-import yaml
 from ray._private.runtime_env.packaging import GCS_STORAGE_MAX_SIZE, _dir_travel, _get_excludes
 
 from rlhf_ray.cluster.named_paths import local_path, named_in
 from rlhf_ray.config.jobs import JobConfig
+from rlhf_ray.config.yaml_text import word_in_yaml
 
 LEFT_OUT = (
     *("/runs", "/models", "/data"),
@@ -126,8 +125,7 @@ class Pinned:
     @property
     def override(self) -> str:
         """`key=value` that says so."""
-        plain = yaml.safe_load(self.path) == self.path
-        return f"{self.setting}={self.path if plain else json.dumps(self.path)}"
+        return f"{self.setting}={word_in_yaml(self.path)}"
 
 
 def pinned_paths(config: JobConfig, content: Package) -> list[Pinned]:

@@ -3,7 +3,6 @@
 import logging
 import os
 import signal
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +15,7 @@ from ray.core.generated.gcs_service_pb2 import GetClusterIdRequest
 from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
 from ray.exceptions import AuthenticationError
 
+from rlhf_ray.cluster.daemons import DaemonWatch, LastWords, Terminated, signals_end_in_order
 from rlhf_ray.cluster.tokens import HOW_TO_GIVE_A_TOKEN, show_token
 from rlhf_ray.cluster.topology import describe
 from rlhf_ray.config.placement import Cluster
@@ -24,15 +24,21 @@ logger = logging.getLogger("rlhf_ray")
 
 _ANSWER_S = 10.0
 
+# Daemons without which nothing goes on, as Ray names them.
+_INDISPENSABLE = frozenset({"gcs_server", "raylet"})
+
 
 class ClusterError(Exception):
     """The cluster can't be joined or started."""
 
 
 @contextmanager
-def ray_session(cluster: Cluster, name: str) -> Iterator[None]:
+def ray_session(cluster: Cluster, name: str, last_words: LastWords | None = None) -> Iterator[None]:
     """Be connected to Ray: to `cluster.address`, else to `RAY_ADDRESS`, which Ray jobs have, else to a local cluster
     that ends with the session.
+
+    Args:
+        last_words: called, from another thread, when the cluster is gone and this process is about to end for it.
 
     Raises:
         ClusterError: naming the address.
@@ -45,33 +51,38 @@ def ray_session(cluster: Cluster, name: str) -> Iterator[None]:
     except Exception as error:  # Ray raises that plain class when a node does not come up in time
         raise ClusterError(_why(cluster, error)) from error
     try:
-        with sigterm_raises():
-            yield
+        watch = _watch(last_words or _fail)
+        try:
+            with signals_end_in_order(watch):
+                yield
+        finally:
+            watch.stop()
     finally:
         ray.shutdown()
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM came, which is how schedulers end a job."""
+def _watch(last_words: LastWords) -> DaemonWatch:
+    """Watch the cluster that this process has just connected to."""
+    node = ray._private.worker._global_node
+    if node is not None and node.is_head():
+        own = {
+            name: process.process.pid for name, (process, *_) in node.all_processes.items() if name in _INDISPENSABLE
+        }
+        return DaemonWatch(own, None, last_words)
+    if node is None:  # through Ray's proxy, which alone knows how to reach the head
+        return DaemonWatch({}, None, last_words)
+    host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
+    return DaemonWatch({}, (host.strip("[]"), int(port)), last_words)
 
 
-@contextmanager
-def sigterm_raises() -> Iterator[None]:
-    """End in order at SIGTERM, as at Ctrl-C; Ray's own handler, which `ray.init` installs, aborts the process. A second
-    SIGTERM ends it at once."""
-    if threading.current_thread() is not threading.main_thread():  # only there can handlers be set
-        yield
-        return
-
-    def end(number: int, frame: object) -> None:
-        signal.signal(number, signal.SIG_DFL)
-        raise Terminated
-
-    signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+def _fail(error: BaseException) -> int:
+    """The last words of a command that has none of its own."""
+    if not isinstance(error, KeyboardInterrupt):
+        logger.error("%s", error)
+        return 1
+    number = error.number if isinstance(error, Terminated) else signal.SIGINT
+    logger.error("ended by %s", signal.Signals(number).name)
+    return 128 + number
 
 
 def _connect(cluster: Cluster, name: str) -> None:

@@ -12,7 +12,6 @@ from rlhf_ray.config.paths import UsablePath
 from rlhf_ray.config.placement import (
     Cluster,
     JobPlacement,
-    Placed,
     PPOPlacement,
     PreferencePlacement,
     RewardModelPlacement,
@@ -24,7 +23,7 @@ from rlhf_ray.config.plugs import ESTIMATORS, Estimator, choose
 from rlhf_ray.config.preference import Preference
 from rlhf_ray.config.reward_loss import BradleyTerry, RewardLoss
 from rlhf_ray.config.rewards import FunctionReward, ModelReward, RewardPart, part_name
-from rlhf_ray.config.roles import Level, ModelSource, PhaseSpec, RoleKind, RoleSpec
+from rlhf_ray.config.roles import Level, ModelSource, PhaseSpec, RoleKind, RoleSpec, StepShape
 from rlhf_ray.config.rollout import Rollout
 from rlhf_ray.config.run import EpochRun, PPORun, Run, SFTRun
 from rlhf_ray.config.sharing import check_sharing
@@ -76,6 +75,11 @@ class Job(Section):
     def phases(self) -> tuple[PhaseSpec, ...]:
         """The phase table: the phases of a step, in order."""
 
+    @property
+    @abstractmethod
+    def step_shape(self) -> StepShape:
+        """How many samples or rows a step has, and how long they are at most."""
+
     def role(self, name: str) -> RoleSpec:
         """The row of a role. Raises KeyError for a name that is not in the table."""
         for role in self.roles:
@@ -97,16 +101,6 @@ class Job(Section):
     def placements(self) -> dict[str, RolePlacement | RolloutPlacement]:
         """The sections of the roles that take places in the cluster, by the name that `placement` has for them."""
         return {role.placed_as: role.placement for role in self.roles if role.placement is not None}
-
-    @property
-    def places(self) -> dict[str, Placed]:
-        """By the name that `placement` has for them, the roles that take places in the cluster."""
-        found: dict[str, Placed] = {}
-        for role in self.roles:
-            if role.placement is not None:
-                before = found.get(role.placed_as)
-                found[role.placed_as] = Placed(role.placement, 1 if before is None else before.groups + 1)
-        return found
 
 
 class PPOJob(Job):
@@ -173,6 +167,7 @@ class PPOJob(Job):
         """Policy, critic, reference, the parts of the reward, and the engines."""
         policy = ModelSource("policy.model", self.policy.model, self.policy.trust_remote_code)
         at = self.placement
+        bucket = self.rollout.sync_bucket_bytes(on_gpu=at.gpus_of("rollout") > 0)
         found = [
             RoleSpec(
                 name="policy",
@@ -194,6 +189,9 @@ class PPOJob(Job):
                 trained=True,
                 checkpointed=True,
                 exported=True,
+                score_passes=2 if self.policy_is_reference else 1,
+                entropy=self.algorithm.entropy_coef > 0,
+                sync_bytes=bucket,
             ),
         ]
         if self.critic is not None:
@@ -211,10 +209,11 @@ class PPOJob(Job):
                     lora=self.critic.lora,
                     trained=True,
                     checkpointed=True,
+                    score_passes=1,
                 )
             )
         if not self.policy_is_reference:
-            found.append(_reference_role(self.reference, policy, at.reference, at.ranks_of("reference")))
+            found.append(_reference_role(self.reference, policy, at.reference, at.ranks_of("reference"), passes=1))
         found += [self._reward_role(index, part) for index, part in enumerate(self.reward)]
         rollout = RoleSpec(
             name="rollout",
@@ -226,6 +225,8 @@ class PPOJob(Job):
             placement=at.rollout,
             ranks=at.rollout.engines,
             needs={"generate": Level.FULL, "sync": Level.WEIGHTS},
+            sync_bytes=bucket,
+            adapter_rank=self.policy.lora.rank if self.policy.lora is not None and self.sends_adapters else 0,
             keeps_weights=self.sends_adapters,  # a base model for adapters is not sent again
         )
         return (*found, rollout)
@@ -243,6 +244,7 @@ class PPOJob(Job):
                 placement=self.placement.reward,
                 ranks=self.placement.ranks_of("reward"),
                 needs={"score": Level.WEIGHTS},
+                score_passes=1,
             )
         modules, variables = dict[str, str](), dict[str, str]()
         if isinstance(part, FunctionReward):
@@ -267,6 +269,19 @@ class PPOJob(Job):
     def data_files(self) -> dict[str, str]:
         """The prompts."""
         return {"data.prompts": self.data.prompts}
+
+    @property
+    def step_shape(self) -> StepShape:
+        """Responses to prompts."""
+        return StepShape(
+            samples=self.samples_per_step,
+            prompt=self.max_prompt_tokens,
+            response=self.rollout.sampling.max_new_tokens,
+            samples_per_prompt=self.data.samples_per_prompt,
+            optimizer_steps=self.algorithm.optimizer_steps,
+            epochs=self.algorithm.epochs,
+            shard=self.rollout.shard_samples,
+        )
 
     @property
     def phases(self) -> tuple[PhaseSpec, ...]:
@@ -421,7 +436,9 @@ class RewardModel(Section):
     """How it is updated."""
 
 
-def _trained_role(kind: RoleKind, name: str, section: RewardModel | Policy, placement: RolePlacement) -> RoleSpec:
+def _trained_role(
+    kind: RoleKind, name: str, section: RewardModel | Policy, placement: RolePlacement, *, passes: int = 0
+) -> RoleSpec:
     """The model that learns from the rows of a data set."""
     return RoleSpec(
         name=name,
@@ -442,13 +459,21 @@ def _trained_role(kind: RoleKind, name: str, section: RewardModel | Policy, plac
         trained=True,
         checkpointed=True,
         exported=True,
+        score_passes=passes,
     )
 
 
 def _reference_role(
-    reference: Reference, policy: ModelSource, placement: RolePlacement, ranks: int, *, updated: bool = False
+    reference: Reference,
+    policy: ModelSource,
+    placement: RolePlacement,
+    ranks: int,
+    *,
+    passes: int,
+    updated: bool = False,
 ) -> RoleSpec:
-    """The model that the policy is held close to or compared with; `updated` where it follows the policy."""
+    """The model that the policy is held close to or compared with, in so many passes over a step; `updated` where it
+    follows the policy."""
     own = reference.from_model != "policy"
     return RoleSpec(
         name="reference",
@@ -461,6 +486,7 @@ def _reference_role(
         ranks=ranks,
         needs={"score": Level.WEIGHTS, "checkpoint": Level.WEIGHTS},
         checkpointed=updated,
+        score_passes=passes,
     )
 
 
@@ -533,6 +559,11 @@ class RewardModelJob(EpochJob):
         return (_trained_role("scalar", "reward", self.reward, self.placement.reward),)
 
     @property
+    def step_shape(self) -> StepShape:
+        """Two texts of each row, as most rows have; a score of each."""
+        return StepShape(samples=self.rows_per_step, prompt=0, response=self.data.max_tokens, texts=2, last_only=True)
+
+    @property
     def data_files(self) -> dict[str, str]:
         """What it trains on and is evaluated on."""
         return _train_and_eval(self.data.train, self.data.eval)
@@ -578,6 +609,11 @@ class SFTJob(EpochJob):
     def roles(self) -> tuple[RoleSpec, ...]:
         """The language model alone."""
         return (_trained_role("causal", "policy", self.policy, self.placement.policy),)
+
+    @property
+    def step_shape(self) -> StepShape:
+        """Conversations."""
+        return StepShape(samples=self.rows_per_step, prompt=0, response=self.data.max_tokens)
 
     @property
     def data_files(self) -> dict[str, str]:
@@ -632,14 +668,26 @@ class PreferenceJob(EpochJob):
     @property
     def roles(self) -> tuple[RoleSpec, ...]:
         """The policy, and the reference where a loss needs one of its own."""
-        policy = _trained_role("causal", "policy", self.policy, self.placement.policy)
+        # KTO compares with mismatched answers too; where a loss couples the rows of a step, it takes all as given.
+        passes = 1 if self.algorithm.kto is None else 2
+        own = int(self.algorithm.couples_rows) + passes - 1
+        if self.algorithm.needs_reference and self.policy_is_reference and self.reference.cache is None:
+            own += passes
+        policy = _trained_role("causal", "policy", self.policy, self.placement.policy, passes=own)
         if not self.algorithm.needs_reference or self.policy_is_reference:
             return (policy,)
         assert policy.model is not None
         ranks, updated = self.placement.reference_ranks, self.reference.update_every > 0
         return (
             policy,
-            _reference_role(self.reference, policy.model, self.placement.reference, ranks, updated=updated),
+            _reference_role(
+                self.reference,
+                policy.model,
+                self.placement.reference,
+                ranks,
+                passes=0 if self.reference.cache is not None else passes,
+                updated=updated,
+            ),
         )
 
     @property
@@ -652,6 +700,19 @@ class PreferenceJob(EpochJob):
         """The run's own, and the one that the reference's log-probs are kept in."""
         kept = {} if self.reference.cache is None else {"reference.cache": self.reference.cache}
         return super().folders | kept
+
+    @property
+    def step_shape(self) -> StepShape:
+        """A prompt with an answer, or with two; how long the prompt is, only the data know: half, say."""
+        most = self.data.max_tokens
+        pairs = self.kind == "pairs"
+        return StepShape(
+            samples=self.rows_per_step,
+            prompt=most // 2,
+            response=most - most // 2,
+            texts=2 if pairs else 1,
+            shared_prompt=True,
+        )
 
     @property
     def phases(self) -> tuple[PhaseSpec, ...]:
@@ -667,11 +728,6 @@ class PreferenceJob(EpochJob):
     def kind(self) -> ComparisonKind:
         """What its rows are for."""
         return "labels" if self.algorithm.unpaired else "pairs"
-
-    @property
-    def reference_model(self) -> str:
-        """Folder of the reference model."""
-        return self.policy.model if self.reference.from_model == "policy" else self.reference.from_model
 
     @property
     def policy_is_reference(self) -> bool:

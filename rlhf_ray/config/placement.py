@@ -1,7 +1,7 @@
 """Where actors sit and what each reserves."""
 
 import re
-from typing import Annotated, Literal, NamedTuple, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -124,13 +124,6 @@ class RolloutPlacement(_Place):
     def workers(self) -> int:
         """Of all engines together."""
         return self.engines * self.tensor_parallel
-
-
-class Placed(NamedTuple):
-    """A role that has actors: where they sit, and how many groups of them there are."""
-
-    placement: RolePlacement | RolloutPlacement
-    groups: int
 
 
 class JobPlacement(Section):

@@ -14,6 +14,15 @@ HEADER = """\
 
 Made from the schema by `python -m rlhf_ray.config.reference > docs/config.md`; a test keeps it current.
 A config is one YAML file. Any key can be set on the command line: `rlhf-ray train CONFIG run.steps=5`.
+
+- Numbers are decimal, in the file and on the command line: `1000`, `0.5`, `1e-5`. `1_000`, `0x10`, `017`, `1:30` and
+  `'5'` are words, which no number is made of; `true`, `false`, `yes`, `no`, `on` and `off` are truth values; dates and
+  keys are words. Counts end at 10⁹, processes at 100,000, what one step has of samples or rows at 10⁷.
+- A path may begin with `~` or `~user`, which is expanded. Environment variables are not: a `$` before a name is
+  refused, so write the path out, or give the key on the command line, where the shell expands it. `run.dir` must be
+  somewhere that a folder can be kept, which `validate` and `train` look at; nothing is made before the run starts.
+- A file is regular, UTF-8 and at most 256 KiB, has at most 5,000 values, aliases expanded, and at most 32 levels. Tags
+  other than YAML's own for words, numbers, truth values, lists and sections are refused.
 """
 
 

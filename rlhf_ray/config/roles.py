@@ -42,6 +42,46 @@ class PhaseSpec:
 
 
 @dataclass(frozen=True)
+class StepShape:
+    """The samples or rows of one step, at most.
+
+    Attributes:
+        samples: in a step.
+        prompt, response: tokens of a sample that are not learnt, and those that are; of a row, of each of its texts.
+        texts: of one sample: 2 where the answers of a row are compared.
+        shared_prompt: the texts of a sample share their prompt's tokens.
+        last_only: a score is read at the last token of each text, and no vocabulary head is applied.
+        samples_per_prompt: samples of one prompt.
+        optimizer_steps: that the samples of a step are split into.
+        epochs: passes over the samples of a step.
+        shard: samples that are scored together; None for all.
+    """
+
+    samples: int
+    prompt: int
+    response: int
+    texts: int = 1
+    shared_prompt: bool = False
+    last_only: bool = False
+    samples_per_prompt: int = 1
+    optimizer_steps: int = 1
+    epochs: int = 1
+    shard: int | None = None
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sample, of all its texts together."""
+        return (self.prompt + self.response) * self.texts
+
+    @property
+    def learnt(self) -> int:
+        """Places of the longest sample at which a head is applied."""
+        if self.last_only:
+            return self.texts
+        return self.longest if self.shared_prompt or self.texts > 1 else self.response
+
+
+@dataclass(frozen=True)
 class ModelSource:
     """The model that a role loads.
 
@@ -75,6 +115,11 @@ class RoleSpec:
         trained: it has an optimizer.
         checkpointed: it writes a part of each checkpoint.
         exported: its model is the result of the job.
+        score_passes: forward passes over a step's samples that it makes before the update; 0 for a role that scores
+            nothing.
+        entropy: its loss has an entropy bonus.
+        sync_bytes: most weights in flight at a time when it sends or receives them.
+        adapter_rank: of adapters that an engine applies beside its base model, 0 for none.
         keeps_weights: it takes them to host memory where it leaves its devices; else it drops them, and needs new ones.
         modules: Python modules that it imports on its nodes, by the setting that names them.
         variables: environment variables that it reads on its nodes, by the setting that names them.
@@ -94,6 +139,10 @@ class RoleSpec:
     checkpointed: bool = False
     exported: bool = False
     keeps_weights: bool = True
+    score_passes: int = 0
+    entropy: bool = False
+    sync_bytes: int = 0
+    adapter_rank: int = 0
     modules: Mapping[str, str] = field(default_factory=dict)
     variables: Mapping[str, str] = field(default_factory=dict)
 

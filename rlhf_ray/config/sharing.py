@@ -2,16 +2,16 @@
 
 from collections.abc import Iterable, Mapping
 
-from rlhf_ray.config.placement import Placed
+from rlhf_ray.config.placement import RolePlacement, RolloutPlacement
 from rlhf_ray.config.roles import RoleSpec
 from rlhf_ray.config.training import ScoringEngine, TrainingEngine
 
 
-def shared_places(places: Mapping[str, Placed]) -> list[tuple[str, ...]]:
+def shared_places(placements: Mapping[str, RolePlacement | RolloutPlacement]) -> list[tuple[str, ...]]:
     """Roles that sit together, each list beginning with the one whose places they are."""
     together = [
-        (host, *(guest for guest, (at, _) in places.items() if at.colocate == host))
-        for host, (placement, _) in places.items()
+        (host, *(guest for guest, at in placements.items() if at.colocate == host))
+        for host, placement in placements.items()
         if placement.colocate is None
     ]
     return [roles for roles in together if len(roles) > 1]

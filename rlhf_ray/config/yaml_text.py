@@ -5,17 +5,18 @@ words, keys are always words, and `yes`, `no`, `on` and `off` are truth values. 
 before anything is expanded, so that no file takes longer than a moment or more memory than it is worth.
 """
 
-import os
+import json
 import re
-import stat
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from rlhf_ray.config.regular_files import read_regular
+
 MAX_BYTES = 256 * 1024
 """Of a file."""
-MAX_VALUES = 10_000
+MAX_VALUES = 5000
 """In a file, aliases expanded: sections, lists, keys and values, a long text counting once for each 100 characters."""
 MAX_DEPTH = 32
 """Sections and lists within each other, aliases expanded."""
@@ -53,9 +54,8 @@ def parse_yaml(text: str) -> Any:
     """
     if len(text) > MAX_BYTES:
         raise YamlProblem(f"has {len(text):,} characters, more than the {MAX_BYTES:,} that are read")
-    loader = _Loader(text)
     try:
-        return _unshared(loader.get_single_data())
+        return _unshared(_Loader(text).get_single_data())
     except yaml.reader.ReaderError as error:
         raise YamlProblem(f"is not YAML: character {error.position + 1} is not printable") from None
     except _Refused as error:
@@ -63,8 +63,6 @@ def parse_yaml(text: str) -> Any:
     except yaml.MarkedYAMLError as error:
         said = " ".join(filter(None, (error.context, error.problem, _at(error.problem_mark))))
         raise YamlProblem(f"is not YAML: {said}") from None
-    finally:
-        loader.dispose()
 
 
 def dump_yaml(content: Any) -> str:
@@ -72,25 +70,22 @@ def dump_yaml(content: Any) -> str:
     return yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
+def word_in_yaml(text: str) -> str:
+    """How a text is written where YAML is read: as it is, or in quotes where it would be read as something else."""
+    try:
+        plain = parse_yaml(text) == text
+    except YamlProblem:
+        plain = False
+    return text if plain else json.dumps(text, ensure_ascii=False)
+
+
 def _read_text(path: Path) -> str:
     try:
-        # Opening a FIFO would otherwise wait for who writes to it.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        try:
-            mode = os.fstat(descriptor).st_mode
-            if not stat.S_ISREG(mode):
-                what = "a folder" if stat.S_ISDIR(mode) else "no regular file"
-                raise YamlProblem(f"is {what}, but must be a YAML file")
-            with open(descriptor, "rb", closefd=False) as file:
-                content = file.read(MAX_BYTES + 1)
-        finally:
-            os.close(descriptor)
+        content = read_regular(path, MAX_BYTES)
     except FileNotFoundError:
         raise YamlProblem("no such file") from None
     except OSError as error:
         raise YamlProblem(f"cannot be read: {error.strerror or error}") from error
-    except ValueError:
-        raise YamlProblem("cannot be read: its name can't be one of a file") from None
     if len(content) > MAX_BYTES:
         raise YamlProblem(f"has more than the {MAX_BYTES // 1024} KiB that are read: it is no config")
     try:

@@ -112,7 +112,7 @@ def calibrate(sizes: Sizes | None = None) -> Calibration:
         sizes: of what is measured with; by default those of its kind of device.
 
     Raises:
-        RoleTimeout, RoleFailure: as `wait_all`.
+        RoleTimeout, ActorDied, TaskFailed: as `wait_all`.
     """
     devices = device_names()
     device: Device = "gpu" if devices else "cpu"

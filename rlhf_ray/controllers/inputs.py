@@ -1,6 +1,8 @@
 """Inputs of a job, and what can be known to be wrong with them before any actor starts."""
 
 import logging
+import signal
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +22,7 @@ from rlhf_ray.config.jobs import (
     SFTJob,
 )
 from rlhf_ray.config.reward_loss import BradleyTerry
-from rlhf_ray.config.rewards import FunctionReward, HttpReward, ModelReward
+from rlhf_ray.config.rewards import FunctionReward, HttpReward, ModelReward, part_name
 from rlhf_ray.config.training import Critic, Policy, ScoringEngine, TrainingEngine
 from rlhf_ray.data.comparisons import ComparisonSet, load_comparisons
 from rlhf_ray.data.conversations import ConversationSet, load_conversations, mix
@@ -47,6 +49,9 @@ from rlhf_ray.rewards.http import HttpScorer
 from rlhf_ray.telemetry.errors import MissingTrackerError
 
 logger = logging.getLogger("rlhf_ray")
+
+IMPORT_S = 60.0
+"""Seconds that the module of a reward function may take to be imported."""
 
 
 @dataclass(frozen=True)
@@ -171,7 +176,8 @@ def check_ppo(config: PPOJob, problems: list[str]) -> PPOInputs | None:
                         _same_vocabulary(part.model, tokenizer, trust_remote_code=part.trust_remote_code)
                     )
             elif isinstance(part, FunctionReward):
-                functions[index] = FunctionScorer(part)
+                with _time_limit(IMPORT_S, part):
+                    functions[index] = FunctionScorer(part)
             elif isinstance(part, HttpReward):
                 HttpScorer(part).check()
     prompts = None
@@ -404,6 +410,36 @@ def unfit_rows(config: RewardModelJob, setting: str, rows: ComparisonSet) -> Ite
         )
     if not rows.ranks.any():
         yield f"{setting}: every row is a tie: there is nothing to prefer"
+
+
+@contextmanager
+def _time_limit(seconds: float, part: FunctionReward) -> Iterator[None]:
+    """Ends what a user's code does, in the main thread, where alone it can be.
+
+    Raises:
+        RewardError: the time is over.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(*_: object) -> None:
+        raise _TimeIsOver
+
+    before = signal.signal(signal.SIGALRM, end)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    except _TimeIsOver:
+        slow = f"importing {part.function} took longer than {seconds:g} s: find out what it waits for"
+        raise RewardError(part_name(part), slow) from None
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+class _TimeIsOver(BaseException):
+    """No `Exception`, since what is imported may catch those."""
 
 
 @contextmanager

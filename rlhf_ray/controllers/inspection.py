@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_ray.data.comparisons import ComparisonSet
 from rlhf_ray.data.conversations import ConversationSet
 from rlhf_ray.data.errors import Findings
+from rlhf_ray.data.prompt_rows import RowColumn
 from rlhf_ray.data.prompts import PromptSet
 from rlhf_ray.data.trajectory import Tokens
 
@@ -42,6 +43,7 @@ class SourceReport:
         rows: None where no row can be used.
         lengths: by name, what is measured in tokens.
         examples: by uid, the first rows.
+        columns: that travel with the samples of prompts.
         problems: one line each; where there are many, some of each kind and how many more.
         count: of all problems.
     """
@@ -53,12 +55,14 @@ class SourceReport:
     rows: PromptSet | ComparisonSet | ConversationSet | None = None
     lengths: dict[str, NDArray[np.int64]] = field(default_factory=dict)
     examples: dict[str, list[Example]] = field(default_factory=dict)
+    columns: tuple[RowColumn, ...] = ()
     problems: list[str] = field(default_factory=list)
     count: int = 0
 
     def show_prompts(self, prompts: PromptSet) -> None:
         """What there is to see of prompts."""
         self.rows, self.lengths = prompts, {"tokens of a prompt": np.diff(prompts.offsets)}
+        self.columns = prompts.columns
         for row in range(min(EXAMPLES, len(prompts))):
             tokens = prompts.tokens(row)
             self.examples[prompts.uids[row]] = [Example("", tokens, np.zeros(len(tokens), bool))]

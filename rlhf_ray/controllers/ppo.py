@@ -19,6 +19,7 @@ from rlhf_ray.controllers.experience import (
     collect_scores,
     send_weights,
     start_rewards,
+    wake_engines,
 )
 from rlhf_ray.controllers.inputs import PPOInputs
 from rlhf_ray.controllers.ppo_report import PPOReport
@@ -189,7 +190,7 @@ class PPOController:
         cursor = PromptCursor(len(self.inputs.prompts), seed=0, shuffle=False)
         tickets = cursor.take(min(self.config.run.samples_kept, len(self.inputs.prompts)))
         requests = requests_for(self.inputs.prompts, tickets, 1, derive_seed(self.config.seed, "showcase"))
-        self._wake_engines()
+        wake_engines(self.roles, self.folder.recorder, self.version, self.config.run.timeouts.sync)
         [shard] = self.roles.rollout.generate([requests], self.version)
         self.devices.enter("score", ["reward"])
         limit = self.config.run.timeouts.score

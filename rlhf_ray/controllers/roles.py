@@ -9,16 +9,16 @@ from typing import Any, Self, TypeVar
 
 from rlhf_ray.actors.devices import Devices
 from rlhf_ray.actors.group import ActorGroup, Calls, wait_together
+from rlhf_ray.actors.liveness import liveness
 from rlhf_ray.actors.rollout import RolloutGroup, RolloutWorker
 from rlhf_ray.actors.start import Reserved, start_actors
-from rlhf_ray.actors.waiting import RoleFailure, RoleTimeout
 from rlhf_ray.actors.watched import actor_class
 from rlhf_ray.actors.worker import RankGroup, Worker
 from rlhf_ray.config.jobs import Job
 from rlhf_ray.config.placement import RolePlacement, RolloutPlacement
 from rlhf_ray.config.roles import RoleSpec
 from rlhf_ray.config.rollout import Rollout
-from rlhf_ray.config.run import Limit, Timeouts
+from rlhf_ray.config.run import Timeouts
 
 logger = logging.getLogger("rlhf_ray")
 
@@ -26,7 +26,7 @@ Watch = Callable[[ActorGroup[Any]], None]
 GroupT = TypeVar("GroupT", bound=ActorGroup[Any])
 RankGroupT = TypeVar("RankGroupT", bound=RankGroup[Any])
 
-_END = Limit(30.0, "the limit of an orderly end")
+_END_S = 30.0
 
 
 def unwatched(group: ActorGroup[Any]) -> None:
@@ -124,16 +124,15 @@ class Actors:
         return group
 
     def own(self, group: GroupT) -> GroupT:
-        """Show a group in the status, and end it on the way out."""
+        """Show a group in the status, miss its actors when they die, and end it on the way out."""
+        liveness.watch(group.role, group.processes)
         self._ending.callback(group.kill)
         self._watch(group)
         return group
 
 
 def _end_engines(rollout: RolloutGroup) -> None:
-    try:
-        rollout.end_engines().wait(_END)
-    except (RoleFailure, RoleTimeout) as error:
+    for error in rollout.end_engines(_END_S):
         logger.warning("a rollout engine did not end in order: %s", error)
 
 

@@ -17,7 +17,8 @@ from rlhf_ray.actors.devices import Devices
 from rlhf_ray.actors.group import ActorGroup, Calls, wait_together
 from rlhf_ray.actors.rollout import RolloutGroup
 from rlhf_ray.actors.trained import TrainedGroup
-from rlhf_ray.cluster.session import Terminated, cluster_facts
+from rlhf_ray.cluster.daemons import Terminated
+from rlhf_ray.cluster.session import cluster_facts
 from rlhf_ray.config.jobs import JobConfig
 from rlhf_ray.config.loading import dump_config
 from rlhf_ray.config.run import Limit, Timeouts
@@ -25,7 +26,7 @@ from rlhf_ray.models.score_scale import ScoreScale
 from rlhf_ray.recovery.checkpoints import Checkpoint, CheckpointStore
 from rlhf_ray.telemetry.manifest import Outcome, end_session, write_manifest
 from rlhf_ray.telemetry.metrics import MetricsLog
-from rlhf_ray.telemetry.progress import Progress
+from rlhf_ray.telemetry.progress import Progress, Silence
 from rlhf_ray.telemetry.ray_metrics import RayMetrics
 from rlhf_ray.telemetry.reporter import StatusReporter
 from rlhf_ray.telemetry.rows import RowFile, replace_file
@@ -79,8 +80,10 @@ class RunFolder:
         self._starting = ExitStack()
 
     def __enter__(self) -> Self:
-        self._stack.push(lambda _, error, __: end_session(self.path, *_outcome(error)))
+        self._stack.push(lambda _, error, __: end_session(self.path, *outcome_of(error)))
         self._stack.enter_context(self._status)
+        name, steps = self._config.name, self._steps
+        self._stack.enter_context(Silence(name, steps, self.path, self._status.progress))
         self._starting.enter_context(self.recorder.span("start"))
         self._stack.push(self._starting)
         return self
@@ -140,7 +143,8 @@ class RunFolder:
         return None if self._rollout is None else self._rollout.shards
 
 
-def _outcome(error: BaseException | None) -> tuple[Outcome, str]:
+def outcome_of(error: BaseException | None) -> tuple[Outcome, str]:
+    """How a run ended, for its manifest, and the error in words."""
     if error is None:
         return "finished", ""
     if isinstance(error, Terminated):

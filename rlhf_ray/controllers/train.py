@@ -3,29 +3,37 @@
 import json
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
+from rlhf_ray.cluster.daemons import LastWords
 from rlhf_ray.cluster.preflight.report import PreflightError
 from rlhf_ray.cluster.preflight.run import naming_lost_nodes, preflight
 from rlhf_ray.cluster.session import ray_session
 from rlhf_ray.config.jobs import Job
 from rlhf_ray.controllers.epochs import ENDED
 from rlhf_ray.controllers.job import check, definition_of
+from rlhf_ray.controllers.run_folder import outcome_of
 from rlhf_ray.recovery.checkpoints import CheckpointStore
+from rlhf_ray.telemetry.errors import DamagedFileError
+from rlhf_ray.telemetry.manifest import end_session
 from rlhf_ray.telemetry.plots import plot_curves
 from rlhf_ray.telemetry.rows import replace_file
 
 logger = logging.getLogger("rlhf_ray")
 
 
-def train(config: Job) -> Path:
+def train(config: Job, last_words: LastWords | None = None) -> Path:
     """Check, start the actors, run the job, and return its folder.
+
+    Args:
+        last_words: as `ray_session`; for a process that is the run's alone.
 
     Raises:
         ConfigError: before Ray starts.
         ClusterError, PreflightError, PlacementError: before a model is loaded.
-        RoleFailure, RoleTimeout, RewardError, TrainingDiverged, NonFiniteLossError: while it runs.
+        ActorDied, TaskFailed, RoleTimeout, RewardError, TrainingDiverged, NonFiniteLossError: while it runs.
     """
     folder = Path(config.run.dir)
     definition = definition_of(config)
@@ -33,11 +41,20 @@ def train(config: Job) -> Path:
     if _is_complete(config, inputs.steps):
         logger.info("%s holds this run, complete: choose another run.dir to train again", folder)
         return folder
-    with ray_session(config.cluster, config.name), _preflight(config):
+    ending = None if last_words is None else partial(_end_without_cluster, folder, last_words)
+    with ray_session(config.cluster, config.name, ending), _preflight(config):
         definition.run(config, inputs)
     definition.finish(config)
     plot_curves(folder)
     return folder
+
+
+def _end_without_cluster(folder: Path, last_words: LastWords, error: BaseException) -> int:
+    """What `RunFolder` does at the end of a run, for one whose controller hangs in Ray."""
+    code = last_words(error)
+    with suppress(DamagedFileError, OSError):  # it had not begun
+        end_session(folder, *outcome_of(error))
+    return code
 
 
 @contextmanager

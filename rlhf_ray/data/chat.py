@@ -9,6 +9,9 @@ from rlhf_ray.data.tokens import Tokenizer
 
 Messages = list[dict[str, Any]]
 
+# The text before each turn is rendered and tokenised, which takes time with the square of the number of turns.
+_MOST_MESSAGES = 1000
+
 
 class ChatRenderer:
     """A tokenizer's chat template."""
@@ -76,6 +79,8 @@ def check_chat(messages: list[Any], key: str) -> Messages:
     """
     if not messages:
         raise RowProblem(f"{key!r} is an empty list, but needs at least one chat message")
+    if len(messages) > _MOST_MESSAGES:
+        raise RowProblem(f"{key!r} has {len(messages):,} messages, but may have {_MOST_MESSAGES:,} at most")
     for index, message in enumerate(messages):
         where = f"message {index} of {key!r}"
         if not isinstance(message, dict):

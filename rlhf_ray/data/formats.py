@@ -138,7 +138,7 @@ def _csv(path: Path, skip: int) -> Entries:
         try:
             header = next(reader, [])
         except csv.Error as error:
-            raise RowProblem(f"is not CSV: {error}") from error
+            raise RowProblem(f"is not CSV: {error} in its first line; commas separate its columns") from error
         _check_utf8(header)
         if len(header) == 1 and (others := [mark for mark in (";", "\t", "|") if mark in header[0]]):
             raise RowProblem(

@@ -2,8 +2,10 @@
 
 import asyncio
 import os
+import signal
 import tempfile
 from collections.abc import Coroutine, Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -27,7 +29,9 @@ from rlhf_ray.data.requests import PromptRequest
 from rlhf_ray.data.trajectory import FinishReason, Trajectory
 from rlhf_ray.engines.engine_metrics import EngineLoad, stat_loggers
 from rlhf_ray.engines.held_weights import HeldWeights
+from rlhf_ray.engines.own_folder import OwnFolder
 from rlhf_ray.engines.rollout_setup import EnginePart, RolloutSetup
+from rlhf_ray.engines.socket_folder import socket_folder
 from rlhf_ray.engines.vocabulary_mask import TOKEN_IDS, TOKENS_ONLY
 from rlhf_ray.models.heads import count_ids, load_config, load_tokenizer
 from rlhf_ray.models.lora import Adapter
@@ -54,11 +58,13 @@ class RolloutEngine:
 
     def __init__(self, setup: RolloutSetup, part: EnginePart | None = None) -> None:
         self.load = EngineLoad()
+        self._sockets = _own_sockets()
         self._engine = AsyncLLM.from_engine_args(_engine_args(setup, part), stat_loggers=stat_loggers(self.load))
         self._adapter: LoRARequest | None = None
         self._sleep = setup.sleep
         self.held = HeldWeights(keeps=setup.sleep != 2)
         self._requests = 0
+        self._ending = False
         self.queued = 0
 
     async def generate(self, prompts: Sequence[PromptRequest], sampling: Sampling) -> list[Trajectory]:
@@ -187,21 +193,57 @@ class RolloutEngine:
                 raise EngineDeadError()
         return answer.result()
 
+    def find_lost_process(self) -> str | None:
+        """The process of the engine that has died, if one has; vLLM tells it only to those who ask the engine next."""
+        if self._ending:
+            return None
+        resources = self._engine.engine_core.resources
+        died = _first_dead(resources.engine_manager.processes, "vLLM's engine process")
+        if died is None and self._engine.errored:
+            return "vLLM's engine says that it is dead; one of its workers may have died"
+        return died
+
     def shutdown(self) -> None:
         """End the engine's processes."""
+        self._ending = True
         self._engine.shutdown()
+        self._sockets.remove()
 
 
 class RolloutFollower:
     """Workers of an engine that another process leads. They do what that one says."""
 
     def __init__(self, setup: RolloutSetup, part: EnginePart) -> None:
+        self._sockets = _own_sockets()
         config = _engine_args(setup, part).create_engine_config(UsageContext.ENGINE_CONTEXT, headless=True)
         self._executor = MultiprocExecutor(config, monitor_workers=False)
+        self._ending = False
+
+    def find_lost_process(self) -> str | None:
+        """The worker that has died, if one has."""
+        if self._ending:
+            return None
+        return _first_dead([worker.proc for worker in self._executor.workers], "vLLM's worker process")
 
     def shutdown(self) -> None:
         """End the workers."""
+        self._ending = True
         self._executor.shutdown()
+        self._sockets.remove()
+
+
+def _own_sockets() -> OwnFolder:
+    folder = socket_folder()
+    os.environ["VLLM_RPC_BASE_PATH"] = str(folder.path)
+    return folder
+
+
+def _first_dead(processes: Sequence[BaseProcess], what: str) -> str | None:
+    for process in processes:
+        if (code := process.exitcode) is not None:
+            how = f"was killed by signal {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+            return f"{what} {process.pid} {how}; `dmesg` on its node tells whether it was for want of memory"
+    return None
 
 
 def _engine_args(setup: RolloutSetup, part: EnginePart | None) -> AsyncEngineArgs:

@@ -1,13 +1,11 @@
 """Where a rank keeps on a local disk what is offloaded to it."""
 
-import fcntl
-import shutil
 import socket
-import tempfile
-import weakref
 from pathlib import Path
 
 from deepspeed.ops.op_builder import AsyncIOBuilder
+
+from rlhf_ray.engines.own_folder import OwnFolder
 
 
 class SwapError(Exception):
@@ -27,7 +25,7 @@ class SwapError(Exception):
 
 
 class SwapFolder:
-    """A folder of this process alone, which goes with it. What killed processes left behind goes when the next comes.
+    """An `OwnFolder` that DeepSpeed can use.
 
     Args:
         nvme_path: where it is made; it may have folders of other ranks, roles and runs.
@@ -43,31 +41,8 @@ class SwapFolder:
                 "DeepSpeed needs libaio with its headers and a C++ compiler (apt-get install g++ libaio-dev); where "
                 "they are elsewhere, set CFLAGS and LDFLAGS in placement.ROLE.env",
             )
-        root = Path(nvme_path)
         try:
-            root.mkdir(parents=True, exist_ok=True)
-            # One process at a time, so that no folder is taken for abandoned before it is locked.
-            with (root / _LOCK).open("w") as turn:
-                fcntl.flock(turn, fcntl.LOCK_EX)
-                _remove_abandoned(root)
-                self.path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=root))
-                self._lock = (self.path / _LOCK).open("w")
-                fcntl.flock(self._lock, fcntl.LOCK_EX)
+            self._folder = OwnFolder(Path(nvme_path))
         except OSError as error:
             raise SwapError(socket.gethostname(), f"engine.nvme_path {nvme_path!r} can't be used: {error}") from error
-        weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
-
-
-_PREFIX = "rlhf-ray-"
-_LOCK = "lock"
-
-
-def _remove_abandoned(root: Path) -> None:
-    for folder in root.glob(f"{_PREFIX}*"):
-        try:
-            with (folder / _LOCK).open("a") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                # Its process may be removing it at this moment, which it does without waiting for its turn.
-                shutil.rmtree(folder, ignore_errors=True)
-        except (BlockingIOError, FileNotFoundError):
-            continue  # its process lives, or has just removed it
+        self.path = self._folder.path

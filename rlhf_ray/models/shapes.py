@@ -295,9 +295,9 @@ class ModelShape:
             yield from _linear("mlp.shared_expert_gate", 1, self.hidden, bias=False)
 
 
-def can_share_heads(shape: ModelShape, parts: int) -> bool:
+def can_share_heads(shape: ModelShape, ranks: int) -> bool:
     """Whether attention can be divided between so many ranks or workers; several may have the same keys."""
-    return shape.heads % parts == 0 and (shape.kv_heads % parts == 0 or parts % shape.kv_heads == 0)
+    return shape.heads % ranks == 0 and (shape.kv_heads % ranks == 0 or ranks % shape.kv_heads == 0)
 
 
 def _linear(name: str, out: int, into: int, *, bias: bool) -> Iterator[Tensor]:

@@ -30,8 +30,8 @@ class Pack:
     tokens: int
     positions: int
 
-    def part(self, ranks: int) -> "Pack":
-        """Of so many ranks that share it."""
+    def per_rank(self, ranks: int) -> "Pack":
+        """What one of so many ranks has of it, with sequence parallelism."""
         return Pack(-(-self.tokens // ranks), -(-self.positions // ranks))
 
 

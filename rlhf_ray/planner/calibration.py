@@ -127,7 +127,7 @@ class Collectives(Section):
     """Seconds of a call without bytes."""
 
 
-class WeightSync(Section):
+class WeightSyncRates(Section):
     """New weights on their way to the engines."""
 
     weights: NonNegativeFloat
@@ -181,7 +181,7 @@ class Calibration(Section):
     """Rollout engines."""
     collectives: Collectives
     """Between the ranks of a role."""
-    weight_sync: WeightSync
+    weight_sync: WeightSyncRates
     """From the policy to the engines."""
     ray: RayRates
     """Between actors."""

@@ -18,7 +18,7 @@ from typing import Any, Literal
 from rlhf_ray.config.jobs import JobConfig
 from rlhf_ray.config.placement import RolloutPlacement
 from rlhf_ray.planner.hardware import Hardware
-from rlhf_ray.planner.workload import Role, RolloutRole, ScoredRole, TrainedRole
+from rlhf_ray.planner.workload import ModelRole, RolloutRole, ScoredRole, TrainedRole
 
 _MOST_CPUS = 8  # of a rank that drives a device; it needs one or two
 _KEPT = ("labels", "resources", "env")  # what a role needs wherever it sits
@@ -99,7 +99,7 @@ def _on_cores(job: JobConfig, hardware: Hardware) -> Iterator[Layout]:
 
 def _groupings(job: JobConfig) -> Iterator[tuple[Groups, bool]]:
     """Roles that share devices, the engines last, and whether they leave them to each other."""
-    roles = list(job.places)
+    roles = list(job.placements)
     pairs = {"policy": ("policy", "reference"), "critic": ("critic", "reward")}
     mixed = tuple(
         tuple(guest for guest in pairs.get(role, (role,)) if guest in roles)
@@ -148,7 +148,7 @@ def _layout(
     sections: dict[str, dict[str, Any]] = {}
     for group, count, place in zip(groups, counts, places, strict=True):
         for role in group:
-            own = job.places[role].placement
+            own = job.placements[role]
             section: dict[str, Any] = {key: getattr(own, key) for key in _KEPT if getattr(own, key)}
             engines = {"engines": count // tensor_parallel, "tensor_parallel": tensor_parallel}
             amount = engines if isinstance(own, RolloutPlacement) else {"ranks": count}
@@ -177,7 +177,7 @@ class Setting:
     scoring_stage: Literal[0, 3] = 0
     micro_batch: float = 1.0
 
-    def keys_of(self, role: Role) -> dict[str, Any]:
+    def keys_of(self, role: ModelRole) -> dict[str, Any]:
         """Of the section `engine` of a role."""
         if isinstance(role, RolloutRole):
             return {}

@@ -7,7 +7,7 @@ from itertools import count, islice, product
 from typing import Any
 
 from rlhf_ray.cluster.assignment import PlacementError
-from rlhf_ray.config.jobs import JobConfig, PPOJob
+from rlhf_ray.config.jobs import Job
 from rlhf_ray.config.loading import ConfigError, apply_override, parse_config
 from rlhf_ray.config.placement import RolloutPlacement
 from rlhf_ray.models.shapes import can_share_heads
@@ -52,26 +52,30 @@ def moves_of(plan: MemoryPlan, roles: frozenset[str] | None) -> Iterator[Move]:
         elif isinstance(role, ScoredRole):
             yield from _scored(role)
         else:
-            yield from _rollout(role, on_gpu=isinstance(job, PPOJob) and job.placement.gpus_of("rollout") > 0)
-    if not getattr(job.placement, "offload_idle", True):
+            host = role.placement.colocate or role.placement_key
+            yield from _rollout(role, on_gpu=job.placements[host].gpus > 0)
+    if len(job.placements) > 1 and not job.placement.leaves_idle:
         yield Move(4, {"placement.offload_idle": True})
-    if isinstance(job, PPOJob) and job.data.prompts_per_step > 1 and plan.store_needed > plan.store:
-        yield Move(4, {"data.prompts_per_step": job.data.prompts_per_step // 2})
+    if plan.workload.rollout is not None and plan.store_needed > plan.store:
+        batch = plan.workload.rollout.batch
+        prompts = batch.samples // batch.samples_per_prompt
+        if prompts > 1:
+            yield Move(4, {"data.prompts_per_step": prompts // 2})
 
 
-def placement_moves(job: JobConfig) -> Iterator[Move]:
+def placement_moves(job: Job) -> Iterator[Move]:
     """For a job that has no place: fewer processes, or fewer CPUs for each."""
-    for seat, (placement, _) in job.places.items():
+    for role, placement in job.placements.items():
         if placement.colocate is not None:
             continue
         size = "engines" if isinstance(placement, RolloutPlacement) else "ranks"
         number = getattr(placement, size) or 1
         if number > 1:
-            yield Move(4, {f"placement.{seat}.{size}": number // 2})
+            yield Move(4, {f"placement.{role}.{size}": number // 2})
         if isinstance(placement, RolloutPlacement) and placement.tensor_parallel > 1:
-            yield Move(4, {f"placement.{seat}.tensor_parallel": placement.tensor_parallel // 2})
+            yield Move(4, {f"placement.{role}.tensor_parallel": placement.tensor_parallel // 2})
         if placement.cpus > 1:
-            yield Move(2, {f"placement.{seat}.cpus": max(1, int(placement.cpus) // 2)})
+            yield Move(2, {f"placement.{role}.cpus": max(1, int(placement.cpus) // 2)})
 
 
 def _trained(role: TrainedRole) -> Iterator[Move]:
@@ -89,13 +93,13 @@ def _trained(role: TrainedRole) -> Iterator[Move]:
     if engine.offload_parameters == "none":
         off = {f"{key}.offload_optimizer": "cpu", f"{key}.offload_parameters": "cpu"}
         yield Move(7, {f"{key}.zero_stage": 3, **off})
-    together = 2 * engine.sequence_parallel
-    if role.ranks % together == 0 and can_share_heads(role.shape, together):
-        yield Move(3, {f"{key}.sequence_parallel": together})
+    sp_size = 2 * engine.sequence_parallel
+    if role.ranks % sp_size == 0 and can_share_heads(role.shape, sp_size):
+        yield Move(3, {f"{key}.sequence_parallel": sp_size})
     if engine.dtype == "float32":
         yield Move(6, {f"{key}.dtype": "bfloat16"})
     if role.placement.colocate is None:
-        yield Move(6, {f"placement.{role.seat}.ranks": 2 * role.ranks})
+        yield Move(6, {f"placement.{role.placement_key}.ranks": 2 * role.ranks})
 
 
 def _scored(role: ScoredRole) -> Iterator[Move]:
@@ -159,45 +163,45 @@ class Change:
         return [f"{key}={_written(value)}" for key, value in self.overrides.items()]
 
 
-def nearest_changes(job: JobConfig, hardware: Hardware, processes: ProcessMemory, most: int = 3) -> list[Change]:
+def nearest_changes(job: Job, hardware: Hardware, processes: ProcessMemory, most: int = 3) -> list[Change]:
     """Changes with which a job fits that does not, nearest first."""
-    search = _Search(job, hardware, processes)
+    search = _ChangeSearch(job, hardware, processes)
     start = search.plan({})
     if start is None:
         return search.nearest(None, {}, most)
     # Roles that share nothing that is too small are changed independently of each other.
-    found = [search.nearest(roles, {}, most) for roles in _crowds(start)]
-    together = sorted(product(*found), key=lambda parts: sum(part.cost for part in parts))
+    found = [search.nearest(roles, {}, most) for roles in _contending(start)]
+    combined = sorted(product(*found), key=lambda chosen: sum(change.cost for change in chosen))
     changes: list[Change] = []
-    for parts in islice(together, 4 * most):
-        overrides = {key: value for part in parts for key, value in part.overrides.items()}
+    for chosen in islice(combined, 4 * most):
+        overrides = {key: value for change in chosen for key, value in change.overrides.items()}
         plan = search.plan(overrides)
         if plan is not None and plan.fits and not _has_same_keys(changes, overrides):
-            changes.append(Change(overrides, sum(part.cost for part in parts), plan))
-    if not changes:  # what relieved one crowd may have filled something that all share
-        first = next(iter(together), ())
-        changes = search.nearest(None, {k: v for part in first for k, v in part.overrides.items()}, most)
+            changes.append(Change(overrides, sum(change.cost for change in chosen), plan))
+    if not changes:  # what relieved one group may have filled something that all share
+        first = next(iter(combined), ())
+        changes = search.nearest(None, {k: v for change in first for k, v in change.overrides.items()}, most)
     return changes[:most]
 
 
-def _crowds(plan: MemoryPlan) -> list[frozenset[str]]:
-    """Roles that are too many for something, those that share any of it together."""
-    crowds: list[frozenset[str]] = [frozenset({"rollout"})] if plan.engine and not plan.engine.starts else []
-    for shelf in plan.shelves:
-        if not shelf.fits:
-            joined = frozenset(tenant.role for tenant in shelf.tenants)
-            touching = [crowd for crowd in crowds if crowd & joined]
-            crowds = [crowd for crowd in crowds if not crowd & joined]
-            crowds.append(joined.union(*touching))
-    return crowds
+def _contending(plan: MemoryPlan) -> list[frozenset[str]]:
+    """Groups of roles whose memory pools are too small; roles that have a pool in common are in one group."""
+    groups: list[frozenset[str]] = [frozenset({"rollout"})] if plan.engine and not plan.engine.starts else []
+    for pool in plan.pools:
+        if not pool.fits:
+            joined = frozenset(use.role for use in pool.uses)
+            touching = [group for group in groups if group & joined]
+            groups = [group for group in groups if not group & joined]
+            groups.append(joined.union(*touching))
+    return groups
 
 
-class _Search:
-    def __init__(self, job: JobConfig, hardware: Hardware, processes: ProcessMemory) -> None:
+class _ChangeSearch:
+    def __init__(self, job: Job, hardware: Hardware, processes: ProcessMemory) -> None:
         self._raw: dict[str, Any] = job.model_dump(mode="json", by_alias=True)
         self._hardware, self._processes = hardware, processes
 
-    def job(self, overrides: Mapping[str, Value]) -> JobConfig | None:
+    def job(self, overrides: Mapping[str, Value]) -> Job | None:
         """The changed job; None when the config does not allow it."""
         raw = _copy(self._raw)
         for key, value in overrides.items():
@@ -273,9 +277,9 @@ def _excess(plan: MemoryPlan | None, roles: frozenset[str] | None) -> float:
     if plan is None:
         return float("inf")
     lacking = sum(
-        -shelf.headroom
-        for shelf in plan.shelves
-        if not shelf.fits and (roles is None or any(tenant.role in roles for tenant in shelf.tenants))
+        -pool.headroom
+        for pool in plan.pools
+        if not pool.fits and (roles is None or any(use.role in roles for use in pool.uses))
     )
     if plan.engine is not None and not plan.engine.starts and (roles is None or "rollout" in roles):
         lacking += max(1, plan.engine.needs - (plan.engine.allotted or 0))

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from rlhf_ray.config.training import Dtype
 from rlhf_ray.models.shapes import ModelShape
 from rlhf_ray.planner.calibration import Calibration
-from rlhf_ray.planner.pass_time import Group, Rates
-from rlhf_ray.planner.work import BYTES, cached_bytes, layer_parameters, touched_parameters
-from rlhf_ray.planner.workload import Lengths
+from rlhf_ray.planner.pass_time import ProcessGroup, Rates
+from rlhf_ray.planner.work import BYTES, Lengths, cached_bytes, layer_parameters, touched_parameters
 
 # Sequences are followed in groups that start together: enough to see how a batch drains, few enough to be quick.
 _GROUPS_AT_A_TIME = 32
@@ -17,7 +16,7 @@ _LOGIT_MOVES = 8  # of float32 logits in sampling: temperature, softmax, noise, 
 
 
 @dataclass(frozen=True)
-class Engine:
+class DecodingEngine:
     """One engine.
 
     Attributes:
@@ -35,7 +34,7 @@ class Engine:
     slots: int
     prompts_shared: int
     rates: Rates
-    workers: Group
+    workers: ProcessGroup
     constants: Calibration
 
     def prompt_s(self, tokens: float) -> float:
@@ -53,14 +52,16 @@ class Engine:
             context: tokens before it that a sequence has, mean.
         """
         ideal = self.ideal_step(sequences, context)
-        parts = {name: getattr(self.constants.generation, name) * seconds for name, seconds in ideal.items()}
+        terms: dict[str, float] = {
+            name: getattr(self.constants.generation, name) * seconds for name, seconds in ideal.items()
+        }
         if self.rates.ahead:  # reading weights and multiplying with them overlap
-            parts["weights"] = max(parts["weights"], parts.pop("products"))
+            terms["weights"] = max(terms["weights"], terms.pop("products"))
         layers, size = self.shape.layers, BYTES[self.dtype]
         talk = self.workers.all_reduce_s(
             2 * layers * sequences * self.shape.hidden * size, self.constants.collectives, calls=2 * layers
         )
-        return sum(parts.values()) + talk
+        return sum(terms.values()) + talk
 
     def ideal_step(self, sequences: float, context: float) -> dict[str, float]:
         """By the name of its factor, what each part of a step takes at the device's peaks; for constants, how many.

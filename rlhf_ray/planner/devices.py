@@ -30,7 +30,8 @@ class DeviceKind(Section):
     host_gb_s: PositiveFloat = 25.0
     """Bandwidth to host memory, in one direction: what PCIe gives in practice."""
     is_cpu: bool = Field(default=False, exclude=True)
-    """Roles compute in host memory with the cores of their node; memory and bandwidth are those of the node."""
+    """Whether this is one core of a CPU. A process computes with as many of these cores as it has threads, in the host
+    memory of its node, so `memory_gib` is not used."""
 
     def flops(self, dtype: Dtype) -> float:
         """Operations a second at best."""

@@ -7,13 +7,14 @@ from typing import Literal
 from rlhf_ray.config.roles import Level
 from rlhf_ray.config.training import Offload
 
-Place = Literal["device", "host", "disk"]
-PLACES: dict[Offload, Place] = {"none": "device", "cpu": "host", "nvme": "disk"}
-Phase = Literal["load", "generate", "score", "update", "sync"]
+Location = Literal["device", "host", "disk"]
+OFFLOAD_LOCATIONS: dict[Offload, Location] = {"none": "device", "cpu": "host", "nvme": "disk"}
+StepPhase = Literal["generate", "score", "update", "sync"]
+PlannedPhase = Literal["load"] | StepPhase
 Moment = Literal["load", "generate", "score", "backward", "reduce", "step", "sync"]
 """When memory is held. An update has three: the backward pass begins, gradients are reduced, the optimizer steps."""
 
-PHASE_OF: dict[Moment, Phase] = {
+PHASE_OF: dict[Moment, PlannedPhase] = {
     "load": "load",
     "generate": "generate",
     "score": "score",
@@ -25,61 +26,61 @@ PHASE_OF: dict[Moment, Phase] = {
 
 
 @dataclass(frozen=True)
-class Item:
+class MemoryItem:
     """Something in memory.
 
     Attributes:
         name: what it is.
         size: bytes.
-        place: where; the device of a role on the CPU is host memory.
+        location: where; the device of a role on the CPU is host memory.
         moments: when; None for all the time.
         level: of a role that shares its device, from which on it is there. What is there at `OUT` never leaves.
     """
 
     name: str
     size: int
-    place: Place = "device"
+    location: Location = "device"
     moments: frozenset[Moment] | None = None
     level: Level = Level.FULL
 
 
-def always(name: str, size: float, level: Level = Level.FULL, place: Place = "device") -> Item:
+def always(name: str, size: float, level: Level = Level.FULL, location: Location = "device") -> MemoryItem:
     """An item that is there all the time."""
-    return Item(name, round(size), place, None, level)
+    return MemoryItem(name, round(size), location, None, level)
 
 
-def during(name: str, size: float, *moments: Moment, place: Place = "device") -> Item:
+def during(name: str, size: float, *moments: Moment, location: Location = "device") -> MemoryItem:
     """An item that comes and goes."""
-    return Item(name, round(size), place, frozenset(moments))
+    return MemoryItem(name, round(size), location, frozenset(moments))
 
 
 @dataclass(frozen=True)
 class Footprint:
     """All that one process holds."""
 
-    items: tuple[Item, ...]
+    items: tuple[MemoryItem, ...]
 
     @classmethod
-    def of(cls, items: Iterable[Item]) -> "Footprint":
+    def of(cls, items: Iterable[MemoryItem]) -> "Footprint":
         """Items without those of no size."""
         return cls(tuple(item for item in items if item.size))
 
-    def at(self, place: Place, moment: Moment | None) -> list[Item]:
+    def at(self, location: Location, moment: Moment | None) -> list[MemoryItem]:
         """What it holds at a moment, largest first; None for a process that does nothing."""
-        held = [i for i in self.items if i.place == place and (i.moments is None or moment in i.moments)]
+        held = [i for i in self.items if i.location == location and (i.moments is None or moment in i.moments)]
         return sorted(held, key=lambda item: -item.size)
 
-    def peak(self, place: Place, phase: Phase | None = None) -> list[Item]:
+    def peak(self, location: Location, phase: PlannedPhase | None = None) -> list[MemoryItem]:
         """What it holds when that is most, in one phase or at all, largest first. What is freed after a peak stays with
         the process: allocators keep it."""
         moments: list[Moment | None] = [None, *(m for m in PHASE_OF if phase in (None, PHASE_OF[m]))]
-        return max((self.at(place, moment) for moment in moments), key=total)
+        return max((self.at(location, moment) for moment in moments), key=total)
 
-    def idle(self, place: Place, level: Level) -> list[Item]:
+    def idle(self, location: Location, level: Level) -> list[MemoryItem]:
         """What is left of it on its device when it does nothing and has left as far as `level`."""
-        return [item for item in self.at(place, None) if item.level <= level]
+        return [item for item in self.at(location, None) if item.level <= level]
 
 
-def total(items: Iterable[Item]) -> int:
+def total(items: Iterable[MemoryItem]) -> int:
     """Bytes."""
     return sum(item.size for item in items)

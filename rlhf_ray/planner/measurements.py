@@ -21,12 +21,12 @@ from rlhf_ray.planner.calibration import (
     ProcessMemory,
     RayRates,
     Start,
-    WeightSync,
+    WeightSyncRates,
     defaults,
 )
-from rlhf_ray.planner.decoding_time import Engine
+from rlhf_ray.planner.decoding_time import DecodingEngine
 from rlhf_ray.planner.devices import GB
-from rlhf_ray.planner.pass_time import STEP_TRAFFIC, Group, Rates, ideal_times
+from rlhf_ray.planner.pass_time import STEP_TRAFFIC, ProcessGroup, Rates, ideal_times
 from rlhf_ray.planner.work import BYTES, Sequences, scoring_work, training_work
 
 MIB = 2**20
@@ -212,10 +212,10 @@ def _generation(found: Measurements, assumed: Calibration) -> Generation:
     """With one engine, as on a GPU, what a model's size and number of layers cost can't be told apart: what each layer,
     each step and the vocabulary take is assumed. There, weights are read while products are computed, and with batches
     as small as the measured ones reading takes longer; products are then assumed to be as good as those of prompts."""
-    alone = Group(1, 1, found.rates.link, found.rates.network)
+    alone = ProcessGroup(1, 1, found.rates.link, found.rates.network)
 
-    def engine(shape: ModelShape) -> Engine:
-        return Engine(shape, found.dtype, 1, 1, found.rates, alone, assumed)
+    def engine(shape: ModelShape) -> DecodingEngine:
+        return DecodingEngine(shape, found.dtype, 1, 1, found.rates, alone, assumed)
 
     steps = [engine(point.shape).ideal_step(point.sequences, point.context) for point in found.decoding]
     known = {name: getattr(assumed.generation, name) for name in ("vocabulary", "layer_s", "step_s")}
@@ -250,7 +250,7 @@ def _collectives(found: CollectiveSeconds) -> Collectives:
     )
 
 
-def _weight_sync(found: Measurements, link: float) -> WeightSync:
+def _weight_sync(found: Measurements, link: float) -> WeightSyncRates:
     ideal = [
         {
             "weights": point.shape.parameters * BYTES[found.dtype] / link,
@@ -259,7 +259,7 @@ def _weight_sync(found: Measurements, link: float) -> WeightSync:
         for point in found.syncs
     ]
     beyond = [max(1e-3, point.seconds - found.pause_s) for point in found.syncs]
-    return WeightSync(**fit_factors(ideal, beyond), sync_s=found.pause_s)
+    return WeightSyncRates(**fit_factors(ideal, beyond), sync_s=found.pause_s)
 
 
 def fit_factors(

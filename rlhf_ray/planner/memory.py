@@ -2,21 +2,28 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
-from rlhf_ray.cluster.sharing import NEEDS, DeviceSharing
-from rlhf_ray.config.jobs import JobConfig, PPOJob, PreferenceJob
-from rlhf_ray.config.roles import Level
+from rlhf_ray.cluster.sharing import DeviceSharing
+from rlhf_ray.config.jobs import Job
+from rlhf_ray.config.roles import Level, needs_by_phase
 from rlhf_ray.config.sharing import shared_places
 from rlhf_ray.planner.calibration import ProcessMemory
-from rlhf_ray.planner.footprint import PLACES, Footprint, Item, Phase, Place, always, during, total
+from rlhf_ray.planner.footprint import (
+    OFFLOAD_LOCATIONS,
+    Footprint,
+    Location,
+    MemoryItem,
+    PlannedPhase,
+    StepPhase,
+    always,
+    during,
+    total,
+)
 from rlhf_ray.planner.hardware import Hardware, Machine
-from rlhf_ray.planner.placement import Chair, seat_processes
+from rlhf_ray.planner.jobs import workload_of
+from rlhf_ray.planner.placement import RoleProcess, assign_processes
 from rlhf_ray.planner.role_memory import EnginePlan, engine_plan, scored_items, trained_items
-from rlhf_ray.planner.workload import Role, RolloutRole, ScoredRole, TrainedRole, Workload, workload_of
-
-_OfStep = Literal["generate", "score", "update", "sync"]
-
+from rlhf_ray.planner.workload import ModelRole, RolloutRole, ScoredRole, TrainedRole, Workload
 
 HOST_SHARE = 0.95
 """Of host memory: where Ray's memory monitor begins to end processes (`RAY_memory_usage_threshold`)."""
@@ -29,48 +36,44 @@ class Stage:
     Attributes:
         name: for people.
         phase: of the step.
-        working: seats of the roles that work in it.
+        working: roles that work in it, by the key of their placement.
         levels: of the roles that leave their devices to others; others are always there.
     """
 
     name: str
-    phase: Phase
+    phase: PlannedPhase
     working: frozenset[str]
     levels: Mapping[str, Level]
 
 
-def stages(job: JobConfig) -> list[Stage]:
+def stages(workload: Workload) -> list[Stage]:
     """The stages of a step, after the loading of all models, in a run that has settled."""
-    places = job.places
-    leaves = getattr(job.placement, "offload_idle", False)
-    sharing = DeviceSharing(shared_places(places) if leaves else [])
-    parts = _parts(job, sharing)
-    for _, phase, roles in parts:  # one step before the one that is told of
+    places = workload.job.placements
+    sharing = DeviceSharing(
+        shared_places(places) if workload.job.placement.leaves_idle else [], needs_by_phase(workload.job.roles)
+    )
+    order = _order(workload, sharing)
+    for _, phase, roles in order:  # one step before the one that is told of
         sharing.enter(phase, roles)
     # Roles that leave load one after the other, and go before the next comes; a device must hold any of them whole.
     found = [Stage("load", "load", frozenset(places), {})]
-    for name, phase, roles in parts:
+    for name, phase, roles in order:
         sharing.enter(phase, roles)
         found.append(Stage(name, phase, roles, dict(sharing.levels)))
     return found
 
 
-def _parts(job: JobConfig, sharing: DeviceSharing) -> list[tuple[str, _OfStep, frozenset[str]]]:
-    there = frozenset(job.places)
-    if isinstance(job, PPOJob):
-        phases: tuple[_OfStep, ...] = ("generate", "score", "update", "sync")
-        trained = ["critic", "policy"]
-    else:
-        phases = ("score", "update") if isinstance(job, PreferenceJob) and "reference" in there else ("update",)
-        trained = [job.role.name]
-    parts: list[tuple[str, _OfStep, frozenset[str]]] = []
-    for phase in phases:
+def _order(workload: Workload, sharing: DeviceSharing) -> list[tuple[str, StepPhase, frozenset[str]]]:
+    """Name, phase and working roles of each stage of a step."""
+    needs = needs_by_phase(workload.job.roles)
+    order: list[tuple[str, StepPhase, frozenset[str]]] = []
+    for phase in workload.phases:
         if phase == "update":
-            turns = sharing.turns(trained)
-            parts += [(_name(turn, turns), phase, frozenset(turn)) for turn in turns]
+            turns = sharing.turns(workload.updated)
+            order += [(_name(turn, turns), phase, frozenset(turn)) for turn in turns]
         else:
-            parts.append((phase, phase, there & NEEDS[phase].keys()))
-    return parts
+            order.append((phase, phase, frozenset(needs[phase])))
+    return order
 
 
 def _name(turn: list[str], turns: list[list[str]]) -> str:
@@ -78,26 +81,26 @@ def _name(turn: list[str], turns: list[list[str]]) -> str:
 
 
 @dataclass(frozen=True)
-class Tenant:
-    """One process, or something else, that takes memory of a shelf.
+class MemoryUse:
+    """What one process, or something else, takes of a memory pool.
 
     Attributes:
         role: of the process; `ray` for Ray's own processes, `controller`, `object store`.
         rank: of the process.
         held: bytes in each stage, what it keeps without using it included.
         used: bytes that it needs in each stage.
-        parts: what it holds when that is most.
+        items: what it holds when that is most.
     """
 
     role: str
     rank: int
     held: tuple[int, ...]
     used: tuple[int, ...]
-    parts: tuple[Item, ...]
+    items: tuple[MemoryItem, ...]
 
 
 @dataclass(frozen=True)
-class Shelf:
+class MemoryPool:
     """One device's memory, or the host memory or the local disk of one node.
 
     Attributes:
@@ -105,19 +108,19 @@ class Shelf:
         device: number of the device within the node, None for host memory and disk.
         kind: name of the device's kind, `host` or `disk`.
         capacity: bytes that processes can have.
-        tenants: who takes of it.
+        uses: who takes how much of it.
     """
 
     node: str
     device: int | None
     kind: str
     capacity: int
-    tenants: tuple[Tenant, ...]
+    uses: tuple[MemoryUse, ...]
 
     @property
     def held(self) -> int:
         """Bytes in the fullest stage."""
-        return max((sum(stage) for stage in zip(*(tenant.held for tenant in self.tenants), strict=True)), default=0)
+        return max((sum(stage) for stage in zip(*(use.held for use in self.uses), strict=True)), default=0)
 
     @property
     def headroom(self) -> int:
@@ -136,14 +139,14 @@ class MemoryPlan:
 
     Attributes:
         stages: of a step.
-        shelves: devices of each node, then its host memory.
+        pools: devices of each node, then its host memory.
         engine: one rollout engine; None in a job without.
         store_needed, store: bytes of a step in Ray's object store, and of the smallest one.
     """
 
     workload: Workload
     stages: tuple[Stage, ...]
-    shelves: tuple[Shelf, ...]
+    pools: tuple[MemoryPool, ...]
     engine: EnginePlan | None
     store_needed: int
     store: int
@@ -151,17 +154,17 @@ class MemoryPlan:
     @property
     def fits(self) -> bool:
         """Whether the job can run."""
-        return all(shelf.fits for shelf in self.shelves) and not self.problems
+        return all(pool.fits for pool in self.pools) and not self.problems
 
     @property
     def problems(self) -> list[str]:
         """What else stands in the way, in words."""
         found = []
-        if self.engine is not None and not self.engine.starts:
-            job = self.workload.job
+        rollout = self.workload.rollout
+        if rollout is not None and self.engine is not None and not self.engine.starts:
             found.append(
                 f"rollout: the KV cache of an engine has no room for one sequence of rollout.engine.max_model_len "
-                f"({job.rollout.engine.max_model_len}) tokens, so vLLM won't start"  # type: ignore[union-attr]
+                f"({rollout.engine.max_model_len}) tokens, so vLLM won't start"
             )
         if self.store_needed > self.store:
             found.append(
@@ -172,40 +175,38 @@ class MemoryPlan:
         return found
 
 
-def plan_memory(job: JobConfig, hardware: Hardware, processes: ProcessMemory) -> MemoryPlan:
+def plan_memory(job: Job, hardware: Hardware, processes: ProcessMemory) -> MemoryPlan:
     """Where the memory of a job goes.
 
     Raises:
         ShapeError: when the shape of a model can't be read.
-        PlacementError: when a role has no place, whatever its memory.
+        PlacementError: when a role can not be placed, whatever its memory.
     """
     workload = workload_of(job)
-    chairs = seat_processes(workload, hardware)
-    building = _Building(workload, hardware, processes, stages(job))
-    for chair in chairs:
-        building.add(chair)
+    assigned = assign_processes(workload, hardware)
+    building = _Building(workload, hardware, processes, stages(workload))
+    for process in assigned:
+        building.add(process)
     building.add_others()
     return building.plan()
 
 
 class _Building:
-    def __init__(
-        self, workload: Workload, hardware: Hardware, processes: ProcessMemory, parts: Sequence[Stage]
-    ) -> None:
-        self._workload, self._hardware, self._processes, self._stages = workload, hardware, processes, parts
-        self._tenants: dict[tuple[str, int | Place], list[Tenant]] = {}
+    def __init__(self, workload: Workload, hardware: Hardware, processes: ProcessMemory, step: Sequence[Stage]) -> None:
+        self._workload, self._hardware, self._processes, self._stages = workload, hardware, processes, step
+        self._uses: dict[tuple[str, int | Location], list[MemoryUse]] = {}
         self._machines: dict[str, Machine] = {machine.node.name: machine for machine in hardware.machines}
-        self._alike: dict[tuple[str, int, bool, bool], dict[Place, Tenant]] = {}
+        self._alike: dict[tuple[str, int, bool, bool], dict[Location, MemoryUse]] = {}
         self._engine: EnginePlan | None = None
 
-    def add(self, chair: Chair) -> None:
+    def add(self, process: RoleProcess) -> None:
         """A process on its device and node."""
-        like = (chair.role.name, chair.machine.device_memory, chair.device is None, chair.first)
+        like = (process.role.name, process.machine.device_memory, process.device is None, process.first)
         if like not in self._alike:
-            self._alike[like] = self._tenant_of(chair)
-        for place, tenant in self._alike[like].items():
-            shelf: int | Place = chair.device if place == "device" and chair.device is not None else place
-            self._tenants.setdefault((chair.machine.node.name, shelf), []).append(replace(tenant, rank=chair.rank))
+            self._alike[like] = self._use_of(process)
+        for location, use in self._alike[like].items():
+            pool: int | Location = process.device if location == "device" and process.device is not None else location
+            self._uses.setdefault((process.machine.node.name, pool), []).append(replace(use, rank=process.rank))
 
     def add_others(self) -> None:
         """What is there beside the roles: on each node Ray and its store, on the first the controller."""
@@ -224,50 +225,50 @@ class _Building:
         return MemoryPlan(
             workload=self._workload,
             stages=tuple(self._stages),
-            shelves=tuple(self._shelves()),
+            pools=tuple(self._pools()),
             engine=self._engine,
             store_needed=self._workload.trajectory_bytes,
             store=min(machine.object_store for machine in self._hardware.machines),
         )
 
-    def _shelves(self) -> Iterator[Shelf]:
+    def _pools(self) -> Iterator[MemoryPool]:
         for node, machine in self._machines.items():
             for device in range(machine.devices):
-                tenants = tuple(self._tenants.get((node, device), ()))
-                yield Shelf(node, device, machine.kind_name, machine.device_memory, tenants)
-            host = tuple(self._tenants.get((node, "host"), ()))
-            yield Shelf(node, None, "host", int(machine.host_memory * HOST_SHARE), host)
-            disk = tuple(self._tenants.get((node, "disk"), ()))
+                uses = tuple(self._uses.get((node, device), ()))
+                yield MemoryPool(node, device, machine.kind_name, machine.device_memory, uses)
+            host = tuple(self._uses.get((node, "host"), ()))
+            yield MemoryPool(node, None, "host", int(machine.host_memory * HOST_SHARE), host)
+            disk = tuple(self._uses.get((node, "disk"), ()))
             if disk and machine.disk_space is not None:
-                yield Shelf(node, None, "disk", machine.disk_space, disk)
+                yield MemoryPool(node, None, "disk", machine.disk_space, disk)
 
-    def _tenant_of(self, chair: Chair) -> dict[Place, Tenant]:
+    def _use_of(self, process: RoleProcess) -> dict[Location, MemoryUse]:
         """What one process takes of its device and of its node's host memory."""
-        role, footprint = chair.role, self._footprint(chair, cpu=chair.device is None)
-        found: dict[Place, Tenant] = {}
-        for place in PLACES.values():
-            if not any(item.place == place for item in footprint.items):
+        role, footprint = process.role, self._footprint(process, cpu=process.device is None)
+        found: dict[Location, MemoryUse] = {}
+        for location in OFFLOAD_LOCATIONS.values():
+            if not any(item.location == location for item in footprint.items):
                 continue
-            used = tuple(total(self._in_stage(role, footprint, place, stage)) for stage in self._stages)
+            used = tuple(total(self._in_stage(role, footprint, location, stage)) for stage in self._stages)
             # Allocators keep what they once had, unless the process leaves its device.
-            leaves = place == "device" and role.seat in self._stages[-1].levels
-            peak = tuple(footprint.peak(place))
-            found[place] = Tenant(role.name, 0, used if leaves else (total(peak),) * len(used), used, peak)
+            leaves = location == "device" and role.placement_key in self._stages[-1].levels
+            peak = tuple(footprint.peak(location))
+            found[location] = MemoryUse(role.name, 0, used if leaves else (total(peak),) * len(used), used, peak)
         return found
 
-    def _footprint(self, chair: Chair, *, cpu: bool) -> Footprint:
-        role = chair.role
-        items = [*self._model_items(role, chair.machine, cpu=cpu), *self._process_items(role, chair, cpu=cpu)]
+    def _footprint(self, process: RoleProcess, *, cpu: bool) -> Footprint:
+        role = process.role
+        items = [*self._model_items(role, process.machine, cpu=cpu), *self._process_items(role, process, cpu=cpu)]
         if not cpu:
             items += self._copies(role, items)
             return Footprint.of(items)
         # The device of a process on the CPU is host memory, which nothing leaves.
         return Footprint.of(
-            Item(item.name, item.size, "host" if item.place == "device" else item.place, item.moments, Level.OUT)
+            replace(item, location="host" if item.location == "device" else item.location, level=Level.OUT)
             for item in items
         )
 
-    def _model_items(self, role: Role, machine: Machine, *, cpu: bool) -> list[Item]:
+    def _model_items(self, role: ModelRole, machine: Machine, *, cpu: bool) -> list[MemoryItem]:
         if isinstance(role, TrainedRole):
             return trained_items(role, cpu=cpu)
         if isinstance(role, ScoredRole):
@@ -275,11 +276,11 @@ class _Building:
         self._engine = engine_plan(role, machine.device_memory, cpu=cpu)
         return list(self._engine.items)
 
-    def _process_items(self, role: Role, chair: Chair, *, cpu: bool) -> Iterator[Item]:
+    def _process_items(self, role: ModelRole, process: RoleProcess, *, cpu: bool) -> Iterator[MemoryItem]:
         """The process itself."""
         amount = self._processes.bytes_of
         if isinstance(role, RolloutRole):
-            yield always("process", amount("engine_mib" if chair.first else "worker_mib"), Level.OUT, "host")
+            yield always("process", amount("engine_mib" if process.first else "worker_mib"), Level.OUT, "host")
         else:
             yield always("process", amount("rank_mib"), Level.OUT, "host")
         if isinstance(role, TrainedRole) and cpu:
@@ -292,27 +293,27 @@ class _Building:
         yield always("CUDA", amount("context_mib"), Level.OUT)
         if isinstance(role, RolloutRole) and not role.engine.enforce_eager:
             yield always("CUDA graphs", amount("graphs_mib"), Level.OUT)
-        yield during("weights on their way to the device", self._loading(role), "load", place="host")
+        yield during("weights on their way to the device", self._loading(role), "load", location="host")
 
-    def _loading(self, role: Role) -> int:
+    def _loading(self, role: ModelRole) -> int:
         """A model is read into host memory before it goes to a device."""
         return 0 if isinstance(role, RolloutRole) else role.loaded_bytes
 
-    def _copies(self, role: Role, items: Sequence[Item]) -> Iterator[Item]:
+    def _copies(self, role: ModelRole, items: Sequence[MemoryItem]) -> Iterator[MemoryItem]:
         """What roles that leave their device keep in host memory, in buffers that stay; engines drop their weights."""
-        if role.seat not in self._stages[-1].levels or isinstance(role, RolloutRole):
+        if role.placement_key not in self._stages[-1].levels or isinstance(role, RolloutRole):
             return
         for item in items:
-            if item.place == "device" and item.moments is None and item.level > Level.OUT:
+            if item.location == "device" and item.moments is None and item.level > Level.OUT:
                 yield always(item.name, item.size, Level.OUT, "host")
 
-    def _in_stage(self, role: Role, footprint: Footprint, place: Place, stage: Stage) -> list[Item]:
-        level = stage.levels.get(role.seat, Level.FULL)
-        if role.seat not in stage.working:
-            return footprint.idle(place, level)
-        return [item for item in footprint.peak(place, stage.phase) if item.moments or item.level <= level]
+    def _in_stage(self, role: ModelRole, footprint: Footprint, location: Location, stage: Stage) -> list[MemoryItem]:
+        level = stage.levels.get(role.placement_key, Level.FULL)
+        if role.placement_key not in stage.working:
+            return footprint.idle(location, level)
+        return [item for item in footprint.peak(location, stage.phase) if item.moments or item.level <= level]
 
     def _keep(self, node: str, role: str, size: int) -> None:
         sizes = (size,) * len(self._stages)
         item = always(role, size, Level.OUT, "host")
-        self._tenants.setdefault((node, "host"), []).append(Tenant(role, 0, sizes, sizes, (item,)))
+        self._uses.setdefault((node, "host"), []).append(MemoryUse(role, 0, sizes, sizes, (item,)))

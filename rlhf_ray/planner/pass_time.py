@@ -81,7 +81,7 @@ def rates_of(machine: Machine, calibration: Calibration, threads: int) -> Rates:
 
 
 @dataclass(frozen=True)
-class Group:
+class ProcessGroup:
     """The ranks of a role as they talk to one another, in a ring that enters and leaves each node once.
 
     Attributes:
@@ -151,7 +151,7 @@ class Ranks:
     shape: ModelShape
     engine: TrainingEngine | ScoringEngine
     rates: Rates
-    group: Group
+    group: ProcessGroup
     constants: Calibration
     lora: Lora | None = None
 
@@ -181,7 +181,7 @@ class Ranks:
 
     def scoring_s(self, sequences: Sequences) -> float:
         """Seconds of the forward passes over some sequences, shared out over the ranks."""
-        share, passes = self._share(sequences)
+        share, passes = self._of_busiest_rank(sequences)
         work = scoring_work(self.shape, share)
         compute = self._seconds(work, self.constants.scoring, passes) + self._exchanging_s(share, passes)
         return self._with_gathering(compute, passes, gathers=1)
@@ -189,7 +189,7 @@ class Ranks:
     def accumulate_s(self, sequences: Sequences) -> float:
         """Seconds of the forward and backward passes of one optimizer step, without the step."""
         assert isinstance(self.engine, TrainingEngine)
-        share, passes = self._share(sequences)
+        share, passes = self._of_busiest_rank(sequences)
         constants = self.constants
         compute = self._seconds(training_work(self.shape, share, self.trained), constants.training, passes)
         exchanges = 2
@@ -220,31 +220,31 @@ class Ranks:
         """Seconds of one pass over some sequences in so many optimizer steps."""
         return optimizer_steps * (self.accumulate_s(sequences / optimizer_steps) + self.step_s())
 
-    def _share(self, sequences: Sequences) -> tuple[Sequences, int]:
+    def _of_busiest_rank(self, sequences: Sequences) -> tuple[Sequences, int]:
         """What the busiest rank gets, and the number of its micro-batches. Of sequences that ranks share, each rank has
         a part of the tokens, and in attention of the heads."""
-        sharing = self.engine.sequence_parallel
-        mine = max(1, math.ceil(sequences.count * sharing / self.group.ranks - 1e-9))
+        sp_size = self.engine.sequence_parallel
+        mine = max(1, math.ceil(sequences.count * sp_size / self.group.ranks - 1e-9))
         length = sequences.tokens / sequences.count
         together = max(1, int(self.engine.micro_batch_tokens / length))
-        return sequences / (sequences.count / mine * sharing), math.ceil(mine / together)
+        return sequences / (sequences.count / mine * sp_size), math.ceil(mine / together)
 
     def _seconds(self, work: Work, factors: Pass, passes: int) -> float:
         ideal = ideal_times(work, self.rates, self.engine.dtype, passes, self.shape.layers)
-        parts = {name: getattr(factors, name) * seconds for name, seconds in ideal.items()}
-        launches = parts.pop("layer_s")
-        compute = sum(parts.values())
+        terms: dict[str, float] = {name: getattr(factors, name) * seconds for name, seconds in ideal.items()}
+        launches = terms.pop("layer_s")
+        compute = sum(terms.values())
         return max(compute, launches) if self.rates.ahead else compute + launches
 
     def _exchanging_s(self, share: Sequences, passes: int) -> float:
         """Ranks that share sequences exchange queries, keys, values and results in each layer (Jacobs et al. 2023)."""
-        sharing, shape, factors = self.engine.sequence_parallel, self.shape, self.constants.collectives
-        if sharing == 1:
+        sp_size, shape, factors = self.engine.sequence_parallel, self.shape, self.constants.collectives
+        if sp_size == 1:
             return 0.0
-        near = self.group.ranks // self.group.nodes >= sharing
+        near = self.group.ranks // self.group.nodes >= sp_size
         bandwidth = self.group.link if near else self.group.bandwidth
         states = 2 * (shape.heads + shape.kv_heads) * shape.head_dim * BYTES[self.engine.dtype]
-        moved = share.tokens * shape.layers * states * (sharing - 1) / sharing
+        moved = share.tokens * shape.layers * states * (sp_size - 1) / sp_size
         return factors.all_gather * moved / bandwidth + passes * shape.layers * 4 * factors.call_s
 
     def _with_gathering(self, compute: float, passes: int, gathers: int) -> float:

@@ -1,24 +1,24 @@
-"""Where the roles of a job sit: how fast their processes are there, and what they share."""
+"""On which nodes and devices the processes of a job run, how fast they are there, and what they share."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from rlhf_ray.cluster.assignment import Assignment, assign, requests_of
-from rlhf_ray.config.jobs import JobConfig
+from rlhf_ray.config.jobs import Job
 from rlhf_ray.config.placement import RolePlacement, RolloutPlacement
 from rlhf_ray.planner.calibration import Calibration, Device
 from rlhf_ray.planner.devices import DEVICES
 from rlhf_ray.planner.hardware import Hardware, Machine
-from rlhf_ray.planner.pass_time import Group, Ranks, Rates, rates_of
-from rlhf_ray.planner.workload import Role, RolloutRole, ScoredRole, TrainedRole, Workload
+from rlhf_ray.planner.pass_time import ProcessGroup, Ranks, Rates, rates_of
+from rlhf_ray.planner.workload import ModelRole, RolloutRole, ScoredRole, TrainedRole, Workload
 
 
 @dataclass(frozen=True)
-class Cluster:
-    """Machines with a job on them.
+class AssignedHardware:
+    """A cluster whose nodes have been assigned to the roles of a job.
 
     Attributes:
-        assignment: node of each place of each role that has places of its own, ranks in order.
+        assignment: node of each bundle of each role that has bundles of its own, ranks in order.
         constants: of each kind of device in use.
     """
 
@@ -28,11 +28,11 @@ class Cluster:
 
 
 @dataclass(frozen=True)
-class Seat:
-    """Where one role sits.
+class RoleDevices:
+    """What the processes of one role run on.
 
     Attributes:
-        host: role whose places they are.
+        host: role whose bundles they are: another one where the role is colocated.
         rates: of its slowest rank or worker.
         group: its ranks, or the workers of one engine.
         constants: of the device.
@@ -42,29 +42,29 @@ class Seat:
 
     host: str
     rates: Rates
-    group: Group
+    group: ProcessGroup
     constants: Calibration
     nodes: frozenset[str]
     needs: Mapping[str, float] = field(default_factory=dict)
 
 
-class Seats:
-    """The seats of all roles of a job.
+class JobDevices:
+    """What all roles of a job run on.
 
     Attributes:
         of: by role.
-        capacity: of each resource that seats need: 1 of devices, so that roles on them take turns; cores of nodes.
+        capacity: of each resource that roles need: 1 of devices, so that roles on them take turns; cores of nodes.
     """
 
-    def __init__(self, config: JobConfig, cluster: Cluster) -> None:
+    def __init__(self, config: Job, cluster: AssignedHardware) -> None:
         self._config, self._cluster = config, cluster
         self.capacity: dict[str, float] = {}
-        self.of = {role: self._seat(role) for role in config.places}
+        self.of = {role: self._role_devices(role) for role in config.placements}
 
-    def _seat(self, role: str) -> Seat:
-        placement = self._config.places[role].placement
+    def _role_devices(self, role: str) -> RoleDevices:
+        placement = self._config.placements[role]
         host = placement.colocate or role
-        at = self._config.places[host].placement
+        at = self._config.placements[host]
         nodes = self._cluster.assignment[host]
         machines = [self._cluster.hardware.machine(node) for node in nodes]
         if not at.gpus:
@@ -72,13 +72,13 @@ class Seats:
         threads = placement.threads or at.threads or max(1, int(at.cpus))
         constants = self._cluster.constants["gpu" if at.gpus else "cpu"]
         rates = min((rates_of(machine, constants, threads) for machine in machines), key=lambda rates: rates.bfloat16)
-        group = Group(len(nodes), len({node.name for node in nodes}), rates.link, rates.network)
+        group = ProcessGroup(len(nodes), len({node.name for node in nodes}), rates.link, rates.network)
         processes = 1
         if isinstance(placement, RolloutPlacement):
             group = replace(group, ranks=placement.tensor_parallel, nodes=1)
             processes = placement.tensor_parallel if host == role else 1
         needs = self._on_devices(host) if at.gpus else self._on_cores(machines, threads * processes)
-        return Seat(host, rates, group, constants, frozenset(node.name for node in nodes), needs)
+        return RoleDevices(host, rates, group, constants, frozenset(node.name for node in nodes), needs)
 
     def _on_devices(self, host: str) -> dict[str, float]:
         name = f"devices of {host}"
@@ -94,10 +94,10 @@ class Seats:
         return needs
 
 
-def ranks_of(role: TrainedRole | ScoredRole, seat: Seat) -> Ranks:
+def ranks_of(role: TrainedRole | ScoredRole, devices: RoleDevices) -> Ranks:
     """The model of a role on its ranks."""
     lora = role.lora if isinstance(role, TrainedRole) else None
-    return Ranks(role.shape, role.engine, seat.rates, seat.group, seat.constants, lora)
+    return Ranks(role.shape, role.engine, devices.rates, devices.group, devices.constants, lora)
 
 
 def _without_devices(machine: Machine) -> Machine:
@@ -106,8 +106,8 @@ def _without_devices(machine: Machine) -> Machine:
 
 
 @dataclass(frozen=True)
-class Chair:
-    """Where one process sits.
+class RoleProcess:
+    """One process of a role, on its node and device.
 
     Attributes:
         rank: of the role; of an engine's worker its number among the workers of all engines.
@@ -115,43 +115,44 @@ class Chair:
         first: of its engine's workers.
     """
 
-    role: Role
+    role: ModelRole
     rank: int
     machine: Machine
     device: int | None
     first: bool = True
 
 
-def seat_processes(workload: Workload, hardware: Hardware) -> list[Chair]:
+def assign_processes(workload: Workload, hardware: Hardware) -> list[RoleProcess]:
     """All processes that hold a model.
 
     Raises:
-        PlacementError: when a role has no place.
+        PlacementError: when a role can not be placed.
     """
-    placements = {seat: placed.placement for seat, placed in workload.job.places.items()}
+    placements = workload.job.placements
     assignment = assign(requests_of(placements), hardware.nodes)
     devices = _devices(placements, assignment)
-    chairs = []
+    processes = []
     for role in workload.roles:
-        place = placements[role.seat]
-        host = place.colocate or role.seat
-        # A place of an engine of its own holds all its workers; a place of a role holds one process of each guest.
-        seats = [
+        own = placements[role.placement_key]
+        host = own.colocate or role.placement_key
+        # A bundle of an engine of its own holds all its workers; a bundle of a role holds one process of each guest.
+        slots = [
             (hardware.machine(node), device)
             for node, numbers in zip(assignment[host], devices[host], strict=True)
             for device in numbers
         ]
         workers = role.placement.tensor_parallel if isinstance(role, RolloutRole) else 1
-        chairs += [
-            Chair(role, rank, machine, device, rank % workers == 0) for rank, (machine, device) in enumerate(seats)
+        processes += [
+            RoleProcess(role, rank, machine, device, rank % workers == 0)
+            for rank, (machine, device) in enumerate(slots)
         ]
-    return chairs
+    return processes
 
 
 def _devices(
     placements: dict[str, RolePlacement | RolloutPlacement], assignment: Assignment
 ) -> dict[str, list[Sequence[int | None]]]:
-    """Numbers of the devices of each place of each role, one for each process; None for a process on the CPU."""
+    """Numbers of the devices of each bundle of each role, one for each process; None for a process on the CPU."""
     taken: dict[str, list[float]] = {}
     found: dict[str, list[Sequence[int | None]]] = {}
     for role, place in placements.items():

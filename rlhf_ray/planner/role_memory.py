@@ -12,7 +12,7 @@ from rlhf_ray.config.training import Lora
 from rlhf_ray.models.lora_sizes import adapted_layers, adapter_sizes, frozen_bytes
 from rlhf_ray.models.shapes import ModelShape
 from rlhf_ray.planner.activation_memory import FLOAT32, INT64, ITEMSIZE, PassShape
-from rlhf_ray.planner.footprint import PLACES, Item, Moment, Place, always, during
+from rlhf_ray.planner.footprint import OFFLOAD_LOCATIONS, Location, MemoryItem, Moment, always, during
 from rlhf_ray.planner.workload import RolloutRole, ScoredRole, TrainedRole
 
 # DeepSpeed's defaults, in elements (runtime/zero/config.py), and what `engines/training.py` sets.
@@ -38,7 +38,7 @@ SORTED_LOGIT = 4 * FLOAT32 + INT64
 
 
 @dataclass(frozen=True)
-class Sizes:
+class TrainedSizes:
     """Elements of a model as its engine holds it.
 
     Attributes:
@@ -55,32 +55,32 @@ class Sizes:
 
     @staticmethod
     @cache
-    def of(shape: ModelShape, lora: Lora | None) -> "Sizes":
+    def of(shape: ModelShape, lora: Lora | None) -> "TrainedSizes":
         """Of a model with its adapters."""
         persistent = sum(t.size * t.count for t in shape.tensors() if t.size <= PERSISTENT)
         if lora is None:
             largest = max(tensor.size for tensor in shape.tensors())
-            return Sizes(shape.parameters, shape.parameters, largest, persistent)
+            return TrainedSizes(shape.parameters, shape.parameters, largest, persistent)
         adapters = adapter_sizes(shape, lora)
-        return Sizes(shape.parameters + sum(adapters), sum(adapters), max(adapters), persistent)
+        return TrainedSizes(shape.parameters + sum(adapters), sum(adapters), max(adapters), persistent)
 
 
-def trained_items(role: TrainedRole, *, cpu: bool) -> list[Item]:
+def trained_items(role: TrainedRole, *, cpu: bool) -> list[MemoryItem]:
     """What one rank holds, without the process itself."""
     return _Rank(role, cpu).items()
 
 
-def swapped_weights(largest: int, ranks: int, place: Place) -> list[Item]:
+def swapped_weights(largest: int, ranks: int, location: Location) -> list[MemoryItem]:
     """Buffers in host memory of weights that are on a disk; each holds any rank's part of any of them."""
     size = SWAP_BUFFERS * -(-largest // ranks)
-    return [always("offload buffers", size, place="host")] if place == "disk" else []
+    return [always("offload buffers", size, location="host")] if location == "disk" else []
 
 
-def gathered_elements(weights: int, largest: int, ranks: int, place: Place, *, cpu: bool) -> int:
+def gathered_elements(weights: int, largest: int, ranks: int, location: Location, *, cpu: bool) -> int:
     """Elements of sharded weights that are whole on a device at a time; DeepSpeed keeps what it soon needs again."""
-    if ranks == 1 and (place == "device" or cpu):
+    if ranks == 1 and (location == "device" or cpu):
         return 0
-    kept = largest if place == "disk" else LIVE_PARAMETERS
+    kept = largest if location == "disk" else LIVE_PARAMETERS
     return min(weights, kept + PREFETCH)
 
 
@@ -105,53 +105,53 @@ class _Rank:
         self.role, self.engine, self.cpu = role, role.engine, cpu
         self.stage, self.ranks = role.engine.zero_stage, role.ranks
         self.item = ITEMSIZE[role.engine.dtype]
-        self.sizes = Sizes.of(role.shape, role.lora)
+        self.sizes = TrainedSizes.of(role.shape, role.lora)
         self.owned = -(-self.sizes.trained // (self.ranks if self.stage else 1))
-        self.states = PLACES[role.engine.offload_optimizer]
+        self.states = OFFLOAD_LOCATIONS[role.engine.offload_optimizer]
 
-    def items(self) -> list[Item]:
+    def items(self) -> list[MemoryItem]:
         return [*self._weights(), *self._optimizer(), *self._gradients(), *self._step(), *self._passes()]
 
-    def _weights(self) -> list[Item]:
+    def _weights(self) -> list[MemoryItem]:
         size = frozen_bytes(self.role.shape, self.role.lora, self.item) + self.item * self.sizes.trained
         if self.role.lora is None:
             size = self.item * self.sizes.all
         if self.stage < 3:
             return [always("weights", size, Level.WEIGHTS)]
-        place = PLACES[self.engine.offload_parameters]
+        location = OFFLOAD_LOCATIONS[self.engine.offload_parameters]
         whole = self.item * self.sizes.persistent
-        gathered = gathered_elements(self.sizes.all, self.sizes.largest, self.ranks, place, cpu=self.cpu) * self.item
+        gathered = gathered_elements(self.sizes.all, self.sizes.largest, self.ranks, location, cpu=self.cpu) * self.item
         return [
-            always("weights", size / self.ranks, Level.WEIGHTS, place),
-            always("weights kept whole", whole if self.ranks > 1 or place != "device" else 0, Level.WEIGHTS),
-            *swapped_weights(self.item * self.sizes.largest, self.ranks, place),
+            always("weights", size / self.ranks, Level.WEIGHTS, location),
+            always("weights kept whole", whole if self.ranks > 1 or location != "device" else 0, Level.WEIGHTS),
+            *swapped_weights(self.item * self.sizes.largest, self.ranks, location),
             during("gathered weights", gathered, "score", "backward", "reduce"),
         ]
 
-    def _optimizer(self) -> list[Item]:
+    def _optimizer(self) -> list[MemoryItem]:
         # Stage 0 in float32 trains the weights themselves; all others keep a float32 copy beside them.
         copies = self.stage > 0 or self.engine.dtype != "float32"
-        items = [always("optimizer moments", MOMENTS * self.owned, place=self.states)]
+        items = [always("optimizer moments", MOMENTS * self.owned, location=self.states)]
         if copies:
-            items.insert(0, always("master weights", FLOAT32 * self.owned, place=self.states))
+            items.insert(0, always("master weights", FLOAT32 * self.owned, location=self.states))
         return [*items, *self._offload_buffers()]
 
-    def _offload_buffers(self) -> list[Item]:
+    def _offload_buffers(self) -> list[MemoryItem]:
         """What stays allocated beside a state that is not on the device."""
         gradients = FLOAT32 * self.owned
         if self.states == "disk":
-            part = SWAPPED * min(SWAP_GROUP, self.owned)
-            return [always("offload buffers", part, place="host"), always("gradients", gradients, place="disk")]
+            shard = SWAPPED * min(SWAP_GROUP, self.owned)
+            return [always("offload buffers", shard, location="host"), always("gradients", gradients, location="disk")]
         if self.states == "device":
             return []
         if self.stage == 3:
-            return [always("offload buffers", gradients, place="host")]
+            return [always("offload buffers", gradients, location="host")]
         # Updated weights on their way back, and one gradient on its way, on both sides.
         largest = self.item * self.sizes.largest
         host = gradients + self.item * self.owned + largest
-        return [always("offload buffers", host, place="host"), always("offload buffers", largest)]
+        return [always("offload buffers", host, location="host"), always("offload buffers", largest)]
 
-    def _gradients(self) -> list[Item]:
+    def _gradients(self) -> list[MemoryItem]:
         role, item, trained = self.role, self.item, self.sizes.trained
         micro_batches = role.batch.micro_batches(self.engine, self.ranks)
         accumulates = micro_batches > 1
@@ -169,39 +169,39 @@ class _Rank:
             ]
         if self.stage == 3:
             return [
-                always("gradients", item * self.owned, place="device" if self.states == "device" else "host"),
+                always("gradients", item * self.owned, location="device" if self.states == "device" else "host"),
                 always("reduce buffers", item * bucket),
                 during("reduce buffers", item * flattened, *early, "reduce"),
             ]
-        part = item * self.owned
+        shard = item * self.owned
         if self.stage == 1:
             return [
                 during("gradients", item * trained, *whole),
-                during("gradients", part if self.states == "device" else 0, "step"),
-                during("reduce buffers", item * (buckets + flattened) + part, "reduce"),
+                during("gradients", shard if self.states == "device" else 0, "step"),
+                during("reduce buffers", item * (buckets + flattened) + shard, "reduce"),
             ]
-        accumulated = part if accumulates else 0
-        passing = item * flattened + part if several else max(item * flattened, part)
+        accumulated = shard if accumulates else 0
+        passing = item * flattened + shard if several else max(item * flattened, shard)
         return [
-            during("gradients", accumulated, "backward", place=self.states),
-            during("gradients", part, "step", place=self.states),
+            during("gradients", accumulated, "backward", location=self.states),
+            during("gradients", shard, "step", location=self.states),
             during("reduce buffers", item * buckets, "backward"),
             during("reduce buffers", item * flattened, *early),
             during("reduce buffers", item * buckets + passing + accumulated, "reduce"),
         ]
 
-    def _step(self) -> list[Item]:
+    def _step(self) -> list[MemoryItem]:
         """Gradients flattened and in float32, or, before that, the float64 copy of one that its norm takes."""
         if self.states != "device":
             return []
-        part = min(self.owned, SUB_GROUP) if self.stage == 3 else self.owned
-        flat = part * (FLOAT32 if self.item == FLOAT32 else FLOAT32 + self.item)
+        shard = min(self.owned, SUB_GROUP) if self.stage == 3 else self.owned
+        flat = shard * (FLOAT32 if self.item == FLOAT32 else FLOAT32 + self.item)
         if self.stage == 0:
             flat = 0 if self.item == FLOAT32 else FLOAT32 * self.owned
         norm = FLOAT64 * min(self.sizes.largest, self.owned) if self.stage else 0
         return [during("gradients for the step", max(flat, norm), "step")]
 
-    def _passes(self) -> list[Item]:
+    def _passes(self) -> list[MemoryItem]:
         role, how = self.role, pass_shape(self.role, cpu=self.cpu)
         pack = role.batch.train_pack(self.engine, self.ranks)
         head, working = how.head_bytes(pack, backward=True), how.working_bytes(pack.tokens)
@@ -211,7 +211,7 @@ class _Rank:
             during("logits and states", max(head, working), "backward"),
             during("gradients", head_gradient if role.shape.head == "vocabulary" else 0, "backward"),
         ]
-        if role.scores:
+        if role.score_passes:
             scored = role.batch.score_pack(self.engine, self.ranks)
             passing = how.forward_bytes(scored.tokens) + how.head_bytes(scored, backward=False)
             items.append(during("logits and states", passing, "score"))
@@ -229,7 +229,7 @@ class _Rank:
         return 2 * FLOAT32 * largest if self.role.lora is not None else 0
 
 
-def scored_items(role: ScoredRole, *, cpu: bool) -> list[Item]:
+def scored_items(role: ScoredRole, *, cpu: bool) -> list[MemoryItem]:
     """What one rank holds, without the process itself."""
     engine, shape = role.engine, role.shape
     item = ITEMSIZE[engine.dtype]
@@ -246,14 +246,14 @@ def scored_items(role: ScoredRole, *, cpu: bool) -> list[Item]:
     items = [during("logits and states", passing, "score")]
     if engine.zero_stage == 0:
         return [always("weights", weights, Level.WEIGHTS), *items]
-    place = PLACES[engine.offload_parameters]
+    location = OFFLOAD_LOCATIONS[engine.offload_parameters]
     largest = max(tensor.size for tensor in shape.tensors())
-    gathered = gathered_elements(shape.parameters, largest, role.ranks, place, cpu=cpu) * item
+    gathered = gathered_elements(shape.parameters, largest, role.ranks, location, cpu=cpu) * item
     whole = sum(tensor.size * tensor.count for tensor in shape.tensors() if tensor.size <= PERSISTENT) * item
     return [
-        always("weights", weights / role.ranks, Level.WEIGHTS, place),
-        always("weights kept whole", whole if role.ranks > 1 or place != "device" else 0, Level.WEIGHTS),
-        *swapped_weights(item * largest, role.ranks, place),
+        always("weights", weights / role.ranks, Level.WEIGHTS, location),
+        always("weights kept whole", whole if role.ranks > 1 or location != "device" else 0, Level.WEIGHTS),
+        *swapped_weights(item * largest, role.ranks, location),
         during("gathered weights", gathered, "score"),
         *items,
     ]
@@ -271,7 +271,7 @@ class EnginePlan:
         allotted: device bytes that one worker may use; None on the CPU, where the KV cache alone is limited.
     """
 
-    items: tuple[Item, ...]
+    items: tuple[MemoryItem, ...]
     cached_tokens: int
     wanted_tokens: int
     needs: int

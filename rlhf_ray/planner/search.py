@@ -15,21 +15,22 @@ from typing import Any
 import yaml
 
 from rlhf_ray.cluster.assignment import PlacementError, assign, requests_of
-from rlhf_ray.config.jobs import JobConfig
+from rlhf_ray.config.jobs import Job
 from rlhf_ray.config.loading import ConfigError, parse_config
 from rlhf_ray.planner.calibration import Calibration, Device, ProcessMemory
 from rlhf_ray.planner.candidates import Layout, Setting, layouts, settings
 from rlhf_ray.planner.hardware import Hardware
+from rlhf_ray.planner.jobs import workload_of
 from rlhf_ray.planner.memory import MemoryPlan, plan_memory
-from rlhf_ray.planner.placement import Cluster, Seats, ranks_of
+from rlhf_ray.planner.placement import AssignedHardware, JobDevices, ranks_of
 from rlhf_ray.planner.role_memory import engine_plan
 from rlhf_ray.planner.step_time import StepTime, step_time
-from rlhf_ray.planner.work import Sequences
-from rlhf_ray.planner.workload import Lengths, Role, RolloutRole, ScoredRole, TrainedRole, workload_of
+from rlhf_ray.planner.work import Lengths, Sequences
+from rlhf_ray.planner.workload import ModelRole, RolloutRole, ScoredRole, TrainedRole
 
 logger = logging.getLogger("rlhf_ray")
 
-Overrides = dict[str, Any]
+ConfigValues = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Proposal:
     """
 
     overrides: Mapping[str, Any]
-    job: JobConfig
+    job: Job
     time: StepTime
     plan: MemoryPlan
 
@@ -53,7 +54,7 @@ class Proposal:
 
 
 def best_placements(
-    job: JobConfig,
+    job: Job,
     hardware: Hardware,
     constants: Mapping[Device, Calibration],
     processes: ProcessMemory,
@@ -65,7 +66,7 @@ def best_placements(
     Raises:
         ShapeError: when the shape of a model can't be read.
     """
-    search = _Search(job, hardware, constants, processes, lengths)
+    search = _PlacementSearch(job, hardware, constants, processes, lengths)
     timed = sorted(search.candidates(), key=lambda candidate: candidate[0].seconds)
     logger.debug("%d layouts have settings that fit", len(timed))
     found: list[Proposal] = []
@@ -80,10 +81,10 @@ def best_placements(
     return found
 
 
-class _Search:
+class _PlacementSearch:
     def __init__(
         self,
-        job: JobConfig,
+        job: Job,
         hardware: Hardware,
         constants: Mapping[Device, Calibration],
         processes: ProcessMemory,
@@ -94,12 +95,12 @@ class _Search:
         self._processes, self._lengths = processes, lengths
         self._roles = workload_of(job).roles
         self._on_devices = hardware.device == "gpu"
-        self._chosen: dict[tuple[object, ...], Overrides | None] = {}
+        self._chosen: dict[tuple[object, ...], ConfigValues | None] = {}
 
-    def candidates(self) -> Iterator[tuple[StepTime, Overrides]]:
+    def candidates(self) -> Iterator[tuple[StepTime, ConfigValues]]:
         """The job as it is and every layout with settings that fit, if it has a place: the step, and what to change."""
-        uses_devices = any(placed.placement.gpus > 0 for placed in self._job.places.values())
-        as_it_is = [Overrides()] if uses_devices == self._on_devices else []
+        uses_devices = any(placement.gpus > 0 for placement in self._job.placements.values())
+        as_it_is = [ConfigValues()] if uses_devices == self._on_devices else []
         complete = map(self._complete, layouts(self._job, self._hardware, self._roles[0].shape.heads))
         for overrides in chain(as_it_is, complete):
             job = None if overrides is None else self.job(overrides)
@@ -109,7 +110,7 @@ class _Search:
             workload = workload_of(job)
             yield step_time(workload, cluster, self._lengths, self._cached_tokens(job)), overrides
 
-    def job(self, overrides: Overrides) -> JobConfig | None:
+    def job(self, overrides: ConfigValues) -> Job | None:
         """With these keys; None where the config does not allow them."""
         raw = _copy(self._raw)
         for key, value in overrides.items():
@@ -119,22 +120,22 @@ class _Search:
         except ConfigError:
             return None
 
-    def changed(self, overrides: Overrides) -> Overrides:
+    def changed(self, overrides: ConfigValues) -> ConfigValues:
         """Those that differ from the job's own keys."""
         own = self.job({})
         assert own is not None
         return {key: value for key, value in overrides.items() if self.job({key: value}) != own}
 
-    def _cluster(self, job: JobConfig) -> Cluster | None:
-        requests = requests_of({role: placed.placement for role, placed in job.places.items()})
+    def _cluster(self, job: Job) -> AssignedHardware | None:
+        requests = requests_of(job.placements)
         try:
-            return Cluster(self._hardware, assign(requests, self._hardware.nodes), self._constants)
+            return AssignedHardware(self._hardware, assign(requests, self._hardware.nodes), self._constants)
         except PlacementError:
             return None
 
-    def _complete(self, layout: Layout) -> Overrides | None:
+    def _complete(self, layout: Layout) -> ConfigValues | None:
         """The layout with the settings of all its groups; None where a group has none that fit."""
-        overrides: Overrides = layout.overrides
+        overrides: ConfigValues = layout.overrides
         for role in self._roles:
             overrides |= _overrides(role, Setting())
         # Roles without devices share the memory of their node, whatever they do.
@@ -149,25 +150,25 @@ class _Search:
             overrides |= chosen
         return overrides
 
-    def _choose(self, overrides: Overrides, group: Sequence[str], count: int) -> Overrides | None:
+    def _choose(self, overrides: ConfigValues, group: Sequence[str], count: int) -> ConfigValues | None:
         """The fastest settings of a group that fit, the other groups being as they are in `overrides`."""
         job = self.job(overrides)
         cluster = None if job is None else self._cluster(job)
         if job is None or cluster is None:
             return None
-        members = [role for role in self._roles if role.seat in group]
-        seats = Seats(job, cluster)
+        members = [role for role in self._roles if role.placement_key in group]
+        devices = JobDevices(job, cluster)
         tried = list(
             settings(
                 ranks=count,
                 scores=any(isinstance(role, ScoredRole) for role in members),
                 learns=any(isinstance(role, TrainedRole) for role in members),
-                leaves=getattr(job.placement, "offload_idle", False),
+                leaves=job.placement.leaves_idle,
                 on_devices=self._on_devices,
             )
         )
 
-        def keys(setting: Setting) -> Overrides:
+        def keys(setting: Setting) -> ConfigValues:
             return {key: value for role in members for key, value in _overrides(role, setting).items()}
 
         def fits(setting: Setting) -> bool:
@@ -178,49 +179,49 @@ class _Search:
         if not fits(smallest):
             return None
         too_large: list[Setting] = []
-        for setting in sorted(tried, key=lambda setting: self._seconds(members, setting, seats)):
+        for setting in sorted(tried, key=lambda setting: self._seconds(members, setting, devices)):
             if not any(setting.takes_no_less_than(other) for other in too_large):
                 if fits(setting):
                     return keys(setting)
                 too_large.append(setting)
         return None
 
-    def _seconds(self, roles: Sequence[Role], setting: Setting, seats: Seats) -> float:
+    def _seconds(self, roles: Sequence[ModelRole], setting: Setting, devices: JobDevices) -> float:
         """What the models of a group take for a step, one after the other."""
         seconds = 0.0
         for role in roles:
             if isinstance(role, RolloutRole):
                 continue
             batch = Sequences.of(role.batch.samples, self._lengths.prompt, self._lengths.response)
-            ranks = ranks_of(setting.applied(role), seats.of[role.seat])
+            ranks = ranks_of(setting.applied(role), devices.of[role.placement_key])
             shard = role.batch.shard or role.batch.samples
             seconds += ranks.scoring_s(batch / (role.batch.samples / shard)) * role.batch.samples / shard
             if isinstance(role, TrainedRole):
                 seconds += role.batch.epochs * ranks.update_s(batch, role.batch.optimizer_steps)
         return seconds
 
-    def _fits(self, job: JobConfig, group: Sequence[str]) -> bool:
+    def _fits(self, job: Job, group: Sequence[str]) -> bool:
         """Whether the devices of a group hold all that is on them."""
         plan = plan_memory(job, self._hardware, self._processes)
-        names = {role.name for role in plan.workload.roles if role.seat in group}
-        shelves = [
-            shelf
-            for shelf in plan.shelves
-            if (shelf.device is not None or not self._on_devices) and names & {tenant.role for tenant in shelf.tenants}
+        names = {role.name for role in plan.workload.roles if role.placement_key in group}
+        pools = [
+            pool
+            for pool in plan.pools
+            if (pool.device is not None or not self._on_devices) and names & {use.role for use in pool.uses}
         ]
         starts = plan.engine is None or "rollout" not in group or plan.engine.starts
-        return starts and all(shelf.fits for shelf in shelves)
+        return starts and all(pool.fits for pool in pools)
 
-    def _cached_tokens(self, job: JobConfig) -> int | None:
+    def _cached_tokens(self, job: Job) -> int | None:
         """That the KV cache of an engine has room for."""
-        role = workload_of(job).roles[-1]
-        if not isinstance(role, RolloutRole):
+        role = workload_of(job).rollout
+        if role is None:
             return None
         memory = min(machine.device_memory for machine in self._hardware.machines)
         return engine_plan(role, memory, cpu=not self._on_devices).cached_tokens
 
 
-def _overrides(role: Role, setting: Setting) -> Overrides:
+def _overrides(role: ModelRole, setting: Setting) -> ConfigValues:
     return {f"{role.key}.engine.{key}": value for key, value in setting.keys_of(role).items()}
 
 

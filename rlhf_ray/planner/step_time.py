@@ -4,26 +4,25 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from rlhf_ray.cluster.assignment import assign, requests_of
-from rlhf_ray.cluster.sharing import DeviceSharing, Phase
-from rlhf_ray.config.jobs import EpochJob, JobConfig, PPOJob, PreferenceJob, RewardModelJob, shard_count
-from rlhf_ray.config.roles import Level
+from rlhf_ray.cluster.sharing import DeviceSharing
+from rlhf_ray.config.jobs import Job, shard_count
+from rlhf_ray.config.roles import Level, needs_by_phase
 from rlhf_ray.config.sharing import shared_places
 from rlhf_ray.planner.calibration import Calibration, Device
-from rlhf_ray.planner.decoding_time import Engine, shard_arrivals
+from rlhf_ray.planner.decoding_time import DecodingEngine, shard_arrivals
 from rlhf_ray.planner.devices import GB
 from rlhf_ray.planner.hardware import Hardware
+from rlhf_ray.planner.jobs import step_sequences, workload_of
 from rlhf_ray.planner.pass_time import Ranks
-from rlhf_ray.planner.placement import Cluster, Seats, ranks_of
-from rlhf_ray.planner.timeline import SWITCH, Span, Task, covered, run
-from rlhf_ray.planner.work import BYTES, Sequences
-from rlhf_ray.planner.workload import Lengths, RolloutRole, Workload, workload_of
+from rlhf_ray.planner.placement import AssignedHardware, JobDevices, ranks_of
+from rlhf_ray.planner.timeline import SWITCH, Task, TaskSpan, covered, run
+from rlhf_ray.planner.work import BYTES, Lengths
+from rlhf_ray.planner.workload import RolloutRole, ScoredRole, TrainedRole, Workload
 
 # Shards are followed in so many waves: enough of them to see scoring overlap with generation.
 _WAVES = 8
 # Token, its log-prob and version from the engine, and four columns of numbers to train on.
 _TOKEN_BYTES = 28
-_CANDIDATES = 2
-"""Answers of a row that are compared; rows of choices and rankings can have more."""
 
 
 @dataclass(frozen=True)
@@ -64,32 +63,33 @@ class StepTime:
         return self.response_tokens / self.seconds
 
 
-def step_time(workload: Workload, cluster: Cluster, lengths: Lengths, cached_tokens: int | None = None) -> StepTime:
+def step_time(
+    workload: Workload, cluster: AssignedHardware, lengths: Lengths, cached_tokens: int | None = None
+) -> StepTime:
     """One step of a job, without checkpoints and evaluations.
 
     Args:
         lengths: of prompts and responses; in a job over a data set, of what is not learnt and what is.
         cached_tokens: that the KV cache of one engine has room for; None for as many as it can use.
     """
-    config = workload.job
-    seats = Seats(config, cluster)
-    if isinstance(config, PPOJob):
-        tasks = ppo_tasks(workload, config, seats, lengths, cached_tokens)
-        generated = config.samples_per_step * lengths.response
+    devices = JobDevices(workload.job, cluster)
+    if workload.rollout is not None:
+        tasks = rollout_tasks(workload, workload.rollout, devices, lengths, cached_tokens)
+        generated = workload.rollout.batch.samples * lengths.response
     else:
-        tasks, generated = epoch_tasks(workload, config, seats, lengths), 0.0
-    spans = run(tasks, seats.capacity)
+        tasks, generated = data_tasks(workload, devices, lengths), 0.0
+    spans = run(tasks, devices.capacity)
     seconds = max(span.end for span in spans)
     return StepTime(
         seconds,
         _phases(spans),
-        tuple(_role_time(role, spans, seconds) for role in config.places),
+        tuple(_role_time(role, spans, seconds) for role in workload.job.placements),
         generated,
     )
 
 
 def predict(
-    job: JobConfig,
+    job: Job,
     hardware: Hardware,
     known: Mapping[Device, Calibration],
     lengths: Lengths,
@@ -104,13 +104,13 @@ def predict(
         ShapeError: when the shape of a model can't be read.
         PlacementError: when a role has no place.
     """
-    requests = requests_of({role: placed.placement for role, placed in job.places.items()})
-    cluster = Cluster(hardware, assign(requests, hardware.nodes), known)
+    requests = requests_of(job.placements)
+    cluster = AssignedHardware(hardware, assign(requests, hardware.nodes), known)
     return step_time(workload_of(job), cluster, lengths, cached_tokens)
 
 
-def _phases(spans: Sequence[Span]) -> dict[str, float]:
-    of_phase: dict[str, list[Span]] = {}
+def _phases(spans: Sequence[TaskSpan]) -> dict[str, float]:
+    of_phase: dict[str, list[TaskSpan]] = {}
     for span in spans:
         of_phase.setdefault(span.task.phase, []).append(span)
     found = {name: max(s.end for s in mine) - min(s.begin for s in mine) for name, mine in of_phase.items()}
@@ -119,48 +119,62 @@ def _phases(spans: Sequence[Span]) -> dict[str, float]:
     return found
 
 
-def _role_time(role: str, spans: Sequence[Span], seconds: float) -> RoleTime:
+def _role_time(role: str, spans: Sequence[TaskSpan], seconds: float) -> RoleTime:
     busy = covered(span for span in spans if role in span.task.roles)
     return RoleTime(role, busy, 1.0 - busy / seconds)
 
 
-def ppo_tasks(
-    workload: Workload, config: PPOJob, seats: Seats, lengths: Lengths, cached_tokens: int | None
+def rollout_tasks(
+    workload: Workload, rollout: RolloutRole, devices: JobDevices, lengths: Lengths, cached_tokens: int | None
 ) -> list[Task]:
-    """The tasks of one step, in an order in which none waits for a later one.
+    """What the roles do in one PPO step and what waits for what, as `controllers/ppo.py` orders it.
+
+    A shard is scored when its slowest response is complete, while others are generated. Advantages need all of them;
+    then policy and critic are updated at the same time, and the new weights go to the engines. With
+    `placement.offload_idle`, roles on the same devices come to them and leave them between these phases.
 
     Args:
         cached_tokens: that the KV cache of one engine has room for; None for as many as it can use.
+
+    Returns:
+        Tasks in an order in which none waits for a later one.
     """
-    return _Step(workload, config, seats, lengths, cached_tokens).tasks()
+    return _RolloutStep(workload, rollout, devices, lengths, cached_tokens).tasks()
 
 
-class _Step:
+class _RolloutStep:
     def __init__(
-        self, workload: Workload, config: PPOJob, seats: Seats, lengths: Lengths, cached_tokens: int | None
+        self, workload: Workload, rollout: RolloutRole, devices: JobDevices, lengths: Lengths, cached_tokens: int | None
     ) -> None:
-        self._config, self._seats, self._lengths = config, seats, lengths
-        self._scoring: dict[str, list[Ranks]] = {}
+        self._workload, self._rollout, self._batch = workload, rollout, rollout.batch
+        self._devices, self._lengths = devices, lengths
+        self._scoring: dict[str, list[tuple[int, Ranks]]] = {}
         for role in workload.roles:
-            if isinstance(role, RolloutRole):
-                self._engine = _engine(role, seats, lengths, config.data.samples_per_prompt, cached_tokens)
-                continue
-            self._scoring.setdefault(role.seat, []).append(ranks_of(role, seats.of[role.seat]))
-        [self._policy], [self._critic] = self._scoring["policy"], self._scoring["critic"]
-        if config.policy_is_reference:
-            self._scoring["policy"] *= 2  # once more, with its adapters off
-        self._shards = shard_count(config.samples_per_step, config.rollout.shard_samples)
+            if not isinstance(role, RolloutRole):
+                ranks = ranks_of(role, devices.of[role.placement_key])
+                self._scoring.setdefault(role.placement_key, []).append((role.score_passes, ranks))
+        self._trained = {name: self._scoring[name][0][1] for name in workload.updated}
+        [self._sender] = [
+            role.placement_key for role in workload.roles if isinstance(role, TrainedRole) and role.sync_bytes
+        ]
+        self._engine = _engine(rollout, devices, lengths, cached_tokens)
+        self._shards = shard_count(self._batch.samples, self._batch.shard or self._batch.samples)
         self._arrivals = self._generated()
-        self._sharing = DeviceSharing(shared_places(config.places) if config.placement.offload_idle else [])
+        self._sharing = DeviceSharing(
+            shared_places(workload.job.placements) if workload.job.placement.leaves_idle else [],
+            needs_by_phase(workload.job.roles),
+        )
         self._tasks: list[Task] = []
 
     def tasks(self) -> list[Task]:
         for _ in range(2):  # roles find their devices as the step before left them
             self._tasks = []
             scored = self._score(self._generate())
-            # Each rank of the critic fetches some shards, and three columns of each.
-            calls = 4 * self._shards / self._critic.group.ranks * self._critic.constants.ray.call_s
-            advantages = self._add("score", "critic", calls, scored)
+            # Each rank of the critic, or else of the policy, fetches some shards, and of each a column of the reference
+            # and one of whoever is trained.
+            first, ranks = next(iter(self._trained.items()))
+            calls = (2 + len(self._trained)) * self._shards / ranks.group.ranks * ranks.constants.ray.call_s
+            advantages = self._add("score", first, calls, scored)
             self._sync(self._update((advantages,)))
         return self._tasks
 
@@ -181,12 +195,12 @@ class _Step:
 
     def _generated(self) -> list[float]:
         """When one engine's shards are complete; all have as many."""
-        engines = self._config.placement.rollout.engines
-        finished = self._engine.finish_times(-(-self._config.samples_per_step // engines), self._lengths)
+        engines = self._rollout.placement.engines
+        finished = self._engine.finish_times(-(-self._batch.samples // engines), self._lengths)
         return sorted(shard_arrivals(finished, -(-self._shards // engines)))
 
     def _score(self, waves: list[tuple[int, int]]) -> tuple[int, ...]:
-        shard = self._sequences(self._config.samples_per_step / self._shards)
+        shard = step_sequences(self._workload.job, self._lengths) / self._shards
         # Engines that must leave their devices first have generated everything before anything is scored; other roles
         # come while the first shards are generated.
         apart = "rollout" in self._sharing.levels
@@ -194,43 +208,39 @@ class _Step:
         last = dict.fromkeys(self._scoring, entered)
         for task, shards in waves:
             for role, models in self._scoring.items():
-                seconds = shards * sum(model.scoring_s(shard) for model in models)
+                seconds = shards * sum(passes * model.scoring_s(shard) for passes, model in models)
                 last[role] = (self._add("score", role, seconds, (task, *last[role])),)
         return tuple(task for after in last.values() for task in after)
 
     def _update(self, after: tuple[int, ...]) -> tuple[int, ...]:
-        algorithm, batch = self._config.algorithm, self._sequences(self._config.samples_per_step)
-        trained = {"critic": self._critic, "policy": self._policy}
-        for turn in self._sharing.turns(trained):
+        batch = step_sequences(self._workload.job, self._lengths)
+        for turn in self._sharing.turns(self._trained):
             after = self._enter("update", after, turn)
             updates = []
             for role in turn:
-                ranks = trained[role]
+                ranks = self._trained[role]
                 fetched = batch.tokens * _TOKEN_BYTES / (ranks.constants.ray.object_store_gb_s * GB)
-                seconds = algorithm.epochs * ranks.update_s(batch, algorithm.optimizer_steps)
+                seconds = self._batch.epochs * ranks.update_s(batch, self._batch.optimizer_steps)
                 updates.append(self._add(f"{role}_update", role, fetched + seconds, after))
             after = tuple(updates)
         return after
 
     def _sync(self, after: tuple[int, ...]) -> None:
-        policy, rollout = self._policy, self._seats.of["rollout"]
+        policy, rollout = self._trained[self._sender], self._devices.of["rollout"]
         factors, tensors = policy.constants.weight_sync, sum(tensor.count for tensor in policy.shape.tensors())
         size = policy.weight_bytes
-        if self._config.policy.lora is not None and self._config.rollout.lora_sync == "adapters":
+        if self._rollout.adapter_rank:
             size = policy.trained * BYTES[policy.engine.dtype]
-        near = len(rollout.nodes | self._seats.of["policy"].nodes) == 1
+        near = len(rollout.nodes | self._devices.of[self._sender].nodes) == 1
         bandwidth = policy.rates.link if near else min(policy.rates.link, policy.rates.network)
         seconds = factors.sync_s + tensors * factors.tensor_s + factors.weights * size / bandwidth
         if policy.engine.zero_stage == 3:
             seconds += policy.group.all_gather_s(size, policy.constants.collectives, policy.shape.layers)
         after = self._enter("sync", after)
         # Nothing else runs meanwhile: the step waits for it.
-        self._tasks.append(Task("weight_sync", ("policy", "rollout"), seconds, {}, after))
+        self._tasks.append(Task("weight_sync", (self._sender, "rollout"), seconds, {}, after))
 
-    def _sequences(self, samples: float) -> Sequences:
-        return Sequences.of(samples, self._lengths.prompt, self._lengths.response)
-
-    def _enter(self, phase: Phase, after: tuple[int, ...], only: Collection[str] | None = None) -> tuple[int, ...]:
+    def _enter(self, phase: str, after: tuple[int, ...], only: Collection[str] | None = None) -> tuple[int, ...]:
         """Roles that share devices go and come, as `DeviceSharing` says."""
         before = dict(self._sharing.levels)
         for moves in self._sharing.enter(phase, only):
@@ -242,77 +252,56 @@ class _Step:
     def _move_s(self, role: str, before: Level, level: Level) -> float:
         """Seconds in which a rank's states move between its device and host memory; engines drop theirs, and on a CPU
         both are one."""
-        rates = self._seats.of[role].rates
+        rates = self._devices.of[role].rates
         if role == "rollout" or not rates.ahead:
             return 0.0
         low, high = sorted((before, level))
         size = 0.0
-        for ranks in self._scoring[role][:1] if role == "policy" else self._scoring[role]:
+        for _, ranks in self._scoring[role]:
             size += ranks.held_bytes if low < Level.WEIGHTS <= high else 0.0
-            size += ranks.optimizer_bytes if low < Level.FULL <= high and role in ("policy", "critic") else 0.0
+            size += ranks.optimizer_bytes if low < Level.FULL <= high and role in self._workload.updated else 0.0
         return size / rates.host
 
     def _add(self, phase: str, role: str, seconds: float, after: tuple[int, ...]) -> int:
-        self._tasks.append(Task(phase, (role,), seconds, self._seats.of[role].needs, after))
+        self._tasks.append(Task(phase, (role,), seconds, self._devices.of[role].needs, after))
         return len(self._tasks) - 1
 
 
-def _engine(
-    role: RolloutRole, seats: Seats, lengths: Lengths, samples_per_prompt: int, cached_tokens: int | None
-) -> Engine:
-    seat, settings = seats.of["rollout"], role.engine
+def _engine(role: RolloutRole, devices: JobDevices, lengths: Lengths, cached_tokens: int | None) -> DecodingEngine:
+    at, settings = devices.of["rollout"], role.engine
     slots = settings.max_num_seqs
     if cached_tokens is not None:
         slots = min(slots, int(cached_tokens / (lengths.prompt + lengths.response)))
-    return Engine(
+    return DecodingEngine(
         shape=role.shape,
         dtype=role.dtype,
         slots=max(1, slots),
-        prompts_shared=samples_per_prompt if settings.prefix_caching else 1,
-        rates=seat.rates,
-        workers=seat.group,
-        constants=seat.constants,
+        prompts_shared=role.batch.samples_per_prompt if settings.prefix_caching else 1,
+        rates=at.rates,
+        workers=at.group,
+        constants=at.constants,
     )
 
 
-def epoch_tasks(workload: Workload, config: EpochJob, seats: Seats, lengths: Lengths) -> list[Task]:
-    """The tasks of one step, in an order in which none waits for a later one.
+def data_tasks(workload: Workload, devices: JobDevices, lengths: Lengths) -> list[Task]:
+    """What the roles do in one step over a data set, as `controllers/epochs.py` and `preference.py` order it.
 
     Args:
         lengths: of the tokens of a row that are not learnt, and of those that are, by answer.
+
+    Returns:
+        Tasks of which each waits for the one before.
     """
-    batch = _batch(config, lengths)
-    trained, *others = [role for role in workload.roles if not isinstance(role, RolloutRole)]
-    ranks = ranks_of(trained, seats.of[trained.seat])
+    batch = step_sequences(workload.job, lengths)
+    trained, *references = [role for role in workload.roles if not isinstance(role, RolloutRole)]
     tasks: list[Task] = []
 
-    def add(phase: str, role: str, seconds: float) -> None:
-        """Each waits for the one before."""
+    def add(phase: str, role: TrainedRole | ScoredRole, seconds: float) -> None:
         after = (len(tasks) - 1,) if tasks else ()
-        tasks.append(Task(phase, (role,), seconds, seats.of[role].needs, after))
+        tasks.append(Task(phase, (role.placement_key,), seconds, devices.of[role.placement_key].needs, after))
 
-    if isinstance(config, PreferenceJob):
-        algorithm = config.algorithm
-        passes = 1 if algorithm.kto is None else 2  # KTO compares with mismatched answers too
-        for reference in others:
-            add("score", "reference", passes * ranks_of(reference, seats.of["reference"]).scoring_s(batch))
-        by_policy = int(algorithm.couples_rows) + passes - 1
-        if algorithm.needs_reference and config.policy_is_reference and config.reference.cache is None:
-            by_policy += passes
-        if by_policy:
-            add("score", "policy", by_policy * ranks.scoring_s(batch))
-    add("update", trained.name, ranks.update_s(batch, optimizer_steps=1))
+    for role in (*references, trained):
+        if role.score_passes:
+            add("score", role, role.score_passes * ranks_of(role, devices.of[role.placement_key]).scoring_s(batch))
+    add("update", trained, ranks_of(trained, devices.of[trained.placement_key]).update_s(batch, optimizer_steps=1))
     return tasks
-
-
-def _batch(config: EpochJob, lengths: Lengths) -> Sequences:
-    rows = config.data.rows_per_step
-    if isinstance(config, RewardModelJob):
-        texts = Sequences.of(rows * _CANDIDATES, lengths.prompt + lengths.response, 0)
-        return Sequences(rows, texts.tokens, texts.pairs, texts.count)
-    if isinstance(config, PreferenceJob) and not config.algorithm.unpaired:
-        answers = Sequences.of(rows * _CANDIDATES, lengths.prompt, lengths.response)
-        # The answers of a row share their prompt's tokens, but each attends to them.
-        shared = rows * (_CANDIDATES - 1) * lengths.prompt
-        return Sequences(rows, answers.tokens - shared, answers.pairs, answers.scored)
-    return Sequences.of(rows, lengths.prompt, lengths.response)

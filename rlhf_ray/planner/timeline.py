@@ -34,7 +34,7 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Span:
+class TaskSpan:
     """When a task ran."""
 
     task: Task
@@ -42,7 +42,7 @@ class Span:
     end: float
 
 
-def run(tasks: Sequence[Task], capacity: Mapping[str, float]) -> list[Span]:
+def run(tasks: Sequence[Task], capacity: Mapping[str, float]) -> list[TaskSpan]:
     """All tasks, each starting when those that it waits for are over.
 
     Args:
@@ -71,10 +71,10 @@ def run(tasks: Sequence[Task], capacity: Mapping[str, float]) -> list[Span]:
                 end[number] = now
                 over.add(number)
         running = [number for number in running if number not in over]
-    return [Span(task, first, last) for task, first, last in zip(tasks, begin, end, strict=True)]
+    return [TaskSpan(task, first, last) for task, first, last in zip(tasks, begin, end, strict=True)]
 
 
-def covered(spans: Iterable[Span]) -> float:
+def covered(spans: Iterable[TaskSpan]) -> float:
     """Seconds in which at least one of the spans runs."""
     total, until = 0.0, 0.0
     for span in sorted(spans, key=lambda span: span.begin):

@@ -1,5 +1,6 @@
 """What a model must compute for some sequences: operations and bytes, whatever the machine."""
 
+import math
 from dataclasses import dataclass
 from functools import cache
 from typing import Self
@@ -9,6 +10,7 @@ from rlhf_ray.models.lora_sizes import adapter_sizes
 from rlhf_ray.models.shapes import ModelShape
 
 BYTES: dict[Dtype, int] = {"bfloat16": 2, "float32": 4}
+_GOLDEN = (math.sqrt(5) - 1) / 2  # multiples of it, modulo 1, are spread evenly
 _SHARDED_FROM = 10_000  # elements of a weight
 
 # Tensors that are read or written for each token in a layer, counted in transformers' Llama; factors of a calibration
@@ -17,6 +19,40 @@ _HIDDEN_MOVES = 24  # two norms in float32, two residual sums
 _INNER_MOVES = 5  # SiLU and the product with the gate
 _HEAD_MOVES = 8  # rotations, and what attention gathers
 _LOGIT_MOVES = 8  # of float32 logits in a softmax: peak, difference, exponential, sums
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens of prompts and responses. Each token of a response is the last with the same probability, until the
+    longest response is cut off.
+
+    Attributes:
+        prompt: mean of prompts.
+        response: mean of responses; at least `longest` means that all are that long.
+        longest: response.
+    """
+
+    prompt: float
+    response: float
+    longest: int
+
+    def responses(self, number: int) -> list[float]:
+        """Lengths of so many responses: evenly spaced quantiles, in an order that is as mixed as chance."""
+        ending = self._ending
+        shares = ((0.5 + place * _GOLDEN) % 1.0 for place in range(number))
+        return [min(self.longest, -math.log1p(-share) / ending) if ending else self.longest for share in shares]
+
+    @property
+    def _ending(self) -> float:
+        """Rate at which responses end by themselves, for which their mean is right."""
+        if self.response >= self.longest:
+            return 0.0
+        low, high = 0.0, 1.0 / self.response  # at the upper end the mean would be right without a cut
+        for _ in range(60):
+            middle = (low + high) / 2
+            mean = -math.expm1(-middle * self.longest) / middle
+            low, high = (middle, high) if mean > self.response else (low, middle)
+        return (low + high) / 2
 
 
 @dataclass(frozen=True)
@@ -41,8 +77,8 @@ class Sequences:
         length = unscored + scored
         return cls(count, count * length, count * length * (length + 1) / 2, count * scored)
 
-    def __truediv__(self, parts: float) -> "Sequences":
-        return Sequences(self.count / parts, self.tokens / parts, self.pairs / parts, self.scored / parts)
+    def __truediv__(self, divisor: float) -> "Sequences":
+        return Sequences(self.count / divisor, self.tokens / divisor, self.pairs / divisor, self.scored / divisor)
 
 
 @dataclass(frozen=True)
@@ -156,7 +192,8 @@ def touched_parameters(shape: ModelShape, tokens: float) -> float:
     share = shape.experts.per_token / shape.experts.number
     expert = _expert_parameters(shape)
     always = layer_parameters(shape) - expert * share
-    return always + head + expert * (1 - (1 - share) ** tokens)
+    missed: float = (1 - share) ** tokens
+    return always + head + expert * (1 - missed)
 
 
 @cache

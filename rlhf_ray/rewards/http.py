@@ -96,6 +96,8 @@ class HttpScorer:
         try:
             with self._client.stream("OPTIONS", self._config.url):
                 return
+        except UnicodeError as error:
+            raise RewardError(self._part, f"url names no host that there can be: {error}") from error
         except httpx.RequestError as error:
             raise RewardError(
                 self._part,

@@ -17,10 +17,13 @@ from typing import Any, Literal
 import rlhf_ray
 from rlhf_ray.cluster.libraries import LIBRARIES
 from rlhf_ray.config.jobs import JobConfig
+from rlhf_ray.config.regular_files import read_regular
 from rlhf_ray.telemetry.errors import DamagedFileError
 from rlhf_ray.telemetry.rows import replace_file
 
 logger = logging.getLogger(__name__)
+
+_MOST_BYTES = 64 * 2**20
 
 REDACTED = "[redacted]"
 
@@ -235,8 +238,16 @@ def _write(path: Path, manifest: dict[str, Any]) -> None:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        manifest = json.loads(path.read_bytes())
-    except ValueError as error:
+        content = read_regular(path, _MOST_BYTES)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise DamagedFileError(path, f"can't be read: {error.strerror or error}") from None
+    if len(content) > _MOST_BYTES:
+        raise DamagedFileError(path, f"has more than {_MOST_BYTES:,} bytes")
+    try:
+        manifest = json.loads(content)
+    except (ValueError, RecursionError) as error:
         raise DamagedFileError(path, f"is not JSON: {error}") from None
     if not isinstance(manifest, dict) or not isinstance(manifest.get("sessions"), list):
         raise DamagedFileError(path, "is not a manifest with a list of sessions")

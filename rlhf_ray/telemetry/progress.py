@@ -3,10 +3,12 @@
 import functools
 import logging
 import statistics
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -14,6 +16,8 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn
 from rich.progress import Progress as LiveProgress
+
+from rlhf_ray.telemetry import status
 
 logger = logging.getLogger("rlhf_ray")
 
@@ -135,6 +139,88 @@ class Progress:
                 with suppress(Exception):
                     live.stop()
             logger.debug("progress display failed", exc_info=True)
+
+
+class Silence:
+    """Says what a run is at when the log has said nothing for a while, as before the first step of a large model.
+
+    Args:
+        name: of the run.
+        steps: of the whole run.
+        run_dir: its folder.
+        progress: how far it is, with the phase that goes on.
+        clock: seconds since the epoch, as phases have them.
+    """
+
+    FIRST_S = 30.0
+    AGAIN_S = 60.0
+
+    def __init__(
+        self,
+        name: str,
+        steps: int,
+        run_dir: Path,
+        progress: Callable[[], status.Progress],
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._name, self._steps, self._run_dir, self._progress, self._clock = name, steps, run_dir, progress, clock
+        self._heard = _Heard(clock)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="silence", daemon=True)
+
+    def __enter__(self) -> Self:
+        logger.addHandler(self._heard)
+        self._heard.restart()
+        if not stderr_console().is_terminal:  # there a live line moves
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        if self._thread.ident is not None:
+            self._thread.join(timeout=5)
+        logger.removeHandler(self._heard)
+
+    def look(self) -> None:
+        """Break the silence if it has lasted long enough."""
+        now = self._clock()
+        if now - self._heard.last_s < (self.AGAIN_S if self._heard.was_this else self.FIRST_S):
+            return
+        at = self._progress()
+        phase = {"start": "start of actors and models", "": "between phases"}.get(at.phase, at.phase)
+        facts = [f"{self._name} step {min(at.step + 1, self._steps)}/{self._steps}"]
+        facts.append(f"{phase} for {_clock_face(max(0.0, now - at.since_s))}")
+        if at.phase == "generate" and at.shards is not None:
+            facts.append(f"{at.shards.generated} of {sum(vars(at.shards).values())} shards")
+        facts.append(f"`rlhf-ray status {self._run_dir}` says what each actor does")
+        logger.info("%s", " · ".join(facts), extra={_Heard.OWN: True})
+
+    def _run(self) -> None:
+        while not self._stop.wait(1.0):
+            try:
+                self.look()
+            except Exception:
+                logger.debug("what the run is at could not be said", exc_info=True)
+
+
+class _Heard(logging.Handler):
+    """When the log last said something, and whether that was only to break the silence."""
+
+    OWN = "breaks_silence"
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        super().__init__(logging.INFO)
+        self._clock = clock
+        self.restart()
+
+    def restart(self) -> None:
+        """As if it had just been said something."""
+        self.last_s, self.was_this = self._clock(), False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.last_s, self.was_this = self._clock(), getattr(record, self.OWN, False)
 
 
 def _clock_face(seconds: float) -> str:

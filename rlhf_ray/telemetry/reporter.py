@@ -84,7 +84,7 @@ class StatusReporter:
         told: Progress | None = None
         told_s, answer = 0.0, None
         while not self._stop.wait(self._interval_s):
-            progress = self._progress()
+            progress = self.progress()
             if progress == told and time.monotonic() - told_s < HEARTBEAT_S:
                 continue
             self._export(progress)
@@ -95,7 +95,8 @@ class StatusReporter:
                 ray.get(ready[0], timeout=60)  # raises when it is dead
             answer, told, told_s = self._board.tell.remote(progress), progress, time.monotonic()
 
-    def _progress(self) -> Progress:
+    def progress(self) -> Progress:
+        """How far the driver is, right now."""
         phase, since_s = phase_of(self._recorder.open(), self._recorder.idle_since_s)
         step, metrics = self._done
         return Progress(step, phase, since_s, self._shards(), metrics)

@@ -10,7 +10,7 @@ import pytest
 
 import rlhf_ray
 from rlhf_ray.actors.trained import NonFiniteLossError
-from rlhf_ray.actors.waiting import RoleFailure, RoleTimeout
+from rlhf_ray.actors.waiting import ActorDied, RoleTimeout, TaskFailed
 from rlhf_ray.algorithms.errors import OptionError, SampleError, TensorInputError
 from rlhf_ray.cluster.assignment import PlacementError
 from rlhf_ray.models.heads import ModelError
@@ -43,7 +43,8 @@ def test_every_exception_with_arguments_of_its_own_can_be_pickled() -> None:
         SampleError([1, 2], "are empty", "leave them out"),
         ModelError("models/x", "no such folder"),
         NonFiniteLossError("policy", "loss", float("inf"), ["a#0"]),
-        RoleFailure("policy: update", "its process died"),
+        ActorDied("policy", 1, "policy: update", "its process died", "ab12"),
+        TaskFailed("policy", 1, "policy: update", "ZeroDivisionError: 1 / 0", "ray::PolicyWorker.update()"),
         RoleTimeout("policy: update", 3.0, "run.timeouts.update_s"),
         PlacementError("policy", "no place", 2, {"10.0.0.1": "has 1 GPU"}),
     ],

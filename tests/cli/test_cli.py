@@ -4,6 +4,7 @@ import ast
 import json
 import logging
 import resource
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from typer.testing import Result
 
 from rlhf_ray.cli.failures import exit_code, message_of
 from rlhf_ray.cli.quiet import quiet_libraries
-from rlhf_ray.cluster.session import Terminated
+from rlhf_ray.cluster.daemons import ClusterLost, Terminated
 from rlhf_ray.config.loading import ConfigError, dump_config
 from rlhf_ray.data.prepare import ITEMS
 from rlhf_ray.recovery.checkpoints import CheckpointStore
@@ -56,7 +57,8 @@ def instead_of_train(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Puts a function in the place of `rlhf_ray.controllers.train.train`."""
 
     def put(train: Callable[..., Path]) -> None:
-        monkeypatch.setitem(sys.modules, "rlhf_ray.controllers.train", SimpleNamespace(train=train))  # type: ignore[arg-type]
+        module = SimpleNamespace(train=lambda config, last_words: train(config))
+        monkeypatch.setitem(sys.modules, "rlhf_ray.controllers.train", module)  # type: ignore[arg-type]
 
     return put
 
@@ -493,6 +495,25 @@ def test_sigterm_says_how_to_resume_and_has_its_own_exit_code(
     done = cli("train", PPO, *of_ppo)
     assert done.exit_code == 143
     assert done.stderr.splitlines()[-1].startswith("terminated; there is no checkpoint yet")
+
+
+def test_a_run_whose_cluster_is_gone_ends_with_its_last_words(
+    cli: RunCli, of_ppo: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are said from a thread, since the controller hangs in Ray then."""
+    codes = []
+
+    def train(config: object, last_words: Callable[[BaseException], int]) -> Path:
+        write_checkpoint(tmp_path / "run", 6)
+        codes.extend([last_words(Terminated(signal.SIGHUP)), last_words(ClusterLost("raylet (process 7) has ended"))])
+        raise Terminated
+
+    monkeypatch.setitem(sys.modules, "rlhf_ray.controllers.train", SimpleNamespace(train=train))  # type: ignore[arg-type]
+    done = cli("train", PPO, *of_ppo)
+    assert codes == [129, 1]
+    hung_up, lost, _ = done.stderr.splitlines()[-3:]
+    assert hung_up == "terminated; the same command resumes it from the checkpoint of step 6"
+    assert lost == "error: raylet (process 7) has ended; the same command resumes it from the checkpoint of step 6"
 
 
 def test_other_commands_can_be_interrupted_too(cli: RunCli, monkeypatch: pytest.MonkeyPatch) -> None:

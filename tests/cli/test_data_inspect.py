@@ -201,3 +201,9 @@ def test_learnt_text_is_green_on_a_terminal(job: Callable[..., Path]) -> None:
         console.print(text)
     assert "\x1b[32m⟦ a film.<|im_end|>⟧\x1b[0m" in captured.get()
     assert np.flatnonzero(example.learnt).tolist() == list(range(2, len(example.tokens)))
+
+
+def test_columns_that_travel_with_the_samples_are_named(cli: RunCli, job: Callable[..., Path]) -> None:
+    rows = [{"prompt": "2 + 3 =", "answer": "5", "level": 1}, {"prompt": "2 + 4 =", "answer": "6"}]
+    done = cli("data", "inspect", job("ppo", rows))
+    assert "columns that travel with the samples: answer, level (1 rows)" in done.stdout.splitlines()

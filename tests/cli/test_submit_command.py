@@ -130,7 +130,7 @@ def test_without_an_address_the_option_is_named(cli: RunCli, monkeypatch: pytest
 def test_an_id_is_a_plain_word(cli: RunCli, cluster: Cluster) -> None:
     done = cli("submit", "my.yaml", "--id", "a/b", *HEAD)
     assert done.exit_code == 2
-    assert "'a/b' has other characters than letters, digits" in done.stderr.replace("\n", " ")
+    assert "'a/b' is not made of at most 100 letters, digits" in done.stderr.replace("\n", " ")
 
 
 def test_what_is_not_sent_is_told(cli: RunCli, cluster: Cluster) -> None:

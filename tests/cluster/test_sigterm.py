@@ -5,11 +5,11 @@ import threading
 
 import pytest
 
-from rlhf_ray.cluster.session import Terminated, sigterm_raises
+from rlhf_ray.cluster.daemons import Terminated, signals_end_in_order
 
 
-def test_sigterm_raises_in_the_main_thread() -> None:
-    with pytest.raises(Terminated), sigterm_raises():
+def test_signals_end_in_order_in_the_main_thread() -> None:
+    with pytest.raises(Terminated), signals_end_in_order():
         signal.raise_signal(signal.SIGTERM)
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
@@ -17,9 +17,9 @@ def test_sigterm_raises_in_the_main_thread() -> None:
 def test_a_second_sigterm_ends_the_process_at_once() -> None:
     script = """
 import signal
-from rlhf_ray.cluster.session import sigterm_raises
+from rlhf_ray.cluster.daemons import signals_end_in_order
 try:
-    with sigterm_raises():
+    with signals_end_in_order():
         signal.raise_signal(signal.SIGTERM)
 finally:
     signal.raise_signal(signal.SIGTERM)
@@ -33,10 +33,22 @@ def test_other_threads_leave_the_handler_alone() -> None:
     seen = []
 
     def look() -> None:
-        with sigterm_raises():
+        with signals_end_in_order():
             seen.append(signal.getsignal(signal.SIGTERM))
 
     thread = threading.Thread(target=look)
     thread.start()
     thread.join(10)
     assert seen == [signal.SIG_DFL]
+
+
+def test_a_hangup_ends_in_order_too_unless_it_is_ignored() -> None:
+    with pytest.raises(Terminated, match="SIGHUP"), signals_end_in_order():
+        signal.raise_signal(signal.SIGHUP)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as `nohup` does
+    try:
+        with signals_end_in_order():
+            signal.raise_signal(signal.SIGHUP)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)

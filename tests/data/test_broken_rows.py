@@ -361,3 +361,16 @@ def test_a_missing_template_is_said_once(tmp_path: Path, tokenizer: PreTrainedTo
             load_comparisons(ComparisonData(train=str(path)), path, plain, kind)  # type: ignore[arg-type]
         assert [error.row for error in caught.value.errors] == [2, 4]
         assert "has no chat template" in caught.value.errors[0].reason
+
+
+def test_a_message_quotes_no_more_than_a_thousand_characters(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "a", "' + "k" * 100_000 + '": 1, "' + "k" * 100_000 + '": 2}')
+    with pytest.raises(DataErrors) as caught:
+        load_conversations(ConversationData(train=str(path)), path, tokenizer)
+    [error] = caught.value.errors
+    assert error.reason.startswith("key 'kkk")
+    assert error.reason.endswith("k… (100,019 characters)")
+    assert len(error.reason) < 1100

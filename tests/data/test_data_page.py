@@ -49,5 +49,5 @@ def test_comparisons(section: str, kind: ComparisonKind, tmp_path: Path, tokeniz
     if kind == "pairs":
         answers = [tokenizer.decode(found.tokens(c)[found.answer_starts[c] :]) for c in range(len(found.ranks))]
         assert [answer.strip() for answer in answers[:4]] == ["No.<|im_end|>", "I can't know.<|im_end|>"] * 2
-        assert [answer.strip() for answer in answers[4:]] == ["No.<|im_end|>", "Perhaps.<|im_end|>"] * 2
-        assert np.diff(found.candidate_offsets).tolist() == [2] * 4
+        assert [answer.strip() for answer in answers[4:]] == ["No.<|im_end|>", "Perhaps.<|im_end|>"] * 4
+        assert np.diff(found.candidate_offsets).tolist() == [2] * 6

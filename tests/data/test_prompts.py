@@ -12,7 +12,7 @@ from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
 from rlhf_ray.config.data import PromptData
-from rlhf_ray.data.errors import DataError, DataErrors
+from rlhf_ray.data.errors import MOST_LISTED, DataError, DataErrors
 from rlhf_ray.data.prompts import PromptSet, load_prompts
 
 
@@ -98,6 +98,7 @@ BAD_ROWS: list[tuple[Any, str]] = [
     ({"prompt": [{"role": 3, "content": "hi"}]}, "message 0 of 'prompt': 'role' is a number, but must be text"),
     ({"prompt": [{"role": " ", "content": "hi"}]}, "message 0 of 'prompt': 'role' is empty"),
     ('{"prompt": [{"role": "user", "content": "\\ud83d"}]}', "half of a surrogate pair"),
+    ({"prompt": [{"role": "user", "content": "a"}] * 1001}, "'prompt' has 1,001 messages, but may have 1,000 at most"),
     ({"prompt": [{"role": "user", "content": " "}]}, "'prompt' has no message with content"),
     (
         {"prompt": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
@@ -119,7 +120,8 @@ def test_every_bad_row_is_named_at_once(file: Path, tokenizer: PreTrainedTokeniz
     for error, (_, reason) in zip(errors, BAD_ROWS, strict=True):
         assert reason in error.reason
         assert error.file == str(file)
-        assert f"{file}:{error.row}: {error.reason}" in str(caught.value)
+    told = [error for error in errors if f"{file}:{error.row}: {error.reason}" in str(caught.value)]
+    assert len(told) == min(MOST_LISTED, len(errors))
     assert f"{len(BAD_ROWS)} rows can't be used" in str(caught.value)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import huggingface_hub.constants
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -223,6 +224,11 @@ UNUSABLE: list[tuple[str, bytes, str]] = [
         b"uid;text\na;b\n",
         "has one column, 'uid;text': it seems to be separated by ';', but must be by commas: see data.train",
     ),
+    (
+        "rows.csv",
+        b'"uid";"text"\na;b\n',
+        "is not CSV: ',' expected after '\"' in its first line; commas separate its columns: see data.train",
+    ),
     ("rows.jsonl", '{"text": "a"}'.encode("utf-16"), "is UTF-16 text: save it as UTF-8: see data.train"),
     ("rows.json", '{"text": "a"}'.encode("utf-32"), "is UTF-32 text: save it as UTF-8: see data.train"),
     (
@@ -297,12 +303,13 @@ def test_a_name_of_the_hub_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_hub_that_cannot_be_reached_is_said_with_the_cure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     with pytest.raises(DataError) as caught:
         read("nobody/nothing")
     assert str(caught.value).startswith(
-        "nobody/nothing: is no file or folder here, and can't be loaded from the Hugging Face hub (Couldn't reach "
-        "'nobody/nothing' on the Hub (OfflineModeIsEnabled)): correct the path or name"
+        "nobody/nothing: is no file or folder here, and can't be loaded from the Hugging Face hub (it does not "
+        "answer, and it is in no cache): correct the path or name"
     )
 
 

@@ -23,7 +23,7 @@ of_each = pytest.mark.parametrize("config", sorted(REPOSITORY.glob("configs/llam
 @of_each
 def test_pools_hold_what_the_roles_reserve(config: Path) -> None:
     needed: dict[str, Counter[str]] = {pool: Counter() for pool in POOLS}
-    for placement, _ in load_config(config).places.values():
+    for placement in load_config(config).placements.values():
         if placement.colocate is not None:
             continue
         assert set(placement.labels) <= {"pool"}

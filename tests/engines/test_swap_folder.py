@@ -8,7 +8,7 @@ from typing import TextIO
 
 import pytest
 
-from rlhf_ray.engines import swap_folder
+from rlhf_ray.engines import own_folder, swap_folder
 from rlhf_ray.engines.swap_folder import SwapError, SwapFolder
 
 
@@ -45,7 +45,7 @@ def test_a_folder_goes_with_what_uses_it(tmp_path: Path) -> None:
 def test_what_a_killed_process_left_goes_when_the_next_one_comes(tmp_path: Path) -> None:
     alive, killed = SwapFolder(str(tmp_path)), SwapFolder(str(tmp_path))
     (killed.path / "weights.swp").write_bytes(b"x")
-    killed._lock.close()  # as the kernel does when a process ends
+    killed._folder._lock.close()  # as the kernel does when a process ends
     others = tmp_path / "not-ours"
     others.mkdir()
     new = SwapFolder(str(tmp_path))
@@ -58,14 +58,14 @@ def test_folders_that_their_processes_remove_meanwhile_are_no_error(
     (tmp_path / "rlhf-ray-gone").symlink_to(tmp_path / "nowhere")  # seen by glob, and not there when its lock is opened
     going = SwapFolder(str(tmp_path))
     lock = fcntl.flock
-    going._lock.close()
+    going._folder._lock.close()
 
     def remove_after_opening(file: TextIO, how: int) -> None:
         if Path(file.name).parent == going.path:
             shutil.rmtree(going.path)
         lock(file, how)
 
-    monkeypatch.setattr(swap_folder.fcntl, "flock", remove_after_opening)
+    monkeypatch.setattr(own_folder.fcntl, "flock", remove_after_opening)
     new = SwapFolder(str(tmp_path))
     assert folders(tmp_path) == {new.path}
 

@@ -17,7 +17,7 @@ import torch
 
 from policy_surgery import change_weights, whole_weights
 from rlhf_ray.actors.rollout import RolloutGroup
-from rlhf_ray.actors.waiting import RoleFailure, wait_all
+from rlhf_ray.actors.waiting import TaskFailed, wait_all
 from rlhf_ray.config.jobs import PPOJob
 from rlhf_ray.controllers.inputs import PPOInputs, check
 from rlhf_ray.controllers.ppo_roles import PPORoles, ppo_roles
@@ -162,7 +162,7 @@ def test_an_engine_that_dies_in_a_sync_is_told_at_once(roles: PPORoles) -> None:
     sync(roles, 5)
     in_engine(roles, kill_the_engine_then_receive)
     began = time.monotonic()
-    with pytest.raises(RoleFailure, match="rollout: update failed: EngineDeadError"):
+    with pytest.raises(TaskFailed, match="rollout: update failed: EngineDeadError"):
         sync(roles, 6)
     assert time.monotonic() - began < 10
     assert roles.rollout.run("version", timeout_s=20, setting="") == [None]

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from rlhf_ray.actors.group import ActorGroup
-from rlhf_ray.actors.waiting import RoleFailure
+from rlhf_ray.actors.waiting import TaskFailed
 from rlhf_ray.config.training import Lora, ScoringEngine, TrainingEngine
 from training_rank import SEQUENCES, Trained, load, outputs, run, started
 
@@ -95,7 +95,7 @@ def test_numbers_that_are_none_are_named_with_tensor_and_file(
     weights["model.norm.weight"].fill_(torch.nan)  # in the parts of both ranks, so that neither waits for the other
     save_file(weights, folder / "model.safetensors")
     said = f"model.norm.weight in {folder}/model.safetensors holds NaN or infinity"
-    with pytest.raises(RoleFailure, match=re.escape(said)):
+    with pytest.raises(TaskFailed, match=re.escape(said)):
         run(ranks, "build", str(folder), TrainingEngine(zero_stage=3, dtype="float32"))
 
 

@@ -17,7 +17,7 @@ import ray
 
 from dashboard import QUERIES, metrics_of
 from reward_functions import GATE
-from rlhf_ray.actors.waiting import RoleFailure
+from rlhf_ray.actors.waiting import ActorDied
 from rlhf_ray.cluster.lookout import Lookout
 from rlhf_ray.cluster.session import ClusterError, cluster_facts
 from rlhf_ray.controllers.train import train
@@ -143,7 +143,7 @@ def test_a_run_is_watched_from_its_start_to_the_death_of_an_actor(
     assert by_name(killed)["policy/0"].activity.pid == said["policy/0"].pid
     assert {actor.state for actor in killed.actors if actor.role != "policy"} == {"up"}
     gate.touch()
-    with pytest.raises(RoleFailure, match="its process died"):
+    with pytest.raises(ActorDied, match="its process died"):
         end.result(timeout=WITHIN_S)
     record = read_record(folder)
     assert (record.state, record.step) == ("failed", read_metrics(folder)[-1]["step"])

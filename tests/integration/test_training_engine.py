@@ -9,7 +9,7 @@ import ray
 import torch
 
 from rlhf_ray.actors.group import ActorGroup
-from rlhf_ray.actors.waiting import RoleFailure
+from rlhf_ray.actors.waiting import TaskFailed
 from rlhf_ray.config.roles import Level
 from rlhf_ray.config.training import Lora, TrainingEngine
 from rlhf_ray.engines.training import lr_factor
@@ -294,7 +294,7 @@ def test_a_folder_without_checkpoint_is_an_error(
     groups: dict[int, ActorGroup], wide_model: Path, tmp_path: Path
 ) -> None:
     run(groups[1], "build", str(wide_model), TrainingEngine(zero_stage=2, dtype="float32"))
-    with pytest.raises(RoleFailure, match="FileNotFoundError: .* holds no DeepSpeed checkpoint"):
+    with pytest.raises(TaskFailed, match="FileNotFoundError: .* holds no DeepSpeed checkpoint"):
         run(groups[1], "load", str(tmp_path))
 
 

@@ -1,6 +1,8 @@
 """Every wait has a limit, and an error that says what was waited for."""
 
 import os
+import signal
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -12,9 +14,20 @@ import pytest
 import ray
 
 from rlhf_ray.actors.group import ActorGroup
-from rlhf_ray.actors.waiting import RoleFailure, RoleTimeout, fetch_data, wait_all
+from rlhf_ray.actors.liveness import liveness
+from rlhf_ray.actors.waiting import (
+    ActorDied,
+    RoleTimeout,
+    TaskFailed,
+    fetch_data,
+    wait_all,
+    wait_any,
+    wait_until_made,
+)
+from rlhf_ray.actors.watched import Watched, actor_class
 from rlhf_ray.actors.weight_sync import EngineClient
 from rlhf_ray.rewards.errors import RewardError
+from rlhf_ray.telemetry.trace import SpanRecorder
 
 
 class Busy:
@@ -69,7 +82,7 @@ def test_a_limit_names_what_was_waited_for_and_the_setting(pair: ActorGroup) -> 
 
 
 def test_an_unexpected_exception_is_named_with_its_traceback(pair: ActorGroup) -> None:
-    with pytest.raises(RoleFailure, match=r"(?s)busy: work failed: ZeroDivisionError: a bug of ours.*in fail"):
+    with pytest.raises(TaskFailed, match=r"(?s)busy: work failed: ZeroDivisionError: a bug of ours.*in fail"):
         wait(pair.call("fail"))
 
 
@@ -80,14 +93,14 @@ def test_this_packages_own_exceptions_come_as_they_were_raised(pair: ActorGroup)
 
 
 def test_a_dead_process_is_a_failure_and_no_hang() -> None:
-    with pytest.raises(RoleFailure, match="busy: work failed: its process died"):
+    with pytest.raises(ActorDied, match=r"died while this was waited for: busy: work\. The cause: its process died"):
         wait(start(1).call("die"))
 
 
 def test_the_first_failure_ends_the_wait_for_its_peers(pair: ActorGroup) -> None:
     pair.run("answer", 0, timeout_s=60, setting="")
     slow = pair.call_one(0, "sleep", 2.0)
-    with pytest.raises(RoleFailure, match="ZeroDivisionError"):
+    with pytest.raises(TaskFailed, match="ZeroDivisionError"):
         wait([slow, pair.call_one(1, "fail")])
     done, _ = ray.wait([slow], timeout=0)
     assert not done
@@ -142,7 +155,7 @@ def test_a_trainer_in_a_broadcast_hears_of_an_engine_that_fails(receiver: Any) -
             threading.Event().wait(20)  # as in a collective that nobody joins
 
     began = time.monotonic()
-    with pytest.raises(RoleFailure, match="rollout: update failed: MemoryError: no room for the 7th layer"):
+    with pytest.raises(TaskFailed, match="rollout: update failed: MemoryError: no room for the 7th layer"):
         client.beside(send)
     assert time.monotonic() - began < 10
 
@@ -156,7 +169,7 @@ def test_an_engine_that_fails_is_told_before_the_broken_connection_that_it_leave
             time.sleep(0.01)
         raise ConnectionError("closed by peer")
 
-    with pytest.raises(RoleFailure, match="rollout: update failed: MemoryError: no room for the 7th layer"):
+    with pytest.raises(TaskFailed, match="rollout: update failed: MemoryError: no room for the 7th layer"):
         client.beside(send)
 
 
@@ -168,3 +181,92 @@ def test_a_trainer_that_fails_by_itself_says_so(receiver: Any) -> None:
 
 def _raise() -> None:
     raise AssertionError("weights came as float16, announced as float32")
+
+
+class Parent(Busy, Watched):
+    """An actor that is watched, with a process of its own that it can't work without."""
+
+    def __init__(self) -> None:
+        self.recorder = SpanRecorder()
+        self._child = subprocess.Popen(["sleep", "60"])
+
+    def pids(self) -> tuple[int, int]:
+        return os.getpid(), self._child.pid
+
+    def find_lost_process(self) -> str | None:
+        return None if self._child.poll() is None else "its child died"
+
+    def late(self, seconds: float) -> str:
+        time.sleep(seconds)
+        return "late"
+
+    def collective(self) -> None:
+        """Fails as peers of a dead rank do."""
+        time.sleep(0.3)
+        raise RuntimeError("Connection closed by peer")
+
+
+@pytest.fixture
+def watched() -> Iterator[ActorGroup]:
+    """Three actors that are to live."""
+    group = ActorGroup("worker", [actor_class(Parent).options(num_cpus=0).remote() for _ in range(3)])
+    liveness.watch("worker", group.actors)
+    group.run("answer", 0, timeout_s=60, setting="")
+    yield group
+    group.kill()
+    assert not len(liveness)
+
+
+def pids_of(group: ActorGroup) -> list[tuple[int, int]]:
+    return group.run("pids", timeout_s=60, setting="")
+
+
+@pytest.mark.parametrize(
+    ("lost", "wait_for"), [("actor", wait_all), ("child", wait_all), ("child", wait_any), ("actor", wait_until_made)]
+)
+def test_a_death_is_told_whoever_is_waited_for(watched: ActorGroup, lost: str, wait_for: Any) -> None:
+    actor, child = pids_of(watched)[1]
+    slow = watched.call_one(0, "sleep", 20.0)
+    os.kill(actor if lost == "actor" else child, signal.SIGKILL)
+    began = time.monotonic()
+    with pytest.raises(ActorDied, match=r"^worker/1 died while this was waited for: somebody else") as caught:
+        wait_for([slow], 60.0, "somebody else", "")
+    assert time.monotonic() - began < 5
+    assert (caught.value.role, caught.value.rank, caught.value.what) == ("worker", 1, "somebody else")
+    assert ("its child died" in caught.value.reason) == (lost == "child")
+    # It is told once: what follows is ending the others in order.
+    assert wait_all([watched.call_one(2, "answer", 5)], 30.0, "", "") == [5]
+
+
+def test_a_wait_that_goes_on_for_several_looks_ends_with_its_results(watched: ActorGroup) -> None:
+    slow, quick = watched.call_one(0, "late", 2.5), watched.call_one(1, "answer", "quick")
+    assert wait([slow, quick, slow]) == ["late", "quick", "late"]
+    wait_until_made([slow, quick, slow], 30.0, "", "")
+
+
+def test_what_peers_say_of_a_dead_rank_is_not_taken_for_the_cause(watched: ActorGroup) -> None:
+    os.kill(pids_of(watched)[2][0], signal.SIGKILL)
+    with pytest.raises(ActorDied, match="^worker/2 died"):
+        wait([watched.call_one(0, "collective")])
+
+
+def test_a_failure_of_a_watched_actor_has_its_name(watched: ActorGroup) -> None:
+    with pytest.raises(TaskFailed, match="busy: work failed in worker/1: ZeroDivisionError: a bug of ours") as caught:
+        wait([watched.call_one(1, "fail")])
+    assert (caught.value.role, caught.value.rank) == ("worker", 1)
+    assert caught.value.cause == "ZeroDivisionError: a bug of ours"
+    assert "in fail" in caught.value.trace
+
+
+def test_a_death_that_another_actor_noticed_gets_its_name(watched: ActorGroup) -> None:
+    pid = pids_of(watched)[1][0]
+    asking = watched.call_one(0, "sum_of", [watched.call_one(1, "sleep", 20.0)])
+    os.kill(pid, signal.SIGKILL)
+    with pytest.raises(ActorDied, match="^worker/1 died"):
+        wait([asking])
+
+
+def test_who_is_ended_as_planned_is_not_missed(watched: ActorGroup) -> None:
+    ActorGroup("worker", watched.actors[1:]).kill()
+    with pytest.raises(RoleTimeout):
+        wait([watched.call_one(0, "sleep", 20.0)], timeout_s=3.0)

@@ -58,7 +58,7 @@ def test_what_a_file_leaves_out_is_the_default_of_its_device(tmp_path: Path, dev
         ),
         (
             "device: cpu\noptimizer: {traffic: fast, step_s: 0}",
-            "optimizer.traffic: input should be a valid number, unable to parse string as a number (got 'fast')",
+            "optimizer.traffic: should be a number, such as 0.5 or 1e-5 (got 'fast')",
         ),
         (
             "device: cpu\noptimizer: {traffic: .nan, step_s: 0}",

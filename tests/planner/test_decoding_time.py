@@ -8,9 +8,9 @@ import pytest
 
 from rlhf_ray.models.shapes import ModelShape
 from rlhf_ray.planner.calibration import Calibration, Collectives, Generation, defaults
-from rlhf_ray.planner.decoding_time import Engine, shard_arrivals
-from rlhf_ray.planner.pass_time import Group, Rates
-from rlhf_ray.planner.workload import Lengths
+from rlhf_ray.planner.decoding_time import DecodingEngine, shard_arrivals
+from rlhf_ray.planner.pass_time import ProcessGroup, Rates
+from rlhf_ray.planner.work import Lengths
 
 SHAPE = ModelShape.of(
     {
@@ -34,8 +34,10 @@ def constants(**factors: float) -> Calibration:
     return defaults("gpu").model_copy(update={"generation": Generation(**{**FREE, **factors})})
 
 
-def engine(slots: int = 64, workers: int = 1, **factors: float) -> Engine:
-    return Engine(SHAPE, "bfloat16", slots, 1, RATES, Group(workers, 1, 1e11, 1e10), constants(**factors))
+def engine(slots: int = 64, workers: int = 1, **factors: float) -> DecodingEngine:
+    return DecodingEngine(
+        SHAPE, "bfloat16", slots, 1, RATES, ProcessGroup(workers, 1, 1e11, 1e10), constants(**factors)
+    )
 
 
 def test_one_sequence_is_bound_by_reading_the_weights() -> None:

@@ -8,7 +8,7 @@ import pytest
 from rlhf_ray.config.training import TrainingEngine
 from rlhf_ray.models.shapes import ModelShape
 from rlhf_ray.planner.calibration import Calibration, ProcessMemory, RayRates, Start, defaults
-from rlhf_ray.planner.decoding_time import Engine
+from rlhf_ray.planner.decoding_time import DecodingEngine
 from rlhf_ray.planner.measurements import (
     CollectiveSeconds,
     DecodeSeconds,
@@ -18,7 +18,7 @@ from rlhf_ray.planner.measurements import (
     calibration_of,
     fit_factors,
 )
-from rlhf_ray.planner.pass_time import Group, Ranks, Rates
+from rlhf_ray.planner.pass_time import ProcessGroup, Ranks, Rates
 from rlhf_ray.planner.work import Sequences
 
 FLOPS = {"bfloat16": 2e12, "float32": 2e11}
@@ -53,15 +53,15 @@ def shape(hidden: int, layers: int, intermediate: int, vocab: int) -> ModelShape
 
 
 SHAPES = [shape(256, 2, 704, 4096), shape(512, 10, 1408, 8192), shape(1024, 4, 2816, 32768)]
-ALONE = Group(1, 1, LINK, LINK)
+ALONE = ProcessGroup(1, 1, LINK, LINK)
 
 
 def ranks(of: ModelShape, constants: Calibration) -> Ranks:
     return Ranks(of, TrainingEngine(micro_batch_tokens=4096), RATES, ALONE, constants)
 
 
-def engine(of: ModelShape, constants: Calibration) -> Engine:
-    return Engine(of, "bfloat16", 64, 1, RATES, ALONE, constants)
+def engine(of: ModelShape, constants: Calibration) -> DecodingEngine:
+    return DecodingEngine(of, "bfloat16", 64, 1, RATES, ALONE, constants)
 
 
 def passes(of: ModelShape, sequences: Sequences) -> PassSeconds:

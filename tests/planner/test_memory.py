@@ -11,9 +11,10 @@ from rlhf_ray.models.shapes import ShapeError
 from rlhf_ray.planner.calibration import ProcessMemory
 from rlhf_ray.planner.footprint import total
 from rlhf_ray.planner.hardware import Hardware, load_hardware
-from rlhf_ray.planner.memory import MemoryPlan, Shelf, plan_memory, stages
+from rlhf_ray.planner.jobs import workload_of
+from rlhf_ray.planner.memory import MemoryPlan, MemoryPool, plan_memory, stages
 from rlhf_ray.planner.role_memory import token_bytes, trained_items
-from rlhf_ray.planner.workload import RolloutRole, ScoredRole, TrainedRole, workload_of
+from rlhf_ray.planner.workload import RolloutRole, ScoredRole, TrainedRole
 
 MakeJob = Callable[..., Any]
 GIB = 2**30
@@ -39,16 +40,16 @@ def trained(job: Any, *, cpu: bool = False) -> dict[tuple[str, str], int]:
     found: dict[tuple[str, str], int] = {}
     for item in trained_items(role, cpu=cpu):
         if item.moments is None and item.size:
-            found[item.name, item.place] = found.get((item.name, item.place), 0) + item.size
+            found[item.name, item.location] = found.get((item.name, item.location), 0) + item.size
     return found
 
 
-def device(plan: MemoryPlan, number: int = 0) -> Shelf:
-    return next(shelf for shelf in plan.shelves if shelf.device == number)
+def device(plan: MemoryPlan, number: int = 0) -> MemoryPool:
+    return next(pool for pool in plan.pools if pool.device == number)
 
 
-def host(plan: MemoryPlan) -> Shelf:
-    return next(shelf for shelf in plan.shelves if shelf.device is None)
+def host(plan: MemoryPlan) -> MemoryPool:
+    return next(pool for pool in plan.pools if pool.device is None)
 
 
 def test_stage_3_divides_everything_by_the_ranks(make_job: MakeJob) -> None:
@@ -112,9 +113,9 @@ def test_offload_to_a_disk_takes_buffers_of_host_memory(make_job: MakeJob) -> No
     assert held["optimizer moments", "disk"] == 8 * LLAMA_8B // 8
     assert held["offload buffers", "host"] == 16 * 50_000_000 + 5 * 2 * largest // 8
     plan = plan_of(make_job("sft", engine))
-    [disk] = [shelf for shelf in plan.shelves if shelf.kind == "disk"]
+    [disk] = [pool for pool in plan.pools if pool.kind == "disk"]
     assert disk.capacity == 27000 * GIB
-    assert disk.held == 8 * sum(size for (_, place), size in held.items() if place == "disk")
+    assert disk.held == 8 * sum(size for (_, location), size in held.items() if location == "disk")
 
 
 def test_adapters_alone_have_gradients_and_optimizer_state(make_job: MakeJob) -> None:
@@ -127,20 +128,20 @@ def test_adapters_alone_have_gradients_and_optimizer_state(make_job: MakeJob) ->
 
 def test_activations_of_an_8b_model(make_job: MakeJob) -> None:
     plan = plan_of(make_job("sft"))
-    [policy] = device(plan).tenants
+    [policy] = device(plan).uses
     # Bytes for each token of a layer: two norms (float32 and bfloat16 of 4096, and a factor), what they feed (4096),
     # queries and result (4096 each), keys and values (1024 each), a normaliser for 32 heads, and four times 14336.
     layer = 2 * (6 * 4096 + 4) + 2 * 2 * 4096 + 2 * (2 * 4096 + 2 * 1024) + 4 * 32 + 2 * 4 * 14336
     last = 6 * 4096 + 4
-    assert next(item.size for item in policy.parts if item.name == "activations") == 4096 * (32 * layer + last)
+    assert next(item.size for item in policy.items if item.name == "activations") == 4096 * (32 * layer + last)
 
 
 def test_checkpointing_keeps_one_state_for_each_layer(make_job: MakeJob) -> None:
     plan = plan_of(
         make_job("sft", "policy.engine.activation_checkpointing=true", "policy.engine.micro_batch_tokens=65536")
     )
-    [policy] = device(plan).tenants
-    kept = next(item.size for item in policy.parts if item.name == "activations")
+    [policy] = device(plan).uses
+    kept = next(item.size for item in policy.items if item.name == "activations")
     assert kept == 2048 * 8 * (32 * 2 * 4096 + 6 * 4096 + 4)  # eight rows of a rank, not all that the budget allows
 
 
@@ -149,8 +150,8 @@ def test_the_kv_cache_gets_what_the_share_of_the_device_leaves(make_job: MakeJob
     [role] = [role for role in workload_of(job).roles if isinstance(role, RolloutRole)]
     assert token_bytes(role) == 2 * 32 * 8 * 128 * 2
     plan = plan_of(job)
-    rollout = device(plan, 4).tenants[0]
-    parts = {item.name: item.size for item in rollout.parts}
+    rollout = device(plan, 4).uses[0]
+    parts = {item.name: item.size for item in rollout.items}
     assert parts["weights"] == 2 * LLAMA_8B
     assert parts["weights"] + parts["pass"] + parts["KV cache"] == int(0.9 * int(79.1 * GIB))
     assert plan.engine is not None
@@ -162,8 +163,8 @@ def test_tensor_parallel_divides_weights_and_cache(make_job: MakeJob) -> None:
     job = make_job("ppo", "placement.rollout.tensor_parallel=4", "placement.rollout.engines=1")
     [role] = [role for role in workload_of(job).roles if isinstance(role, RolloutRole)]
     assert token_bytes(role) == 2 * 32 * 2 * 128 * 2
-    rollout = device(plan_of(job), 4).tenants[0]
-    assert {item.name: item.size for item in rollout.parts}["weights"] == 2 * LLAMA_8B // 4
+    rollout = device(plan_of(job), 4).uses[0]
+    assert {item.name: item.size for item in rollout.items}["weights"] == 2 * LLAMA_8B // 4
 
 
 def test_an_engine_without_room_for_one_sequence_does_not_start(make_job: MakeJob) -> None:
@@ -177,10 +178,10 @@ def test_an_engine_without_room_for_one_sequence_does_not_start(make_job: MakeJo
 
 def test_colocated_roles_add_up_on_their_devices(make_job: MakeJob) -> None:
     plan = plan_of(make_job("ppo"))
-    assert [tenant.role for tenant in device(plan, 0).tenants] == ["policy", "reference"]
-    assert [tenant.role for tenant in device(plan, 2).tenants] == ["critic", "reward-scores"]
-    shelf = device(plan, 0)
-    assert shelf.held == sum(max(tenant.held) for tenant in shelf.tenants)
+    assert [use.role for use in device(plan, 0).uses] == ["policy", "reference"]
+    assert [use.role for use in device(plan, 2).uses] == ["critic", "reward-scores"]
+    pool = device(plan, 0)
+    assert pool.held == sum(max(use.held) for use in pool.uses)
 
 
 def test_roles_that_leave_their_device_are_counted_stage_by_stage(make_job: MakeJob) -> None:
@@ -188,7 +189,7 @@ def test_roles_that_leave_their_device_are_counted_stage_by_stage(make_job: Make
     leaves = plan_of(make_job("ppo", "placement.offload_idle=true"))
     names = [stage.name for stage in leaves.stages]
     assert names == ["load", "generate", "score", "update", "sync"]
-    policy, reference = device(leaves, 0).tenants
+    policy, reference = device(leaves, 0).uses
     update = names.index("update")
     context = ProcessMemory().bytes_of("context_mib")
     assert reference.held[update] == context  # it has left
@@ -214,20 +215,18 @@ def test_trainers_that_share_a_device_update_one_after_the_other(make_job: MakeJ
 def test_on_the_cpu_everything_is_in_host_memory(make_job: MakeJob) -> None:
     job = make_job("sft", "placement.policy={ranks: 2, cpus: 1}")
     plan = plan_of(job, "cpu-16")
-    [shelf] = plan.shelves
-    assert shelf.device is None
-    assert shelf.capacity == int(0.95 * 64 * GIB)
-    weights = [
-        total(i for i in tenant.parts if i.name == "weights") for tenant in shelf.tenants if tenant.role == "policy"
-    ]
+    [pool] = plan.pools
+    assert pool.device is None
+    assert pool.capacity == int(0.95 * 64 * GIB)
+    weights = [total(i for i in use.items if i.name == "weights") for use in pool.uses if use.role == "policy"]
     assert weights == [2 * LLAMA_8B, 2 * LLAMA_8B]
     assert not plan.fits
 
 
 def test_each_rank_reads_the_whole_model_into_host_memory_unless_sharded(make_job: MakeJob) -> None:
     def loading(*overrides: str) -> int:
-        tenant = host(plan_of(make_job("sft", *overrides))).tenants[0]
-        return next(item.size for item in tenant.parts if item.name == "weights on their way to the device")
+        use = host(plan_of(make_job("sft", *overrides))).uses[0]
+        return next(item.size for item in use.items if item.name == "weights on their way to the device")
 
     assert loading("policy.engine.zero_stage=2") == 2 * LLAMA_8B
     assert loading("policy.engine.zero_stage=3") == 2 * LLAMA_8B // 8
@@ -263,7 +262,7 @@ def test_more_ranks_take_less_each(make_job: MakeJob, job: str) -> None:
 
 def test_ranks_of_several_nodes_are_planned_where_they_would_be_placed(make_job: MakeJob) -> None:
     plan = plan_of(make_job("sft", "placement.policy.ranks=16"), nodes=2)
-    assert [(s.node, s.device, s.tenants[0].rank) for s in plan.shelves if s.device in (0, 7)] == [
+    assert [(s.node, s.device, s.uses[0].rank) for s in plan.pools if s.device in (0, 7)] == [
         ("node-0", 0, 0),
         ("node-0", 7, 7),
         ("node-1", 0, 8),
@@ -326,14 +325,14 @@ def _with_store(machine: Any, size: int) -> Any:
 
 
 def test_roles_that_stay_have_no_level(make_job: MakeJob) -> None:
-    found = stages(make_job("ppo"))
+    found = stages(workload_of(make_job("ppo")))
     assert [stage.name for stage in found] == ["load", "generate", "score", "update", "sync"]
     assert all(not stage.levels for stage in found)
     assert found[3].working == {"policy", "critic"}
 
 
 def test_each_stage_has_whom_it_needs_as_far_as_it_needs_them(make_job: MakeJob) -> None:
-    by_name = {stage.name: stage for stage in stages(make_job("ppo", *TOGETHER))}
+    by_name = {stage.name: stage for stage in stages(workload_of(make_job("ppo", *TOGETHER)))}
     assert list(by_name) == ["load", "generate", "score", "update critic", "update policy", "sync"]
     score = by_name["score"].levels
     assert score == dict.fromkeys(("policy", "critic", "reference", "reward"), Level.WEIGHTS)
@@ -344,7 +343,7 @@ def test_each_stage_has_whom_it_needs_as_far_as_it_needs_them(make_job: MakeJob)
 
 
 def test_a_reference_on_the_policys_devices_leaves_before_the_update(make_job: MakeJob) -> None:
-    found = stages(make_job("preference", "placement.offload_idle=true"))
+    found = stages(workload_of(make_job("preference", "placement.offload_idle=true")))
     assert [(stage.name, stage.levels.get("reference")) for stage in found] == [
         ("load", None),
         ("score", Level.WEIGHTS),
@@ -353,4 +352,4 @@ def test_a_reference_on_the_policys_devices_leaves_before_the_update(make_job: M
 
 
 def test_a_job_with_one_role_only_updates(make_job: MakeJob) -> None:
-    assert [stage.name for stage in stages(make_job("sft"))] == ["load", "update"]
+    assert [stage.name for stage in stages(workload_of(make_job("sft")))] == ["load", "update"]

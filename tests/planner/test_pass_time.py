@@ -8,7 +8,7 @@ import pytest
 from rlhf_ray.config.training import Lora, TrainingEngine
 from rlhf_ray.models.shapes import ModelShape
 from rlhf_ray.planner.calibration import Calibration, Collectives, OptimizerRates, Pass, defaults
-from rlhf_ray.planner.pass_time import Group, Ranks, Rates
+from rlhf_ray.planner.pass_time import ProcessGroup, Ranks, Rates
 from rlhf_ray.planner.work import Sequences, layer_parameters, touched_parameters
 
 LLAMA_3_8B = {
@@ -44,7 +44,7 @@ def constants(**sections: Any) -> Calibration:
 
 def ranks(count: int = 1, *, nodes: int = 1, lora: Lora | None = None, engine: Any = None, **sections: Any) -> Ranks:
     settings = TrainingEngine.model_validate({"zero_stage": 2, "micro_batch_tokens": 1024, **(engine or {})})
-    group = Group(count, nodes, RATES.link, RATES.network)
+    group = ProcessGroup(count, nodes, RATES.link, RATES.network)
     return Ranks(SHAPE, settings, RATES, group, constants(**sections), lora)
 
 
@@ -149,9 +149,9 @@ def test_bytes_that_ranks_send_in_each_stage(stage: int, sent: float) -> None:
 
 def test_ranks_on_several_nodes_talk_at_the_networks_pace() -> None:
     factors = Collectives(all_reduce=1, all_gather=1, reduce_scatter=1, call_s=0)
-    near, far = (Group(16, nodes, 1e11, 1e10).all_reduce_s(1e9, factors) for nodes in (1, 2))
+    near, far = (ProcessGroup(16, nodes, 1e11, 1e10).all_reduce_s(1e9, factors) for nodes in (1, 2))
     assert far == pytest.approx(10 * near)
-    assert Group(1, 1, 1e11, 1e10).all_reduce_s(1e9, factors) == 0
+    assert ProcessGroup(1, 1, 1e11, 1e10).all_reduce_s(1e9, factors) == 0
 
 
 def test_optimizer_state_is_shared_by_ranks_but_for_stage_0() -> None:

@@ -15,11 +15,12 @@ from rlhf_ray.config.loading import ConfigError, apply_override, parse_config
 from rlhf_ray.planner.calibration import ProcessMemory, defaults
 from rlhf_ray.planner.candidates import Setting, layouts, settings
 from rlhf_ray.planner.hardware import Hardware, load_hardware
+from rlhf_ray.planner.jobs import workload_of
 from rlhf_ray.planner.memory import plan_memory
-from rlhf_ray.planner.placement import Cluster
+from rlhf_ray.planner.placement import AssignedHardware
 from rlhf_ray.planner.search import Proposal, best_placements
 from rlhf_ray.planner.step_time import step_time
-from rlhf_ray.planner.workload import Lengths, workload_of
+from rlhf_ray.planner.work import Lengths
 
 SMALL = {
     "model_type": "llama",
@@ -78,8 +79,12 @@ def everything(job: JobConfig, hardware: Hardware) -> list[float]:
             list(
                 settings(
                     ranks=count,
-                    scores=any(role.seat in ("reference", "reward") for role in roles if role.seat in group),
-                    learns=any(role.seat in ("policy", "critic") for role in roles if role.seat in group),
+                    scores=any(
+                        role.placement_key in ("reference", "reward") for role in roles if role.placement_key in group
+                    ),
+                    learns=any(
+                        role.placement_key in ("policy", "critic") for role in roles if role.placement_key in group
+                    ),
                     leaves=layout.offload_idle,
                     on_devices=True,
                 )
@@ -92,7 +97,7 @@ def everything(job: JobConfig, hardware: Hardware) -> list[float]:
                 apply_override(changed, f"{key}={json.dumps(value)}")
             for group, setting in zip(layout.groups, chosen, strict=True):
                 for role in roles:
-                    if role.seat in group:
+                    if role.placement_key in group:
                         for key, value in setting.keys_of(role).items():
                             apply_override(changed, f"{role.key}.engine.{key}={json.dumps(value)}")
             seconds = timed(changed, hardware)
@@ -104,14 +109,14 @@ def everything(job: JobConfig, hardware: Hardware) -> list[float]:
 def timed(raw: dict[str, Any], hardware: Hardware) -> float | None:
     try:
         job = parse_config(raw)
-        nodes = assign(requests_of({role: placed.placement for role, placed in job.places.items()}), hardware.nodes)
+        nodes = assign(requests_of(job.placements), hardware.nodes)
     except (ConfigError, PlacementError):
         return None
     plan = plan_memory(job, hardware, ProcessMemory())
     if not plan.fits:
         return None
     assert plan.engine is not None
-    at = Cluster(hardware, nodes, CONSTANTS)  # type: ignore[arg-type]
+    at = AssignedHardware(hardware, nodes, CONSTANTS)  # type: ignore[arg-type]
     return step_time(workload_of(job), at, LENGTHS, plan.engine.cached_tokens).seconds
 
 

@@ -10,9 +10,10 @@ from rlhf_ray.cluster.assignment import assign, requests_of
 from rlhf_ray.config.loading import parse_config
 from rlhf_ray.planner.calibration import defaults
 from rlhf_ray.planner.hardware import load_hardware
-from rlhf_ray.planner.placement import Cluster
+from rlhf_ray.planner.jobs import workload_of
+from rlhf_ray.planner.placement import AssignedHardware
 from rlhf_ray.planner.step_time import StepTime, step_time
-from rlhf_ray.planner.workload import Lengths, workload_of
+from rlhf_ray.planner.work import Lengths
 
 LLAMA_3_8B = {
     "model_type": "llama",
@@ -72,9 +73,9 @@ class Planned:
 
     def of(self, raw: dict[str, Any]) -> StepTime:
         job = parse_config(raw)
-        requests = requests_of({role: placed.placement for role, placed in job.places.items()})
+        requests = requests_of(job.placements)
         constants = {"cpu": defaults("cpu"), "gpu": defaults("gpu")}
-        cluster = Cluster(self.hardware, assign(requests, self.hardware.nodes), constants)  # type: ignore[arg-type]
+        cluster = AssignedHardware(self.hardware, assign(requests, self.hardware.nodes), constants)  # type: ignore[arg-type]
         return step_time(workload_of(job), cluster, LENGTHS)
 
 

@@ -6,12 +6,13 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from rlhf_ray.telemetry import progress
-from rlhf_ray.telemetry.progress import Progress, QuietConsole, setup_logging
+from rlhf_ray.telemetry import progress, status
+from rlhf_ray.telemetry.progress import Progress, QuietConsole, Silence, setup_logging
 
 METRICS = {"reward/mean": 0.41234, "kl/mean": 3.2, "throughput/response_tokens_per_s": 1812.3, "policy/loss": 1.0}
 
@@ -82,6 +83,34 @@ def test_an_error_of_the_run_passes_through(monkeypatch: pytest.MonkeyPatch) -> 
     _on(monkeypatch, terminal=True)
     with pytest.raises(KeyError, match="lost"), Progress("demo", steps=2):
         raise KeyError("lost")
+
+
+def test_silence_is_broken_after_half_a_minute_and_again_each_minute(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    _on(monkeypatch, terminal=True)  # no thread looks beside this one
+    clock = _Clock()
+    now = [status.Progress(0, "start", 0.0), status.Progress(1, "generate", 100.0, status.Shards(3, 1, 4))]
+    logger = logging.getLogger("rlhf_ray")
+    said: list[tuple[float, str]] = []
+    with caplog.at_level(logging.INFO), Silence("demo", 2, Path("runs/x"), lambda: now[0], clock) as silence:
+        for second in range(301):
+            clock.now = float(second)
+            if second == 130:
+                logger.info("demo step 1/2")
+                now.pop(0)
+            caplog.clear()
+            silence.look()
+            said += [(clock.now, message) for message in caplog.messages]
+    hint = " · `rlhf-ray status runs/x` says what each actor does"
+    assert said == [
+        (30.0, "demo step 1/2 · start of actors and models for 0:30" + hint),
+        (90.0, "demo step 1/2 · start of actors and models for 1:30" + hint),
+        (160.0, "demo step 2/2 · generate for 1:00 · 4 of 8 shards" + hint),
+        (220.0, "demo step 2/2 · generate for 2:00 · 4 of 8 shards" + hint),
+        (280.0, "demo step 2/2 · generate for 3:00 · 4 of 8 shards" + hint),
+    ]
+    assert not any(type(handler).__name__ == "_Heard" for handler in logger.handlers)
 
 
 def test_plain_log_lines_name_level_and_logger_and_come_once(

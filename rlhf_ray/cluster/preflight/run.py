@@ -1,8 +1,11 @@
 """All checks of a cluster, in half a minute at most, and a little over a minute where GPUs of several nodes meet."""
 
+import socket
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
 
 import ray
 from ray.exceptions import RayError
@@ -64,7 +67,18 @@ def naming_lost_nodes(report: Report) -> Iterator[None]:
         yield
     except Exception as error:
         with suppress(RayError, RuntimeError):  # the cluster as a whole may be what failed
-            alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-            for name in (name for name, node_id in report.node_ids.items() if node_id not in alive):
+            with ThreadPoolExecutor(32) as threads:
+                answering = {node_id for node_id in threads.map(_answers, ray.nodes()) if node_id is not None}
+            for name in (name for name, node_id in report.node_ids.items() if node_id not in answering):
                 error.add_note(f"Node {name} was there at the preflight and has left the cluster since.")
         raise
+
+
+def _answers(node: dict[str, Any]) -> str | None:
+    """The id of a node whose daemon listens; of one that has died the cluster's head learns later than its peers."""
+    try:
+        if node["Alive"]:
+            socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), timeout=3).close()
+    except OSError:
+        return None
+    return str(node["NodeID"]) if node["Alive"] else None

@@ -1,0 +1,157 @@
+"""From the role table and the phase table of a job to what the planner adds up."""
+
+from typing import get_args
+
+from rlhf_ray.config.jobs import Job
+from rlhf_ray.config.placement import RolloutPlacement
+from rlhf_ray.config.roles import RoleSpec, needs_by_phase
+from rlhf_ray.config.rollout import RolloutEngine
+from rlhf_ray.config.training import Dtype, ScoringEngine, TrainingEngine
+from rlhf_ray.models.config_json import read_shape
+from rlhf_ray.models.shapes import ModelShape, ShapeError, can_share_heads
+from rlhf_ray.planner.footprint import StepPhase
+from rlhf_ray.planner.work import Lengths, Sequences
+from rlhf_ray.planner.workload import ModelRole, RolloutRole, ScoredRole, StepBatch, TrainedRole, Workload
+
+
+def workload_of(job: Job) -> Workload:
+    """What a job asks of its roles.
+
+    Raises:
+        ShapeError: when the shape of one of its models can't be read.
+    """
+    step = job.step_shape
+    batch = StepBatch(
+        samples=step.samples,
+        longest=step.longest,
+        learnt=step.learnt,
+        optimizer_steps=step.optimizer_steps,
+        epochs=step.epochs,
+        shard=step.shard,
+        samples_per_prompt=step.samples_per_prompt,
+    )
+    [dtype] = [role.engine.dtype for role in job.roles if role.exported and isinstance(role.engine, TrainingEngine)]
+    roles = [_role(role, batch, dtype) for role in job.roles if _takes_part(role)]
+    generates = any(role.kind == "engine" for role in job.roles)
+    sample_bytes = _trajectory_bytes(step.prompt, step.response) if generates else 4 * step.longest
+    return Workload(
+        job,
+        tuple(roles),
+        phases=_phases(job),
+        updated=tuple(role.placed_as for role in reversed(job.roles) if role.trained),
+        text_workers=sum(role.ranks for role in job.roles if role.kind == "texts"),
+        trajectory_bytes=step.samples * sample_bytes,
+    )
+
+
+def _takes_part(role: RoleSpec) -> bool:
+    """A reference whose log-probs are kept on disk does not; scorers of texts are counted apart."""
+    return role.model is not None and (role.trained or role.kind == "engine" or role.score_passes > 0)
+
+
+def _phases(job: Job) -> tuple[StepPhase, ...]:
+    """Those of the step itself that somebody works in. What a trained role alone does before its update takes less than
+    that."""
+    needs, trained = needs_by_phase(job.roles), {role.placed_as for role in job.roles if role.trained}
+    known: tuple[StepPhase, ...] = get_args(StepPhase)
+    there = {phase.name for phase in job.phases}
+    return tuple(
+        phase for phase in known if phase in there and (phase == "update" or not needs.get(phase, {}).keys() <= trained)
+    )
+
+
+def _role(role: RoleSpec, batch: StepBatch, dtype: Dtype) -> ModelRole:
+    """`dtype` is that of the model that the job trains, which engines have too."""
+    assert role.model is not None
+    shape = read_shape(role.model.path).with_head("scalar" if role.kind == "scalar" else "vocabulary")
+    if isinstance(role.placement, RolloutPlacement):
+        assert isinstance(role.engine, RolloutEngine)
+        _check_heads(shape, role.placement.tensor_parallel, f"placement.{role.placed_as}.tensor_parallel")
+        return RolloutRole(
+            name=role.name,
+            placement_key=role.placed_as,
+            key=role.section,
+            shape=shape,
+            dtype=role.engine.dtype or dtype,
+            engine=role.engine,
+            placement=role.placement,
+            batch=batch,
+            sync_bytes=role.sync_bytes,
+            adapter_rank=role.adapter_rank,
+        )
+    assert role.placement is not None
+    if isinstance(role.engine, ScoringEngine):
+        return ScoredRole(
+            name=role.name,
+            placement_key=role.placed_as,
+            key=role.section,
+            shape=shape,
+            engine=role.engine,
+            placement=role.placement,
+            ranks=role.ranks,
+            batch=batch,
+            score_passes=role.score_passes,
+        )
+    assert isinstance(role.engine, TrainingEngine)
+    return TrainedRole(
+        name=role.name,
+        placement_key=role.placed_as,
+        key=role.section,
+        shape=shape,
+        engine=role.engine,
+        lora=role.lora,
+        placement=role.placement,
+        ranks=role.ranks,
+        batch=batch,
+        entropy=role.entropy,
+        score_passes=role.score_passes,
+        sync_bytes=role.sync_bytes,
+    )
+
+
+def _check_heads(shape: ModelShape, ranks: int, key: str) -> None:
+    if not can_share_heads(shape, ranks):
+        raise ShapeError(
+            key,
+            f"{ranks} can't share the {shape.heads} attention heads and {shape.kv_heads} key/value heads of "
+            f"{shape.model!r} evenly",
+        )
+
+
+def _trajectory_bytes(prompt: int, response: int) -> int:
+    """Of one sample: tokens, the engine's log-probs and weight versions; what roles compute of it, by response token
+    (log-probs of policy and reference, values, then `Columns`); and some hundred bytes of names and offsets.
+    Trajectories are there twice, in generated shards and in those that are trained on, while these are made."""
+    arrays, columns = 4 * prompt + 3 * 4 * response, (3 + 4) * 4 * response
+    return 2 * (arrays + 256) + columns
+
+
+def step_sequences(job: Job, lengths: Lengths) -> Sequences:
+    """What a model is fed with in one pass over the samples or rows of a step.
+
+    Args:
+        lengths: of prompts and responses; in a job over a data set of the tokens of a row that are not learnt, and of
+            those that are, by text.
+    """
+    step = job.step_shape
+    rows, texts = step.samples, step.texts
+    if step.last_only:
+        whole = Sequences.of(rows * texts, lengths.prompt + lengths.response, 0)
+        return Sequences(rows, whole.tokens, whole.pairs, whole.count)
+    answers = Sequences.of(rows * texts, lengths.prompt, lengths.response)
+    if texts == 1:
+        return answers
+    # The answers of a row share their prompt's tokens, but each attends to them.
+    return Sequences(rows, answers.tokens - rows * (texts - 1) * lengths.prompt, answers.pairs, answers.scored)
+
+
+def lengths_of(job: Job, prompt: float | None = None, response: float | None = None) -> Lengths:
+    """How long prompts and responses of a job are taken to be.
+
+    Args:
+        prompt, response: mean tokens of prompts and responses, in a job over a data set of what is not learnt of a row
+            and of what is (of a pair's answers each). By default the longest that the config allows; of a pair, the
+            prompt then has half of them.
+    """
+    most, longest = job.step_shape.prompt, job.step_shape.response
+    return Lengths(most if prompt is None else prompt, longest if response is None else response, longest)
