@@ -26,7 +26,7 @@ from vllm.v1.executor.uniproc_executor import UniProcExecutor
 from rlhf_ray.config.roles import Level
 from rlhf_ray.config.rollout import Sampling
 from rlhf_ray.data.requests import PromptRequest
-from rlhf_ray.data.trajectory import FinishReason, Trajectory
+from rlhf_ray.data.trajectory import Trajectory
 from rlhf_ray.engines.engine_metrics import EngineLoad, stat_loggers
 from rlhf_ray.engines.held_weights import HeldWeights
 from rlhf_ray.engines.own_folder import OwnFolder
@@ -346,7 +346,13 @@ def _trajectory(prompt: PromptRequest, output: CompletionOutput) -> Trajectory:
     versions = [0] * len(tokens)
     for span in output.weight_versions or []:
         versions[span.start : span.end] = [int(span.version)] * (span.end - span.start)
-    reason: FinishReason = "length" if output.finish_reason == "length" else "stop"
+    reason = output.finish_reason
+    if reason != "stop" and reason != "length":
+        who = f"{prompt.uid}#{prompt.sample_index}"
+        raise RuntimeError(
+            f"vLLM ended the response to {who} after {len(tokens)} tokens with {reason!r}, so it is no sample: was the "
+            "engine put to sleep while it generated?"
+        )
     return Trajectory(
         prompt.uid, prompt.sample_index, prompt.seed, prompt.tokens, tokens, logprobs, versions, reason, row=prompt.row
     )
