@@ -11,7 +11,7 @@ import pytest
 
 # The main thread hangs outside of Python, as it does in a call of Ray's to a cluster that is gone.
 HANGS = """
-import ctypes, socket, subprocess, sys
+import ctypes, subprocess, sys
 from rlhf_ray.cluster import daemons
 daemons._WARN_S, daemons._GIVE_UP_S = 1.0, 3.0
 def last_words(error):
@@ -20,11 +20,14 @@ def last_words(error):
 child = subprocess.Popen(["sleep", "100"])
 address = None if sys.argv[1] == "own" else ("127.0.0.1", int(sys.argv[1]))
 watch = daemons.DaemonWatch({"raylet": child.pid} if address is None else {}, address, last_words)
+libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
+libc.pthread_mutex_lock(mutex)
 with daemons.signals_end_in_order(watch):
-    print(child.pid, flush=True)
-    libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
-    libc.pthread_mutex_lock(mutex)
-    libc.pthread_mutex_lock(mutex)
+    try:
+        print(child.pid, flush=True)
+        libc.pthread_mutex_lock(mutex)
+    except daemons.Terminated:  # it was not there yet, and hangs while it ends
+        libc.pthread_mutex_lock(mutex)
 """
 
 

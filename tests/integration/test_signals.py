@@ -15,7 +15,8 @@ from rlhf_ray.config.jobs import SFTJob
 from rlhf_ray.config.loading import dump_config
 from rlhf_ray.telemetry.manifest import last_session
 
-ENDS_WITHIN_S = 10.0
+ENDS_WITHIN_S = 20.0
+"""Seconds on a machine that has nothing else to do; Ray itself would take 60 or more."""
 
 
 @pytest.mark.parametrize(
