@@ -14,6 +14,10 @@ HANGS = """
 import ctypes, subprocess, sys
 from rlhf_ray.cluster import daemons
 daemons._WARN_S, daemons._GIVE_UP_S = 1.0, 3.0
+def forbidden(pid):
+    raise PermissionError
+if "forbidden" in sys.argv:
+    daemons.os.pidfd_open = forbidden
 def last_words(error):
     print("last words:", type(error).__name__, error, flush=True)
     return 128 + error.number if isinstance(error, daemons.Terminated) else 1
@@ -31,10 +35,10 @@ with daemons.signals_end_in_order(watch):
 """
 
 
-def start(cluster: str) -> tuple["subprocess.Popen[str]", int]:
+def start(cluster: str, *arguments: str) -> tuple["subprocess.Popen[str]", int]:
     """The process, in a group of its own, and its daemon's id."""
     process = subprocess.Popen(
-        [sys.executable, "-c", HANGS, cluster], stdout=subprocess.PIPE, text=True, start_new_session=True
+        [sys.executable, "-c", HANGS, cluster, *arguments], stdout=subprocess.PIPE, text=True, start_new_session=True
     )
     assert process.stdout is not None
     return process, int(process.stdout.readline())
@@ -53,8 +57,10 @@ def test_a_signal_to_the_whole_group_ends_the_process_though_it_hangs(number: si
     assert end_of(process) == (code, f"last words: Terminated {number.name}\n")
 
 
-def test_a_daemon_that_dies_is_named() -> None:
-    process, daemon = start("own")
+@pytest.mark.parametrize("notified", [True, False])
+def test_a_daemon_that_dies_is_named(notified: bool) -> None:
+    """Also where a container forbids to be notified of it."""
+    process, daemon = start("own", *([] if notified else ["forbidden"]))
     os.kill(daemon, signal.SIGKILL)
     words = f"last words: ClusterLost the Ray cluster of this run is gone: raylet (process {daemon}) has ended\n"
     assert end_of(process) == (1, words)

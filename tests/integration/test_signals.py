@@ -24,7 +24,6 @@ ENDS_WITHIN_S = 20.0
     [
         ("group", signal.SIGTERM, 143, "terminated", "terminated; the same command resumes it from the checkpoint of"),
         ("raylet", signal.SIGKILL, 1, "failed", "error: the Ray cluster of this run is gone: raylet (process "),
-        ("gcs_server", signal.SIGKILL, 1, "failed", "error: the Ray cluster of this run is gone: gcs_server (process "),
     ],
 )
 def test_a_run_ends_with_its_last_words(
