@@ -38,7 +38,8 @@ main = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    epilog="Exit codes: 0 success, 1 the run failed, 2 bad config or arguments, 130 interrupted, 143 terminated.",
+    epilog="Exit codes: 0 success, 1 the run failed, 2 bad config or arguments, 129 hung up, 130 interrupted, "
+    "143 terminated.",
 )
 
 main.add_typer(data, name="data")
