@@ -12,6 +12,7 @@ from rlhf_ray.cluster.planner.changes import Change
 from rlhf_ray.cluster.planner.footprint import Item, total
 from rlhf_ray.cluster.planner.hardware import Hardware
 from rlhf_ray.cluster.planner.memory import MemoryPlan, Shelf, Tenant
+from rlhf_ray.config.number_formats import NumberFormats
 from rlhf_ray.telemetry.progress import QuietConsole
 
 GIB = 2**30
@@ -42,7 +43,18 @@ def print_plan(plan: MemoryPlan, hardware: Hardware, changes: Sequence[Change]) 
         console.print(line, soft_wrap=True)
 
 
-def to_json(plan: MemoryPlan, hardware: Hardware, changes: Sequence[Change], time: Mapping[str, object]) -> str:
+def _told_formats(formats: NumberFormats) -> dict[str, object]:
+    """Number formats for JSON."""
+    return {"number_formats": formats.content(), "warnings": list(formats.warnings)}
+
+
+def to_json(
+    plan: MemoryPlan,
+    hardware: Hardware,
+    changes: Sequence[Change],
+    formats: NumberFormats,
+    time: Mapping[str, object],
+) -> str:
     """The same for programs; sizes in bytes.
 
     Args:
@@ -54,6 +66,7 @@ def to_json(plan: MemoryPlan, hardware: Hardware, changes: Sequence[Change], tim
             "cluster": hardware.name,
             "fits": plan.fits,
             "problems": plan.problems,
+            **_told_formats(formats),
             "stages": [stage.name for stage in plan.stages],
             "memory": [_shelf_json(shelf) for shelf in plan.shelves],
             "object_store": {"needed": plan.store_needed, "capacity": plan.store},

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 from rich.text import Text
 
 from rlhf_ray.config.jobs import EpochJob, JobConfig, PPOJob, PreferenceJob, RewardModel, RewardModelJob, SFTJob
+from rlhf_ray.config.number_formats import NumberFormats
 from rlhf_ray.config.placement import RolePlacement
 from rlhf_ray.config.reward_loss import BradleyTerry
 from rlhf_ray.config.rewards import FunctionReward, HttpReward, ModelReward, part_name
@@ -27,6 +28,8 @@ Role = Literal["policy", "critic", "reference", "reward"]
 def show(rows: Iterable[tuple[str, ...]]) -> None:
     """Columns on stdout, the first in bold. A row is never broken, so that paths can be copied."""
     table = list(rows)
+    if not table:
+        return
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     console = QuietConsole()
     for row in table:
@@ -57,6 +60,14 @@ def config_lines(config: JobConfig, inputs: "PPOInputs | EpochInputs | None") ->
     yield "run", f"{config.run.dir}{_standing(config)}"
 
 
+def number_format_lines(formats: NumberFormats) -> Iterator[Line]:
+    """What `dtype: auto` became and why, and what was written out and is slow."""
+    yield from (("dtype auto", line) for line in formats.lines)
+    if formats.open:
+        yield "dtype auto", f"for {', '.join(formats.open)}: chosen at the start, by the CPUs that they come to"
+    yield from (("warning", warning) for warning in formats.warnings)
+
+
 def _ppo_lines(config: PPOJob) -> Iterator[Line]:
     data = config.data
     per_step = f"{config.samples_per_step} samples a step ({data.prompts_per_step} prompts × {data.samples_per_prompt})"
@@ -73,11 +84,13 @@ def _ppo_lines(config: PPOJob) -> Iterator[Line]:
     for part in config.reward:
         yield f"reward/{part_name(part)}", f"{_part(config, part)} · weight {part.weight:g}"
     rollout = place.rollout
+    dtype = config.rollout.engine.dtype_choice
     workers = rollout.tensor_parallel
     if rollout.colocate is not None:
-        yield "rollout", f"{_several(rollout.engines, 'engine')} beside {rollout.colocate}"
+        yield "rollout", f"{dtype} · {_several(rollout.engines, 'engine')} beside {rollout.colocate}"
     else:
-        yield "rollout", _held(rollout.engines, "engine", rollout.cpus * workers, rollout.gpus * workers)
+        held = _held(rollout.engines, "engine", rollout.cpus * workers, rollout.gpus * workers)
+        yield "rollout", f"{dtype} · {held}"
 
 
 def _epoch_lines(config: EpochJob, inputs: "EpochInputs | None") -> Iterator[Line]:
@@ -124,7 +137,7 @@ def _trained(section: Policy | Critic | RewardModel) -> str:
 def _engine(engine: TrainingEngine | ScoringEngine) -> str:
     zero = f", ZeRO stage {engine.zero_stage}" if engine.zero_stage else ""
     together = engine.sequence_parallel
-    return f"{engine.dtype}{zero}" + (f", sequences over {together} ranks" if together > 1 else "")
+    return f"{engine.dtype_choice}{zero}" + (f", sequences over {together} ranks" if together > 1 else "")
 
 
 def _ranks(config: PPOJob, role: Role) -> str:

@@ -10,8 +10,10 @@ from rlhf_ray.cluster.preflight.report import PreflightError
 from rlhf_ray.cluster.preflight.run import naming_lost_nodes, preflight
 from rlhf_ray.cluster.session import ray_session
 from rlhf_ray.config.jobs import JobConfig, PPOJob, PreferenceJob, RewardModelJob, SFTJob
+from rlhf_ray.config.number_formats import NumberFormats
 from rlhf_ray.controllers.epochs import ENDED, EpochController
 from rlhf_ray.controllers.inputs import EpochInputs, PPOInputs, PreferenceInputs, check
+from rlhf_ray.controllers.number_formats import choose_on_cluster
 from rlhf_ray.controllers.ppo import PPOController
 from rlhf_ray.controllers.ppo_roles import ppo_roles
 from rlhf_ray.controllers.preference import PreferenceController
@@ -40,13 +42,16 @@ def train(config: JobConfig) -> Path:
     if _is_complete(config, inputs.steps):
         logger.info("%s holds this run, complete: choose another run.dir to train again", folder)
         return folder
-    with ray_session(config.cluster, config.name), _preflight(config):
-        if isinstance(config, PPOJob) and isinstance(inputs, PPOInputs):
-            _train_ppo(config, inputs)
-        elif isinstance(config, PreferenceJob) and isinstance(inputs, PreferenceInputs):
-            _train_preference(config, inputs)
-        elif isinstance(config, RewardModelJob | SFTJob) and isinstance(inputs, EpochInputs):
-            _train_epochs(config, inputs)
+    with ray_session(config.cluster, config.name):
+        formats = choose_on_cluster(config)
+        config = formats.config
+        with _preflight(config):
+            if isinstance(config, PPOJob) and isinstance(inputs, PPOInputs):
+                _train_ppo(config, inputs, formats)
+            elif isinstance(config, PreferenceJob) and isinstance(inputs, PreferenceInputs):
+                _train_preference(config, inputs, formats)
+            elif isinstance(config, RewardModelJob | SFTJob) and isinstance(inputs, EpochInputs):
+                _train_epochs(config, inputs, formats)
     if isinstance(config, RewardModelJob):
         plot_reliability(folder)
     plot_curves(folder)
@@ -91,19 +96,19 @@ def _is_complete(config: JobConfig, steps: int) -> bool:
     return last is not None and (last.step >= steps or last.state.get(ENDED, False)) and written
 
 
-def _train_ppo(config: PPOJob, inputs: PPOInputs) -> None:
-    with RunFolder(config, inputs.steps) as folder, ppo_roles(config, inputs, folder.watch) as roles:
+def _train_ppo(config: PPOJob, inputs: PPOInputs, formats: NumberFormats) -> None:
+    with RunFolder(config, inputs.steps, formats) as folder, ppo_roles(config, inputs, folder.watch) as roles:
         trained = {"policy": roles.policy, "critic": roles.critic}
         checkpointing = Checkpointing(folder, trained, config.run.timeouts.checkpoint_s, roles.devices)
         PPOController(config, inputs, roles, folder, checkpointing).train()
 
 
-def _train_preference(config: PreferenceJob, inputs: PreferenceInputs) -> None:
+def _train_preference(config: PreferenceJob, inputs: PreferenceInputs, formats: NumberFormats) -> None:
     cache = reference_cache(config)
     complete = cache is not None and all(map(cache.has, inputs.sets))
     with_reference = config.algorithm.needs_reference and not config.policy_is_reference and not complete
     with (
-        RunFolder(config, inputs.steps) as folder,
+        RunFolder(config, inputs.steps, formats) as folder,
         preference_roles(config, inputs.steps, folder.watch, with_reference=with_reference) as roles,
     ):
         trained = {"policy": roles.policy}
@@ -113,8 +118,8 @@ def _train_preference(config: PreferenceJob, inputs: PreferenceInputs) -> None:
         PreferenceController(config, inputs, roles, cache, folder, checkpointing).train()
 
 
-def _train_epochs(config: RewardModelJob | SFTJob, inputs: EpochInputs) -> None:
-    with RunFolder(config, inputs.steps) as folder, epoch_role(config, inputs.steps, folder.watch) as group:
+def _train_epochs(config: RewardModelJob | SFTJob, inputs: EpochInputs, formats: NumberFormats) -> None:
+    with RunFolder(config, inputs.steps, formats) as folder, epoch_role(config, inputs.steps, folder.watch) as group:
         checkpointing = Checkpointing(folder, {config.role.name: group}, config.run.timeouts.checkpoint_s)
         controller = RewardModelController if isinstance(config, RewardModelJob) else EpochController
         controller(config, inputs, group, folder, checkpointing).train()

@@ -25,6 +25,7 @@ from rlhf_ray.actors.columns import assemble
 from rlhf_ray.actors.rollout import RolloutGroup
 from rlhf_ray.actors.waiting import RoleFailure, wait_all
 from rlhf_ray.config.jobs import PPOJob
+from rlhf_ray.config.number_formats import NumberFormats
 from rlhf_ray.config.rewards import FunctionReward
 from rlhf_ray.controllers.inputs import PPOInputs, check
 from rlhf_ray.controllers.ppo import PPOController
@@ -95,7 +96,7 @@ def roles(config: PPOJob, inputs: PPOInputs) -> Iterator[PPORoles]:
 
 
 def controller(config: PPOJob, inputs: PPOInputs, roles: PPORoles) -> PPOController:
-    folder = RunFolder(config, config.run.steps)
+    folder = RunFolder(config, config.run.steps, NumberFormats(config, ()))
     folder.start_progress()
     trained = {"policy": roles.policy, "critic": roles.critic}
     return PPOController(config, inputs, roles, folder, Checkpointing(folder, trained, 60.0))

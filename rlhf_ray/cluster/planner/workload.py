@@ -96,7 +96,7 @@ def _ppo(job: PPOJob) -> Workload:
             seat="rollout",
             key="rollout",
             shape=policy.with_head("vocabulary"),
-            dtype=job.rollout.engine.dtype or job.policy.engine.dtype,
+            dtype=job.rollout.engine.dtype,
             engine=job.rollout.engine,
             placement=place.rollout,
             batch=batch,

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from on_bfloat16 import on_bfloat16
 from rlhf_ray.cluster.assignment import assign, requests_of
 from rlhf_ray.cluster.planner.calibration import defaults
 from rlhf_ray.cluster.planner.hardware import load_hardware
@@ -72,7 +73,7 @@ class Planned:
         return self.of({**raw, **sections})
 
     def of(self, raw: dict[str, Any]) -> StepTime:
-        job = parse_config(raw)
+        job = on_bfloat16(parse_config(raw))
         requests = requests_of({role: placed.placement for role, placed in job.places.items()})
         constants = {"cpu": defaults("cpu"), "gpu": defaults("gpu")}
         cluster = Cluster(self.hardware, assign(requests, self.hardware.nodes), constants)  # type: ignore[arg-type]
