@@ -219,7 +219,7 @@ def test_validate_sums_up_a_ppo_job(cli: RunCli, of_ppo: list[str], prepared: Pa
         f"critic            from {tiny}-reward · float32, ZeRO stage 2 · 1 rank with 0.5 CPU",
         f"reference         {tiny} · float32 · 2 ranks beside policy",
         f"reward/sentiment  {tiny}-reward · float32 · 1 rank beside critic · weight 1",
-        "rollout           2 engines with 1 CPU each",
+        "rollout           float32 · 2 engines with 1 CPU each",
         "prompts           64 kept, 0 dropped, 0 truncated",
         f"run               {tmp_path}/run",
         "valid",

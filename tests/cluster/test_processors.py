@@ -1,5 +1,10 @@
 """Nodes of several kinds: whose CPUs decide about the number format of a job."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -102,3 +107,27 @@ def test_a_cluster_without_a_node_for_any_role_yet() -> None:
     found, line = chosen(ppo(), [node("head", cpus=0.0)], {"head": NEW})
     assert found == {"float32"}
     assert line.endswith("no node that is there now can take a role on CPUs")
+
+
+@pytest.mark.integration
+def test_nodes_are_asked_and_the_driver_does_not_count() -> None:
+    """Two raylets, one of which was started with the variable, in a driver that is not held back."""
+    script = Path(__file__).parent / "mixed_nodes.py"
+    auto = [f"{key}.engine.dtype=auto" for key in ("policy", "critic", "reference", "reward.0")]
+    environ = {name: value for name, value in os.environ.items() if not name.endswith("_MAX_CPU_ISA")}
+    done = subprocess.run(
+        [sys.executable, script, Path(__file__).parents[2] / "configs" / "tiny.yaml", *auto],
+        capture_output=True,
+        text=True,
+        timeout=180,
+        env={**environ, "RAY_AUTH_MODE": "disabled"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    [both], [old] = found["both"], found["old"]
+    assert both.startswith(
+        "float32 for policy.engine, critic.engine, reference.engine, reward.0.engine, rollout.engine"
+    )
+    assert "of 2 nodes do not multiply in bfloat16" in both
+    assert old.endswith("is held to AVX2 by ONEDNN_MAX_CPU_ISA")
