@@ -62,7 +62,7 @@ def main(
     arguments, machine = dict(locals()), Machine.here()
     policy = Policy(
         model=str(model),
-        engine=TrainingEngine(dtype_choice=dtype, micro_batch_tokens=_MICRO_BATCH_TOKENS),
+        engine=TrainingEngine(dtype=dtype, micro_batch_tokens=_MICRO_BATCH_TOKENS),
         optimizer=Optimizer(lr=lr),
     )
     rollout = Rollout(

@@ -109,9 +109,9 @@ def _measure(rank: int, ranks: int, port: int, model: Path, dtype: Dtype, task: 
     began = time.perf_counter()
     loaded = load_causal(str(model), dtype=DTYPES[dtype], vocab_chunk_tokens=256, sharded=sharded)
     if task == "scores":
-        ForwardEngine(loaded, ScoringEngine(zero_stage=3, dtype_choice=dtype))
+        ForwardEngine(loaded, ScoringEngine(zero_stage=3, dtype=dtype))
     else:
-        Engine(loaded, TrainingEngine(zero_stage=3, dtype_choice=dtype), Optimizer(), total_steps=1)
+        Engine(loaded, TrainingEngine(zero_stage=3, dtype=dtype), Optimizer(), total_steps=1)
     return Peak(most_in_use() - before, time.perf_counter() - began)
 
 

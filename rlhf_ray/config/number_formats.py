@@ -167,7 +167,7 @@ def _of_cpus(entries: Sequence[tuple[str, Products]]) -> tuple[Dtype, str]:
 def _slow(key: str, name: str, products: Products) -> str:
     return (
         f"{key}.dtype is bfloat16, but the CPU of {name} {products.why}: matrix products take "
-        f"{products.times_as_long} as in float32 there; set it to auto or float32"
+        f"{products.times_as_long} as in float32 there; set it to float32"
     )
 
 

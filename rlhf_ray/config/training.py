@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from rlhf_ray.config.base import (
     Fraction,
@@ -39,6 +39,8 @@ class UndecidedDtype(Exception):
 class Computing(Section):
     """What computes in a number format. `dtype` in a config file is `dtype_choice` here, which can be `auto`; code that
     computes reads `dtype`, which cannot."""
+
+    model_config = ConfigDict(populate_by_name=False)
 
     dtype_choice: DtypeChoice = Field(default="auto", alias="dtype")
     """Number format."""

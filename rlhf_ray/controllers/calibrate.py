@@ -197,7 +197,7 @@ def _mib_beside_model(policy: ActorGroup, shape: ModelShape) -> float:
 
 def _policy(model: Path, sizes: Sizes) -> Policy:
     tokens = max(samples.count * (samples.prompt + samples.response) for samples in sizes.passes)
-    return Policy(model=str(model), engine=TrainingEngine(zero_stage=2, dtype_choice=DTYPE, micro_batch_tokens=tokens))
+    return Policy(model=str(model), engine=TrainingEngine(zero_stage=2, dtype=DTYPE, micro_batch_tokens=tokens))
 
 
 def _collectives(sizes: Sizes, on_gpus: bool) -> CollectiveSeconds:

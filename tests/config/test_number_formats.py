@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from rlhf_ray.config.jobs import JobConfig
-from rlhf_ray.config.loading import dump_config, load_config, parse_config
+from rlhf_ray.config.loading import ConfigError, dump_config, load_config, parse_config
 from rlhf_ray.config.number_formats import Look, choose, engines_of
 from rlhf_ray.config.training import UndecidedDtype
 from rlhf_ray.platform import CpuProducts
@@ -126,7 +126,7 @@ def test_bfloat16_written_out_is_obeyed_with_a_warning() -> None:
     assert dtypes(found.config)["policy"] == dtypes(found.config)["rollout"] == "bfloat16"
     assert found.warnings[0] == (
         "policy.engine.dtype is bfloat16, but the CPU of this machine has neither AVX512_BF16 nor AMX: matrix products "
-        "take 9 times as long as in float32 there; set it to auto or float32"
+        "take 9 times as long as in float32 there; set it to float32"
     )
     assert [warning.partition(".")[0] for warning in found.warnings] == ["policy", "rollout"]
     assert not choose(config, everywhere(FAST)).warnings
@@ -148,3 +148,8 @@ def test_the_content_is_json() -> None:
     assert json.loads(json.dumps(choose(ppo(), everywhere(FAST)).content())).keys() == {
         f"{role}.engine.dtype" for role in ROLES
     }
+
+
+def test_a_config_has_one_name_for_it() -> None:
+    with pytest.raises(ConfigError, match="policy.engine.dtype_choice: unknown key"):
+        ppo(policy={"model": "p", "engine": {"dtype_choice": "float32"}})
