@@ -147,18 +147,22 @@ def validate(
       rlhf-ray validate configs/tiny.yaml rollout.sampling.max_new_tokens=32 run.dir=runs/longer
       rlhf-ray validate my.yaml 'rollout.sampling.stop=["\\n\\n"]' --schema-only
     """
-    from rlhf_ray.cli.results import config_lines, note, show
+    from rlhf_ray.cli.results import config_lines, note, number_format_lines, show
     from rlhf_ray.config.loading import load_config
+    from rlhf_ray.config.number_formats import choose
 
     job = load_config(config, overrides or ())
     inputs = None
+    formats = choose(job, None)
     if not schema_only:
         from rlhf_ray.controllers.job import check
+        from rlhf_ray.controllers.number_formats import choose_before_start
 
         _import_from_here()
         with problems_of(config):
             inputs = check(job)
-    show(config_lines(job, inputs))
+        formats = choose_before_start(job)
+    show([*config_lines(formats.config, inputs), *number_format_lines(formats)])
     note(
         "valid"
         if inputs is not None

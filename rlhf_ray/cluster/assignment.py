@@ -107,6 +107,13 @@ def matches(selector: str, value: str | None) -> bool:
     return (value in wanted) != opposite
 
 
+def can_take(request: Request, node: Node) -> bool:
+    """Whether a node has the labels and, when nobody else takes any, the resources of one place of a role."""
+    return all(matches(selector, node.labels.get(label)) for label, selector in request.labels.items()) and all(
+        node.resources.get(key, 0.0) >= amount for key, amount in request.resources.items()
+    )
+
+
 def _in_order(requests: Sequence[Request], nodes: Sequence[Node]) -> Assignment:
     free = {id(node): dict(node.free) for node in nodes}
     taken: Assignment = {}

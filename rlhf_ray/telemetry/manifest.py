@@ -73,6 +73,7 @@ def write_manifest(
     command: Sequence[str],
     board: str = "",
     steps: int = 0,
+    number_formats: Mapping[str, Mapping[str, str]] | None = None,
 ) -> Path:
     """Append this session (a start or a resumption) to the manifest's `sessions`, and return the manifest's path.
 
@@ -83,6 +84,7 @@ def write_manifest(
         command: command line; values of arguments that look like secrets are not written.
         board: name of the session's board.
         steps: of the whole run.
+        number_formats: what `dtype: auto` became and why, by key of the config.
 
     Raises:
         DamagedFileError: there is a manifest.json that cannot be read.
@@ -98,6 +100,7 @@ def write_manifest(
             "seed": config.seed,
             "steps": steps,
             "board": board,
+            "number_formats": dict(number_formats or {}),
             "command": redact(command),
             "git": git_state(Path(rlhf_ray.__file__).parent),
             "versions": {"python": platform.python_version(), **{name: _version(name) for name in LIBRARIES}},

@@ -113,7 +113,7 @@ def test_the_reference_page_shows_the_defaults_that_hold() -> None:
         ("policy.optimizer", "| `lr` | float | `1e-06` |"),
         ("critic.optimizer", "| `lr` | float | `5e-06` |"),
         ("policy.optimizer", "| `betas` | list of float | `[0.9, 0.95]` |"),
-        ("rollout.engine", "| `dtype` | `bfloat16`, `float32` | none |"),
+        ("rollout.engine", "| `dtype` | `auto`, `bfloat16`, `float32` | `auto` |"),
         ("rollout.sampling", "| `stop_token_ids` | list of int | `[]` |"),
         ("placement", "| `reference` | section | `colocate: policy` |"),
         ("reference", "| `from` | str | `policy` |"),
