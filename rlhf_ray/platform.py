@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 
 TransferBackend = Literal["nccl", "ipc", "gloo"]
+Attention = Literal["varlen_flash", "bucketed"]
 
 
 @dataclass(frozen=True)
@@ -21,14 +22,12 @@ class Platform:
         collectives: torch.distributed backend between the ranks of a role.
         weight_transfer: vLLM weight-transfer backends from the policy to rollout engines: on other devices, and on its
             own, where NCCL refuses two processes and CUDA shares memory between them.
-        attention: attention over packed sequences (see models/attention.py).
         deepspeed: accelerator name for DeepSpeed.
     """
 
     device: torch.device
     collectives: Literal["nccl", "gloo"]
     weight_transfer: tuple[TransferBackend, TransferBackend]
-    attention: Literal["varlen_flash", "bucketed"]
     deepspeed: Literal["cuda", "cpu"]
 
 
@@ -36,13 +35,42 @@ class Platform:
 def platform() -> Platform:
     """The platform of this process. Ray shows an actor only the GPU that was reserved for it."""
     if torch.cuda.is_available():
-        return Platform(torch.device("cuda", 0), "nccl", ("nccl", "ipc"), "varlen_flash", "cuda")
-    return Platform(torch.device("cpu"), "gloo", ("gloo", "gloo"), "bucketed", "cpu")
+        return Platform(torch.device("cuda", 0), "nccl", ("nccl", "ipc"), "cuda")
+    return Platform(torch.device("cpu"), "gloo", ("gloo", "gloo"), "cpu")
+
+
+def attention_of(device: str, dtype: torch.dtype) -> Attention:
+    """How packed sequences attend on a kind of device (see models/attention.py). Flash kernels take 16 bits alone."""
+    return "varlen_flash" if device == "cuda" and dtype in (torch.bfloat16, torch.float16) else "bucketed"
+
+
+def to_device(tensor: torch.Tensor, device: torch.device | None = None) -> torch.Tensor:
+    """A tensor in host memory, copied to a device without waiting for what the device still does.
+
+    From memory that is not page-locked, CUDA would wait for all that it was given before.
+
+    Args:
+        device: by default that of this process.
+    """
+    device = device or platform().device
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()  # its allocator keeps the memory until the copy is made
+    return tensor.to(device, non_blocking=True)
 
 
 def device_names() -> list[str]:
     """Names of the GPUs that this process sees, none on a machine without."""
     return [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+
+
+def device_count() -> int:
+    """GPUs of this machine, those that this process does not see among them; 0 on CPU. The driver is asked."""
+    if platform().device.type == "cpu":
+        return 0
+    import pynvml
+
+    pynvml.nvmlInit()
+    return int(pynvml.nvmlDeviceGetCount())
 
 
 def transfer_backend(same_devices: bool) -> TransferBackend:

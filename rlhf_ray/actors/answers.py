@@ -45,10 +45,10 @@ class AnswerLogProbs:
         values: list[torch.Tensor] = []
         for rows in micro_batches:
             candidates = data.candidates(rows).tolist()
-            values.append(forward(AnswerPack.of(data, candidates, platform().device)).float().cpu())
+            values.append(forward(AnswerPack.of(data, candidates, platform().device)).float())
             found += candidates
         lengths = data.answer_lengths[np.asarray(found, np.int64)]
-        return cls(tuple(found), offsets_of(lengths), torch.cat(values).numpy())
+        return cls(tuple(found), offsets_of(lengths), torch.cat(values).cpu().numpy())
 
     @classmethod
     def join(cls, parts: Sequence["AnswerLogProbs"]) -> "AnswerLogProbs":

@@ -12,7 +12,7 @@ from rlhf_ray.data.columns import ColumnPart, Columns, TrainingShard
 from rlhf_ray.data.packing import plan_micro_batches
 from rlhf_ray.data.trajectory import Floats, TrajectoryBatch, take_rows
 from rlhf_ray.models.responses import ResponsePack
-from rlhf_ray.platform import platform
+from rlhf_ray.platform import platform, to_device
 
 
 def response_column(
@@ -22,11 +22,11 @@ def response_column(
     samples: list[int] = []
     values: list[torch.Tensor] = []
     for micro_batch in micro_batches(batch, data_slice, max_tokens):
-        values.append(forward(ResponsePack.of(batch, micro_batch, platform().device)).float().cpu())
+        values.append(forward(ResponsePack.of(batch, micro_batch, platform().device)).float())
         samples += micro_batch
     if not data_slice.reports:
         return ColumnPart((), np.empty(0, np.float32))
-    return ColumnPart(tuple(samples), torch.cat(values).numpy())
+    return ColumnPart(tuple(samples), torch.cat(values).cpu().numpy())
 
 
 def micro_batches(batch: TrajectoryBatch, data_slice: DataSlice, max_tokens: int) -> list[list[int]]:
@@ -104,4 +104,4 @@ def on_device(column: Floats | NDArray[np.bool_] | None) -> torch.Tensor:
     """A column of a micro-batch where the model is. Raises ValueError for one that the batch has not."""
     if column is None:
         raise ValueError("this column is not among those that the algorithm asked for")
-    return torch.from_numpy(np.ascontiguousarray(column)).to(platform().device)
+    return to_device(torch.from_numpy(np.ascontiguousarray(column)))

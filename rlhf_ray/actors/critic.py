@@ -6,10 +6,11 @@ import ray
 import torch
 
 from rlhf_ray.actors.columns import on_device, response_column
+from rlhf_ray.actors.device_means import MicroStats
 from rlhf_ray.actors.group import Calls
-from rlhf_ray.actors.ppo_update import PPOTrainedGroup, PPOTrainedWorker, token_mean
+from rlhf_ray.actors.ppo_update import PPOTrainedGroup, PPOTrainedWorker, counted_places, token_mean
 from rlhf_ray.actors.shards import GeneratedShard
-from rlhf_ray.actors.trained import Stats, UpdateReport
+from rlhf_ray.actors.trained import UpdateReport
 from rlhf_ray.algorithms.value_loss import clipped_value_loss
 from rlhf_ray.config import training as config
 from rlhf_ray.config.algorithm import PPO
@@ -60,11 +61,11 @@ class CriticWorker(PPOTrainedWorker):
 
     def micro_batch_loss(
         self, pack: ResponsePack, columns: Columns, weights: torch.Tensor
-    ) -> tuple[torch.Tensor, Stats]:
+    ) -> tuple[torch.Tensor, MicroStats]:
         """Clipped value loss."""
         values = self.engine(pack.packed, pack.positions)
         out = clipped_value_loss(values, on_device(columns.values), on_device(columns.returns), self.ppo.value_clip)
-        return (out.loss * weights).sum(), {"clip_fraction": token_mean(out.clipped, on_device(columns.loss_mask))}
+        return (out.loss * weights).sum(), {"clip_fraction": token_mean(out.clipped, counted_places(columns))}
 
 
 class CriticGroup(PPOTrainedGroup[CriticWorker]):

@@ -8,17 +8,18 @@ from typing import Any, TypeVar
 import ray
 import torch
 
+from rlhf_ray.actors.device_means import MicroStats, StepNumbers
 from rlhf_ray.actors.group import Calls
 from rlhf_ray.actors.trained import Stats, Stopwatch, TrainedGroup, TrainedWorker, UpdateReport
 from rlhf_ray.actors.waiting import fetch_data
-from rlhf_ray.telemetry.metrics import Mean, sum_means
+from rlhf_ray.telemetry.metrics import Mean
 
 
 class EpochTrainedWorker(TrainedWorker):
     """A role that learns from rows of a data set; what its loss is, the subclass says."""
 
     @abstractmethod
-    def micro_batch_loss(self, data: Any, rows: Sequence[int]) -> tuple[torch.Tensor, Stats]:
+    def micro_batch_loss(self, data: Any, rows: Sequence[int]) -> tuple[torch.Tensor, MicroStats]:
         """Sum of the losses of some rows, and what to log. No rows are a dummy pass, for ZeRO-3."""
 
     def prepare_losses(self, data: Any, context: Any) -> None:
@@ -45,13 +46,14 @@ class EpochTrainedWorker(TrainedWorker):
         found = fetch_data(data, "the data set")[0]
         with self.recorder.span("update"):
             self.prepare_losses(found, context)
-            means: Stats = {}
+            numbers = StepNumbers()
             for number, micro_batch in enumerate(micro_batches):
                 loss, stats = self.micro_batch_loss(found, micro_batch)
-                value = float(loss.detach())
-                self.check_finite("loss", value, partial(_uids, found, micro_batch))
                 self.engine.backward(loss / step_weight, last=number == len(micro_batches) - 1)
-                means = sum_means((means, stats))
+                numbers.add(stats, loss)
+            losses, means = numbers.read()
+            for value, micro_batch in zip(losses, micro_batches, strict=True):
+                self.check_finite("loss", value, partial(_uids, found, micro_batch))
             done = self.engine.step()
             self.check_finite(
                 "gradient norm",
@@ -70,12 +72,13 @@ class EpochTrainedWorker(TrainedWorker):
     ) -> Stats:
         """What is logged of a step, for this rank's micro-batches and without learning from them."""
         found = fetch_data(data, "the data set")[0]
-        means: Stats = {}
+        numbers = StepNumbers()
         with self.recorder.span("evaluate"):
             self.prepare_losses(found, context)
             for micro_batch in micro_batches:
                 _, stats = self.micro_batch_loss(found, micro_batch)
-                means = sum_means((means, stats))
+                numbers.add(stats)
+            _, means = numbers.read()
         return means if self.data_slice.reports else {}
 
 

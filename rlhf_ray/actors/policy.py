@@ -8,8 +8,9 @@ import torch
 from typing_extensions import TypeVar
 
 from rlhf_ray.actors.columns import on_device, response_column
+from rlhf_ray.actors.device_means import MicroStats
 from rlhf_ray.actors.group import Calls
-from rlhf_ray.actors.ppo_update import PPOTrainedGroup, PPOTrainedWorker, token_mean
+from rlhf_ray.actors.ppo_update import PPOTrainedGroup, PPOTrainedWorker, counted_places, token_mean
 from rlhf_ray.actors.shards import GeneratedShard
 from rlhf_ray.actors.trained import Stats, UpdateReport, sum_over_ranks
 from rlhf_ray.actors.weight_sync import AdapterSync, EngineClient, WeightSync
@@ -91,10 +92,10 @@ class PolicyWorker(PPOTrainedWorker):
 
     def micro_batch_loss(
         self, pack: ResponsePack, columns: Columns, weights: torch.Tensor
-    ) -> tuple[torch.Tensor, Stats]:
+    ) -> tuple[torch.Tensor, MicroStats]:
         """The policy loss that `algorithm.policy_loss` names."""
         logprobs, entropy = self.engine(pack.packed, pack.positions, pack.targets, self.temperature)
-        advantages, actions = on_device(columns.advantages), on_device(columns.loss_mask)
+        advantages, counted = on_device(columns.advantages), counted_places(columns)
         if self._whitening is not None:
             advantages = whiten(advantages, self._whitening)
         asked = self.ppo.loss.columns
@@ -110,9 +111,9 @@ class PolicyWorker(PPOTrainedWorker):
             self._options,
         )
         stats = {
-            "clip_fraction": token_mean(out.clipped, actions),
-            "approx_kl": token_mean(out.approx_kl, actions),
-            "entropy": token_mean(entropy, actions),
+            "clip_fraction": token_mean(out.clipped, counted),
+            "approx_kl": token_mean(out.approx_kl, counted),
+            "entropy": token_mean(entropy, counted),
         }
         return (out.loss * weights).sum(), stats
 

@@ -5,10 +5,12 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TypeVar
 
+import numpy as np
 import ray
 import torch
 
-from rlhf_ray.actors.columns import RankBatch, on_device
+from rlhf_ray.actors.columns import RankBatch
+from rlhf_ray.actors.device_means import DeviceMean, MicroStats, StepNumbers
 from rlhf_ray.actors.trained import Stats, Stopwatch, TrainedGroup, TrainedWorker, UpdateReport
 from rlhf_ray.actors.training_shards import ScoredColumns, TrainingShardReport, make_training_shard
 from rlhf_ray.actors.waiting import fetch_data
@@ -18,6 +20,7 @@ from rlhf_ray.data.columns import Columns, TrainingShard
 from rlhf_ray.data.minibatches import OptimizerStep
 from rlhf_ray.data.trajectory import Floats
 from rlhf_ray.models.responses import ResponsePack
+from rlhf_ray.platform import to_device
 from rlhf_ray.telemetry.metrics import Mean, sum_means
 
 
@@ -29,7 +32,7 @@ class PPOTrainedWorker(TrainedWorker):
     @abstractmethod
     def micro_batch_loss(
         self, pack: ResponsePack, columns: Columns, weights: torch.Tensor
-    ) -> tuple[torch.Tensor, Stats]:
+    ) -> tuple[torch.Tensor, MicroStats]:
         """Weighted sum of the token losses of a micro-batch, and what to log of it.
 
         Args:
@@ -90,19 +93,20 @@ class PPOTrainedWorker(TrainedWorker):
         return UpdateReport(total, lr, steps, samples, watch.seconds)
 
     def _accumulate(self, data: RankBatch, step: OptimizerStep) -> Stats:
-        stats: Stats = {}
+        numbers = StepNumbers()
         for number, micro_batch in enumerate(step.micro_batches):
             pack, columns = data.pack(micro_batch)
-            actions = on_device(columns.loss_mask)
+            actions = None if columns.loss_mask is None else torch.from_numpy(columns.loss_mask)
             weights = token_weights(pack.lengths, self.ppo.loss_mean, step.step_tokens, step.step_samples, actions)
-            loss, found = self.micro_batch_loss(pack, columns, weights)
-            value = float(loss.detach())
-            self.check_finite("loss", value, partial(data.names, micro_batch))
+            loss, found = self.micro_batch_loss(pack, columns, to_device(weights))
             self.engine.backward(loss, last=number == len(step.micro_batches) - 1)
-            # The loss is this micro-batch's share of the step's: shares add up, and steps average.
-            found["loss"] = Mean(value, 1.0 / (len(step.micro_batches) * self.data_slice.count))
-            stats = sum_means((stats, found))
-        return stats
+            numbers.add(found, loss)
+        losses, stats = numbers.read()
+        for value, micro_batch in zip(losses, step.micro_batches, strict=True):
+            self.check_finite("loss", value, partial(data.names, micro_batch))
+        # A loss is its micro-batch's share of the step's: shares add up, and steps average.
+        weight = 1.0 / (len(step.micro_batches) * self.data_slice.count)
+        return sum_means((stats, *({"loss": Mean(value, weight)} for value in losses)))
 
 
 PPOTrainedT = TypeVar("PPOTrainedT", bound=PPOTrainedWorker)
@@ -118,7 +122,13 @@ class PPOTrainedGroup(TrainedGroup[PPOTrainedT]):
         return self.call_rank_for_two(rank, PPOTrainedWorker.make_training_shard, scored, scores, kl_coef)
 
 
-def token_mean(values: torch.Tensor, counts: torch.Tensor) -> Mean:
-    """Mean of the tokens that count, `[tokens]` and bool `[tokens]`."""
-    chosen = values.detach()[counts].double()
-    return Mean(float(chosen.sum()), float(chosen.numel()))
+def counted_places(columns: Columns) -> torch.Tensor:
+    """Which response tokens of a micro-batch count, int64 `[counted]`. How many there are is known without waiting."""
+    if columns.loss_mask is None:
+        raise ValueError("a batch to train on has a column loss_mask, but this one has none")
+    return to_device(torch.from_numpy(np.flatnonzero(columns.loss_mask)))
+
+
+def token_mean(values: torch.Tensor, counted: torch.Tensor) -> DeviceMean:
+    """Mean of the tokens that count, of `[tokens]` those at `[counted]`."""
+    return DeviceMean(values.detach()[counted].double().sum(), float(len(counted)))

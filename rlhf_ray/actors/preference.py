@@ -7,10 +7,10 @@ import ray
 import torch
 
 from rlhf_ray.actors.answers import AnswerLogProbs, AnswerPlan
+from rlhf_ray.actors.device_means import DeviceMean, MicroStats
 from rlhf_ray.actors.epoch_training import EpochTrainedGroup, EpochTrainedWorker
 from rlhf_ray.actors.group import Calls
 from rlhf_ray.actors.preference_objective import Answers, label_losses, pair_losses
-from rlhf_ray.actors.trained import Stats
 from rlhf_ray.actors.waiting import fetch_data
 from rlhf_ray.algorithms.preference.sequence import (
     length_desensitised_weights,
@@ -25,8 +25,7 @@ from rlhf_ray.data.comparisons import ComparisonSet
 from rlhf_ray.engines.training import full_weights
 from rlhf_ray.models.answers import AnswerPack
 from rlhf_ray.models.lora import adapters_off
-from rlhf_ray.platform import platform
-from rlhf_ray.telemetry.metrics import Mean
+from rlhf_ray.platform import platform, to_device
 from rlhf_ray.telemetry.trace import in_span
 
 Refs = Sequence[ray.ObjectRef]
@@ -71,7 +70,7 @@ class Slopes:
 
     def losses(self, rows: Sequence[int], chosen: Answers, rejected: Answers) -> torch.Tensor:
         """`[pairs]`: the mean loss, with the derivatives of the losses of the whole step."""
-        places = [self.rows[row] for row in rows]
+        places = to_device(torch.tensor([self.rows[row] for row in rows]))
         moved = [answers.logprobs - answers.logprobs.detach() for answers in (chosen, rejected)]
         return self.mean + self.chosen[places] * moved[0] + self.rejected[places] * moved[1]
 
@@ -147,7 +146,7 @@ class PreferenceWorker(EpochTrainedWorker):
         self._reference, self._kl, self._shift = reference, kl, shift
         self._slopes = None if policy is None else self._slopes_of(data, policy)
 
-    def micro_batch_loss(self, data: ComparisonSet, rows: Sequence[int]) -> tuple[torch.Tensor, Stats]:
+    def micro_batch_loss(self, data: ComparisonSet, rows: Sequence[int]) -> tuple[torch.Tensor, MicroStats]:
         """Sum of the losses of some rows, each times the row's weight."""
         candidates = data.candidates(rows).tolist()
         pack = AnswerPack.of(data, candidates, platform().device)
@@ -156,13 +155,14 @@ class PreferenceWorker(EpochTrainedWorker):
         if not rows:
             return logprobs.sum(), {}
         answers = self._answers(data, candidates, logprobs, pack.lengths)
-        weights = torch.from_numpy(data.weights[list(rows)]).to(logprobs)
+        weights = torch.from_numpy(data.weights[list(rows)]).to(logprobs.dtype)
+        total_weight, weights = float(weights.sum()), to_device(weights)
         if self.algorithm.unpaired:
-            wanted = torch.from_numpy(data.ranks[candidates] == 0).to(logprobs.device)
-            losses = label_losses(self.algorithm.loss, answers, wanted, self._kl, self._shift)
+            wanted = torch.from_numpy(data.ranks[candidates] == 0)
+            losses = label_losses(self.algorithm.loss, answers, to_device(wanted), self._kl, self._shift)
             stats = _label_stats(answers, wanted)
             if self.algorithm.kto is not None:
-                stats["kl"] = Mean(self._kl, 1.0)
+                stats["kl"] = DeviceMean(self._kl, 1.0)
         else:
             chosen, rejected = _halves(answers)
             losses = pair_losses(self._alone, chosen, rejected)
@@ -173,7 +173,7 @@ class PreferenceWorker(EpochTrainedWorker):
                 losses = losses * wpo_weights(*alignment.unflatten(0, (-1, 2)).unbind(1))
             stats = _pair_stats(chosen, rejected, with_reference=self.algorithm.needs_reference)
         weighted = (losses * weights).sum()
-        return weighted, {"loss": Mean(float(weighted.detach()), float(weights.sum())), **stats}
+        return weighted, {"loss": DeviceMean(weighted.detach(), total_weight), **stats}
 
     def _mismatched_kl(
         self, data: ComparisonSet, policy: AnswerLogProbs | None, reference: AnswerLogProbs | None
@@ -192,20 +192,19 @@ class PreferenceWorker(EpochTrainedWorker):
     def _answers(
         self, data: ComparisonSet, candidates: Sequence[int], logprobs: torch.Tensor, lengths: torch.Tensor
     ) -> Answers:
-        """Sums over the tokens of each answer."""
+        """Sums over the tokens of each answer; `lengths` are in host memory."""
         reference = torch.zeros_like(logprobs) if self._reference is None else self._reference.take(candidates)
-        reference = reference.to(logprobs.device)
+        reference = to_device(reference)
         if self.algorithm.length_desensitised is not None:
             public = lengths.unflatten(0, (-1, 2)).amin(1).repeat_interleave(2)
-            weights = length_desensitised_weights(lengths, public, self.algorithm.length_desensitised)
+            weights = to_device(length_desensitised_weights(lengths, public, self.algorithm.length_desensitised))
             logprobs, reference = logprobs * weights, reference * weights
-        return Answers(sum_by_answer(logprobs, lengths), sum_by_answer(reference, lengths), lengths)
+        return Answers(sum_by_answer(logprobs, lengths), sum_by_answer(reference, lengths), to_device(lengths))
 
     def _slopes_of(self, data: ComparisonSet, before: AnswerLogProbs) -> Slopes:
         candidates = sorted(before.candidates)
-        device = platform().device
-        lengths = torch.from_numpy(data.answer_lengths[candidates]).to(device)
-        answers = self._answers(data, candidates, before.take(candidates).to(device), lengths)
+        lengths = torch.from_numpy(data.answer_lengths[candidates])
+        answers = self._answers(data, candidates, to_device(before.take(candidates)), lengths)
         with torch.enable_grad():
             logprobs = answers.logprobs.detach().requires_grad_()
             total = pair_losses(self._together, *_halves(replace(answers, logprobs=logprobs))).sum()
@@ -248,11 +247,11 @@ def _halves(answers: Answers) -> tuple[Answers, Answers]:
     return Answers(*chosen), Answers(*rejected)
 
 
-def _pair_stats(chosen: Answers, rejected: Answers, *, with_reference: bool) -> Stats:
+def _pair_stats(chosen: Answers, rejected: Answers, *, with_reference: bool) -> dict[str, DeviceMean]:
     pairs = len(chosen.lengths)
     margins = chosen.ratios - rejected.ratios
     stats = {
-        "accuracy": Mean(float((margins > 0).sum()), pairs),
+        "accuracy": DeviceMean((margins > 0).sum(), pairs),
         "margin": _mean(margins),
         "chosen_logprob": _mean(chosen.means),
         "rejected_logprob": _mean(rejected.means),
@@ -262,9 +261,11 @@ def _pair_stats(chosen: Answers, rejected: Answers, *, with_reference: bool) -> 
     return stats
 
 
-def _label_stats(answers: Answers, wanted: torch.Tensor) -> Stats:
-    return {"wanted_ratio": _mean(answers.ratios[wanted]), "unwanted_ratio": _mean(answers.ratios[~wanted])}
+def _label_stats(answers: Answers, wanted: torch.Tensor) -> dict[str, DeviceMean]:
+    """`wanted` is in host memory, where its places can be counted without waiting."""
+    places = {"wanted_ratio": wanted, "unwanted_ratio": ~wanted}
+    return {name: _mean(answers.ratios[to_device(rows.nonzero()[:, 0])]) for name, rows in places.items()}
 
 
-def _mean(values: torch.Tensor) -> Mean:
-    return Mean(float(values.detach().sum()), len(values))
+def _mean(values: torch.Tensor) -> DeviceMean:
+    return DeviceMean(values.detach().sum(), len(values))

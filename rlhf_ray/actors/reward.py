@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from rlhf_ray.actors.columns import micro_batches
 from rlhf_ray.actors.group import ActorGroup, Calls
@@ -78,14 +79,14 @@ class RewardModelWorker(Worker):
             if self._tokenizers is not None:
                 batch = self._translate(batch)
             samples: list[int] = []
-            scores: list[np.ndarray] = []
+            scores: list[torch.Tensor] = []
             for micro_batch in micro_batches(batch, data_slice, self.part.engine.micro_batch_tokens):
                 pack = ResponsePack.of(batch, micro_batch, platform().device)
-                scores.append(self.engine(pack.packed, pack.last).float().cpu().numpy())
+                scores.append(self.engine(pack.packed, pack.last).float())
                 samples += micro_batch
             if not data_slice.reports:
                 return ScorePart((), np.empty(0, np.float32))
-            together = np.concatenate(scores)
+            together = torch.cat(scores).cpu().numpy()
             found = ScorePart(tuple(samples), self._scale.normalise(together) if self._scale else together)
         bad = [batch.uids[s] for s, score in zip(samples, found.scores, strict=True) if not np.isfinite(score)]
         if bad:

@@ -8,10 +8,10 @@ import ray
 import torch
 from numpy.typing import NDArray
 
+from rlhf_ray.actors.device_means import MicroStats
 from rlhf_ray.actors.epoch_training import EpochTrainedGroup, EpochTrainedWorker, RowPlan
 from rlhf_ray.actors.group import Calls
 from rlhf_ray.actors.reward_losses import Judgements, row_losses, row_stats
-from rlhf_ray.actors.trained import Stats
 from rlhf_ray.actors.waiting import fetch_data
 from rlhf_ray.config.jobs import RewardModel
 from rlhf_ray.config.reward_loss import RewardLoss
@@ -54,7 +54,7 @@ class RewardTrainingWorker(EpochTrainedWorker):
         )
         self.engine = TrainingEngine(model, reward.engine, reward.optimizer, total_steps)
 
-    def micro_batch_loss(self, data: ComparisonSet, rows: Sequence[int]) -> tuple[torch.Tensor, Stats]:
+    def micro_batch_loss(self, data: ComparisonSet, rows: Sequence[int]) -> tuple[torch.Tensor, MicroStats]:
         """Weighted sum of the losses of some rows."""
         scores = self._scores(data, rows)
         if not rows:
@@ -73,11 +73,11 @@ class RewardTrainingWorker(EpochTrainedWorker):
         found: ComparisonSet = fetch_data(data, "the data set")[0]
         with self.recorder.span("evaluate"):
             # An empty micro-batch is a forward pass too, which ZeRO-3's collectives need.
-            scores = [self._scores(found, rows)[: len(found.candidates(rows))].cpu() for rows in micro_batches]
+            scores = [self._scores(found, rows)[: len(found.candidates(rows))] for rows in micro_batches]
         if not self.data_slice.reports:
             return CandidateScores(np.empty(0, np.int64), np.empty(0, np.float32))
         candidates = [found.candidates(rows) for rows in micro_batches]
-        return CandidateScores(np.concatenate(candidates), torch.cat(scores).numpy())
+        return CandidateScores(np.concatenate(candidates), torch.cat(scores).cpu().numpy())
 
     def _scores(self, data: ComparisonSet, rows: Sequence[int]) -> torch.Tensor:
         """Scores of all candidates of some rows, row by row; without rows, that of a dummy."""

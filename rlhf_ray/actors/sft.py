@@ -5,14 +5,13 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from rlhf_ray.actors.device_means import DeviceMean, MicroStats
 from rlhf_ray.actors.epoch_training import EpochTrainedGroup, EpochTrainedWorker
 from rlhf_ray.actors.group import Calls
-from rlhf_ray.actors.trained import Stats
 from rlhf_ray.config.training import SFTPolicy
 from rlhf_ray.data.conversations import ConversationSet
 from rlhf_ray.models.packed import PackedSequences
-from rlhf_ray.platform import platform
-from rlhf_ray.telemetry.metrics import Mean
+from rlhf_ray.platform import platform, to_device
 from rlhf_ray.telemetry.trace import in_span
 
 
@@ -24,13 +23,13 @@ class SFTWorker(EpochTrainedWorker):
         """Load the model and build its training engine; collective."""
         self.load_language_model(policy, total_steps)
 
-    def micro_batch_loss(self, data: ConversationSet, rows: Sequence[int]) -> tuple[torch.Tensor, Stats]:
+    def micro_batch_loss(self, data: ConversationSet, rows: Sequence[int]) -> tuple[torch.Tensor, MicroStats]:
         """Sum of −log p over the learnt tokens of some rows."""
         packed, positions, targets = pack_learnt(data, rows, platform().device)
         logprobs, entropy = self.engine(packed, positions, targets, 1.0)
         loss = -logprobs.sum()
         tokens = len(targets)
-        found = {"loss": Mean(float(loss.detach()), tokens), "entropy": Mean(float(entropy.detach().sum()), tokens)}
+        found = {"loss": DeviceMean(loss.detach(), tokens), "entropy": DeviceMean(entropy.detach().sum(), tokens)}
         return loss, found if rows else {}
 
 
@@ -53,5 +52,6 @@ def pack_learnt(
     packed = PackedSequences.of(texts, device)
     starts = np.cumsum([0, *map(len, texts)])
     places = [start + data.learnt_places(row) for start, row in zip(starts, rows, strict=False)]
-    learnt = torch.from_numpy(np.concatenate([*places, np.empty(0, np.int64)]).astype(np.int64)).to(device)
+    learnt = torch.from_numpy(np.concatenate([*places, np.empty(0, np.int64)]).astype(np.int64))
+    learnt = to_device(learnt, device)
     return packed, learnt - 1, packed.input_ids[0][learnt]

@@ -12,7 +12,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from rlhf_ray.actors.watched import actor_class
 from rlhf_ray.cluster.assignment import PlacementError, requests_of
 from rlhf_ray.cluster.placement import Bundle, reserve
-from rlhf_ray.config.placement import RolePlacement, RolloutPlacement
+from rlhf_ray.config.placement import DEFAULT_THREADS, RolePlacement, RolloutPlacement
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ class Reserved:
                 cpus=_equal_part(bundle.cpus * (1 if span else workers), sum(sitting.values())),
                 gpus=0.0 if span else _equal_part(bundle.gpus * workers, counted),
                 threads=placement.threads or bundle.threads or max(1, int(bundle.cpus)),
-                env=placement.env,
+                env=({} if placement.threads or bundle.threads else {DEFAULT_THREADS: "1"}) | placement.env,
                 span=span,
             )
 

@@ -21,6 +21,9 @@ Host = Literal["policy", "critic", "reference", "reward"]
 _WORD = r"[a-zA-Z0-9](?:[a-zA-Z0-9_.-]{0,61}[a-zA-Z0-9])?"
 _SELECTOR = re.compile(rf"!?(?:in\({_WORD}(?:, ?{_WORD})*\)|{_WORD})")
 
+DEFAULT_THREADS = "RLHF_RAY_DEFAULT_THREADS"
+"""Environment variable of a rank whose `threads` nobody chose."""
+
 _OWN_KEYS = {"CPU": "cpus", "GPU": "gpus"}
 
 # What places a role, and so has no effect on one that sits with another.
@@ -44,7 +47,8 @@ class _Place(Section):
     """Nodes that are taken: as few as possible (`PACK`), as many as possible (`SPREAD`), one (`STRICT_PACK`), or one
     for each rank or engine (`STRICT_SPREAD`)."""
     threads: ProcessCount | None = None
-    """Threads that one rank or worker computes with on CPU; by default `cpus`, at least 1."""
+    """Threads that one rank or worker computes with on CPU; by default `cpus`, at least 1; and for optimizer
+    steps of a rank on a GPU with `offload_optimizer`, its part of the machine's cores, by its GPUs."""
     env: dict[str, str] = Field(default_factory=dict)
     """Environment variables of these processes."""
     colocate: Host | None = None

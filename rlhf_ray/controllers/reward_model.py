@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from rlhf_ray.actors.device_means import read_stats
 from rlhf_ray.actors.reward_losses import Judgements, row_losses, row_stats
 from rlhf_ray.actors.reward_training import RewardTrainingGroup
 from rlhf_ray.algorithms.calibration import (
@@ -85,7 +86,7 @@ def comparison_metrics(loss: RewardLoss, rows: ComparisonSet, scores: Scores) ->
         some = range(start, min(start + _CHUNK, len(rows)))
         judged = Judgements.of(rows, some, torch.device("cpu"))
         own = torch.from_numpy(scores[rows.candidates(some)])
-        parts.append(row_stats(row_losses(loss, own, judged), own, judged))
+        parts.append(read_stats(row_stats(row_losses(loss, own, judged), own, judged)))
     return reduce_means(parts)
 
 

@@ -7,6 +7,7 @@ from torch import nn
 
 from rlhf_ray.config import training as config
 from rlhf_ray.engines.swap_folder import SwapFolder
+from rlhf_ray.platform import platform
 
 REDUCE_BUCKET = 500_000_000
 """Elements of gradients that are reduced together at most; DeepSpeed's default."""
@@ -49,12 +50,23 @@ def deepspeed_settings(
         # cut up by other tensors in host memory, and the next bucket be allocated beside it.
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         zero["reduce_bucket_size"] = min(REDUCE_BUCKET, trained)
+        if engine.zero_stage in (1, 2):
+            ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+            zero["overlap_comm"] = overlaps(platform().device.type, ranks)
         if engine.offload_optimizer != "none":
             zero["offload_optimizer"] = _offload(engine.offload_optimizer, swap)
         if engine.offload_optimizer == "nvme":
             # What is in host memory at a time: 16 bytes of buffers for each element.
             zero["sub_group_size"] = 50_000_000
     return settings
+
+
+def overlaps(device: str, ranks: int) -> bool:
+    """Whether gradients are reduced while the backward pass goes on; it takes a second bucket.
+
+    In stage 3 DeepSpeed does so by itself. On CPU a reduction is not in the background.
+    """
+    return device == "cuda" and ranks > 1
 
 
 def _offload(place: config.Offload, swap: SwapFolder | None) -> dict[str, Any]:

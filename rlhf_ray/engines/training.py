@@ -15,9 +15,12 @@ from torch.optim.lr_scheduler import LambdaLR
 from rlhf_ray.config import training as config
 from rlhf_ray.config.roles import Level
 from rlhf_ray.engines.collectives import share_sequences
+from rlhf_ray.engines.cpu_adam import cpu_adam
 from rlhf_ray.engines.deepspeed_settings import deepspeed_settings
-from rlhf_ray.engines.device_states import DeviceStates
+from rlhf_ray.engines.device_states import DeviceStates, tensors_of
+from rlhf_ray.engines.host_copies import HostCopies
 from rlhf_ray.engines.partitioned_loading import read_partitions
+from rlhf_ray.engines.presence import check_there
 from rlhf_ray.engines.swap_folder import SwapFolder
 from rlhf_ray.engines.swapped_state import load_into_swap_files, swap_files_mapped
 from rlhf_ray.models.lora import Adapter
@@ -84,16 +87,19 @@ class TrainingEngine:
         self.model = model
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's forward pass."""
+        """The model's forward pass. Raises `NotOnDeviceError` while it has left its device, as all methods do."""
+        check_there("a forward pass", self._states.level, Level.WEIGHTS)
         return self._engine(*args, **kwargs)
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         """Add the gradient of this rank's share of the loss; `last` ends the accumulation."""
+        check_there("a backward pass", self._states.level, Level.FULL)
         self._engine.set_gradient_accumulation_boundary(last)
         self._engine.backward(loss * self._world_size)  # DeepSpeed averages over ranks; the loss is a sum
 
     def step(self) -> StepStats:
         """Clip, update the weights and move the schedule."""
+        check_there("an optimizer step", self._states.level, Level.FULL)
         lr = self._schedule.get_last_lr()[0]
         plain = self._engine.optimizer is self._engine.basic_optimizer  # stage 0 in float32: DeepSpeed keeps no norm
         norm = (
@@ -112,11 +118,13 @@ class TrainingEngine:
 
     def save(self, folder: Path) -> None:
         """Write what is trained, optimizer and schedule; each rank writes its own shards into `folder`."""
+        check_there("a checkpoint", self._states.level, Level.FULL)
         with swap_files_mapped(self._engine):
             self._engine.save_checkpoint(str(folder), tag="state", save_latest=False, exclude_frozen_parameters=True)
 
     def load(self, folder: Path) -> None:
         """Read what `save` wrote, with the same number of ranks."""
+        check_there("reading a checkpoint", self._states.level, Level.FULL)
         if not (folder / "state").is_dir():
             raise FileNotFoundError(f"{folder} holds no DeepSpeed checkpoint")
         if self._swap is None:
@@ -142,25 +150,38 @@ class ForwardEngine:
         read_partitions(model, settings)
         model.to(platform().device)
         self.model = model
+        self._level, self._host, self._changed = Level.FULL, HostCopies(), False
         self._sharded = engine.zero_stage == 3
-        self._forward: Callable[..., Any] = model
+        self._forward: Any = model
         if engine.zero_stage == 3:
             self._forward, *_ = deepspeed.initialize(model=model, config=settings)
             _announce_shared_weights(model)
 
     @torch.no_grad()
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's forward pass, without gradients."""
+        """The model's forward pass, without gradients. Raises `NotOnDeviceError` while it has left its device."""
+        check_there("a forward pass", self._level, Level.WEIGHTS)
         return self._forward(*args, **kwargs)
 
     def move(self, level: Level) -> None:
-        """Leave the device at `Level.OUT`, else come back to it. Shards that are kept in host memory stay there."""
-        if not self._sharded:
-            self.model.to("cpu" if level == Level.OUT else platform().device)
-            deepspeed.get_accelerator().empty_cache()
+        """Leave the device at `Level.OUT`, else come back to it.
+
+        A copy in host memory is kept, as weights that only score do not change: they leave by being dropped. Shards
+        that are kept in host memory stay there; of these, what is gathered on the device goes.
+        """
+        if level == Level.OUT and self._sharded:
+            self._forward.empty_partition_cache()
+        elif level == Level.OUT:
+            self._host.leave(tensors_of(self.model.parameters()), unchanged=not self._changed)
+            self._changed = False
+        else:
+            self._host.come(tensors_of(self.model.parameters()))
+        deepspeed.get_accelerator().empty_cache()
+        self._level = level
 
     def mix(self, weights: Mapping[str, torch.Tensor], share: float) -> None:
         """Move weights, by Hugging Face name, by `share` of their way to these; collective, the same on every rank."""
+        self._changed = True
         own = {weight.name: weight.parameter for weight in model_weights(self.model)}
         for name, weight in weights.items():
             parameter = own[name]
@@ -252,9 +273,7 @@ def _adam(model: nn.Module, engine: config.TrainingEngine, optimizer: config.Opt
         "weight_decay": optimizer.weight_decay,
     }
     if engine.offload_optimizer != "none":
-        from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-        return DeepSpeedCPUAdam(parameters, adamw_mode=True, **settings)
+        return cpu_adam(parameters, settings)
     return torch.optim.AdamW(parameters, fused=True, **settings)
 
 

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from rlhf_ray.data.comparisons import ComparisonSet
 from rlhf_ray.models.packed import PackedSequences
+from rlhf_ray.platform import to_device
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class AnswerPack:
         packed: the sequences.
         positions: int64 `[answer tokens]`, the place in the pack whose output predicts each token of an answer.
         targets: int64 `[answer tokens]`, those tokens.
-        lengths: int64 `[candidates]`, tokens of each answer.
+        lengths: int64 `[candidates]`, tokens of each answer; in host memory.
     """
 
     packed: PackedSequences
@@ -57,7 +58,7 @@ class AnswerPack:
         targets = [data.tokens(candidate)[data.answer_starts[candidate] :] for candidate in candidates]
         return cls(
             packed=PackedSequences.of(sequences, device, prefixes),
-            positions=torch.from_numpy(np.concatenate([*places, np.empty(0)]).astype(np.int64)).to(device),
-            targets=torch.from_numpy(np.concatenate([*targets, np.empty(0)]).astype(np.int64)).to(device),
-            lengths=torch.from_numpy(np.array([len(answer) for answer in targets], np.int64)).to(device),
+            positions=to_device(torch.from_numpy(np.concatenate([*places, np.empty(0)]).astype(np.int64)), device),
+            targets=to_device(torch.from_numpy(np.concatenate([*targets, np.empty(0)]).astype(np.int64)), device),
+            lengths=torch.from_numpy(np.array([len(answer) for answer in targets], np.int64)),
         )

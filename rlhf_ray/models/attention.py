@@ -1,22 +1,26 @@
 """Causal attention over packed sequences, registered with transformers under one name.
 
-On GPU it is PyTorch's variable-length flash attention. On CPU sequences of similar length are brought into
-one batch, padded at their ends: under a causal mask no real query sees the padding, so no mask of lengths is
-built. PyTorch's fused kernel takes it in float32, `blockwise_attention` in bfloat16, both without an L×L matrix.
+On GPU it is PyTorch's variable-length flash attention, whose kernels take formats of 16 bits alone. On CPU, and on
+GPU in float32, sequences of similar length are brought into one batch, padded at their ends: under a causal mask no
+real query sees the padding, so no mask of lengths is built. PyTorch's fused kernels take it in float32,
+`blockwise_attention` on CPU in bfloat16, all without an L×L matrix.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
+from torch.utils.weak import WeakIdKeyDictionary
 from transformers import AttentionInterface
 
 from rlhf_ray.models.blockwise_attention import causal_attention
 from rlhf_ray.models.sequence_parallel import SequenceParallel
-from rlhf_ray.platform import platform
+from rlhf_ray.platform import Attention, attention_of
 
 PACKED_ATTENTION = "rlhf_ray_packed"
 
@@ -37,6 +41,33 @@ class _Buckets:
     rows: list[torch.Tensor]
     lengths: list[int]
     places: torch.Tensor
+
+    def to(self, device: torch.device) -> "_Buckets":
+        """With the tensors on a device."""
+        return _Buckets([rows.to(device) for rows in self.rows], self.lengths, self.places.to(device))
+
+
+@dataclass(frozen=True)
+class _Unshared:
+    """Whole sequences one after the other, their prefixes repeated.
+
+    Attributes:
+        rows: int64, the token of each place.
+        own: int64 `[tokens]`, the places of the sequences' own tokens.
+        cu_seqlens: int32 `[sequences + 1]`, where each sequence starts.
+    """
+
+    rows: torch.Tensor
+    own: torch.Tensor
+    cu_seqlens: torch.Tensor
+
+    def to(self, device: torch.device) -> "_Unshared":
+        """With the tensors on a device."""
+        return _Unshared(self.rows.to(device), self.own.to(device), self.cu_seqlens.to(device))
+
+
+_Layout = TypeVar("_Layout", _Buckets, _Unshared)
+_layouts = WeakIdKeyDictionary()
 
 
 # States are gathered by index_select: plain indexing does the same, on CPU with a several times slower backward pass.
@@ -77,7 +108,8 @@ def packed_attention(
     query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))  # [tokens, heads, size]
     if sequence_parallel is not None:
         query, key, value = sequence_parallel.to_heads(query, key, value)
-    if platform().attention == "varlen_flash":
+    attention: Attention = attention_of(query.device.type, query.dtype)
+    if attention == "varlen_flash":
         out = _varlen(query, key, value, cu_seq_lens_q, max_length_q, shared_prefixes, scaling)
     else:
         out = _bucketed(query, key, value, cu_seq_lens_q, shared_prefixes, scaling)
@@ -97,10 +129,11 @@ def _varlen(
 ) -> torch.Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    own = None
+    shared = None
     if prefixes is not None:
-        places, own, cu_seqlens = (part.to(query.device) for part in _unshared(tuple(cu_seqlens.tolist()), prefixes))
-        query, key, value = (states.index_select(0, places) for states in (query, key, value))
+        shared = _layout_of(cu_seqlens, prefixes, _unshared)
+        query, key, value = (states.index_select(0, shared.rows) for states in (query, key, value))
+        cu_seqlens = shared.cu_seqlens
     out: torch.Tensor = varlen_attn(  # type: ignore[assignment]
         query,
         key,
@@ -113,17 +146,33 @@ def _varlen(
         window_size=(-1, 0),
         enable_gqa=query.shape[1] != key.shape[1],
     )
-    return out if own is None else out.index_select(0, own)
+    return out if shared is None else out.index_select(0, shared.own)
+
+
+def _layout_of(
+    cu_seqlens: torch.Tensor,
+    prefixes: Prefixes | None,
+    make: Callable[[tuple[int, ...], Prefixes | None], _Layout],
+) -> _Layout:
+    """What `make` gives of a pack, on its device; made for the first layer, and kept as long as the pack is.
+
+    All layers are given the same tensor of starts. To read it from a GPU is to wait for all that the GPU was given.
+    """
+    known = _layouts.get(cu_seqlens)
+    if known is None or known[:2] != (make, prefixes):
+        layout = make(tuple(cu_seqlens.tolist()), prefixes).to(cu_seqlens.device)
+        known = _layouts[cu_seqlens] = (make, prefixes, layout)
+    found: _Layout = known[2]
+    return found
 
 
 @lru_cache(maxsize=64)
-def _unshared(cu_seqlens: tuple[int, ...], prefixes: Prefixes) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Whole sequences one after the other: the token of each place, the places of the sequences' own tokens,
-    and where each sequence starts."""
+def _unshared(cu_seqlens: tuple[int, ...], prefixes: Prefixes | None) -> _Unshared:
+    assert prefixes is not None
     places = [_places(*span, *prefix) for span, prefix in zip(pairwise(cu_seqlens), prefixes, strict=True)]
     own = [torch.arange(len(whole)) >= length for whole, (_, length) in zip(places, prefixes, strict=True)]
     starts = torch.tensor([0, *map(len, places)]).cumsum(0).to(torch.int32)
-    return torch.cat(places), torch.cat(own).nonzero()[:, 0], starts
+    return _Unshared(torch.cat(places), torch.cat(own).nonzero()[:, 0], starts)
 
 
 def _places(start: int, end: int, prefix_start: int, prefix_length: int) -> torch.Tensor:
@@ -139,7 +188,7 @@ def _bucketed(
     prefixes: Prefixes | None,
     scaling: float | None,
 ) -> torch.Tensor:
-    buckets = _buckets(tuple(cu_seqlens.tolist()), prefixes)
+    buckets = _layout_of(cu_seqlens, prefixes, _buckets)
     parts = []
     for rows, length in zip(buckets.rows, buckets.lengths, strict=True):
         q, k, v = (states.index_select(0, rows).unflatten(0, (-1, length)) for states in (query, key, value))
@@ -149,7 +198,7 @@ def _bucketed(
 
 def _causal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None) -> torch.Tensor:
     """`[sequences, length, heads, size]`, as its arguments."""
-    if query.dtype == torch.bfloat16:
+    if query.dtype == torch.bfloat16 and query.device.type == "cpu":
         return causal_attention(query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling)
     return fused_attention(query, key, value, scaling)
 
@@ -159,8 +208,12 @@ def fused_attention(
 ) -> torch.Tensor:
     """What `blockwise_attention.causal_attention` computes, by PyTorch's own kernel."""
     query, key, value = (states.transpose(1, 2) for states in (query, key, value))
-    gqa = query.shape[1] != key.shape[1]
-    out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=gqa)
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1 and query.device.type == "cuda":
+        # Of the kernels for float32 on GPUs, the one that takes groups of queries builds the L×L matrix.
+        key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
+        groups = 1
+    out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=groups > 1)
     return out.transpose(1, 2)
 
 

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from rlhf_ray.platform import to_device
+
 
 @dataclass(frozen=True)
 class PackedSequences:
@@ -48,9 +50,9 @@ class PackedSequences:
         starts = np.concatenate([[0], np.cumsum(own)])
         positions = np.arange(starts[-1]) - np.repeat(starts[:-1] - before, own)
         return cls(
-            input_ids=torch.from_numpy(np.concatenate(sequences).astype(np.int64)).to(device)[None],
-            position_ids=torch.from_numpy(positions).to(device)[None],
-            cu_seqlens=torch.from_numpy(starts.astype(np.int32)).to(device),
+            input_ids=to_device(torch.from_numpy(np.concatenate(sequences).astype(np.int64)), device)[None],
+            position_ids=to_device(torch.from_numpy(positions), device)[None],
+            cu_seqlens=to_device(torch.from_numpy(starts.astype(np.int32)), device),
             max_length=int((own + before).max()),
             prefixes=tuple(prefixes) if before.any() and prefixes else None,
         )

@@ -9,6 +9,7 @@ import torch
 
 from rlhf_ray.data.trajectory import TrajectoryBatch
 from rlhf_ray.models.packed import PackedSequences
+from rlhf_ray.platform import to_device
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class ResponsePack:
         positions: int64 `[response tokens]`, the place in the pack whose output predicts each response token.
         targets: int64 `[response tokens]`, those tokens.
         last: int64 `[samples]`, the place of each sample's last token.
-        lengths: int64 `[samples]`, tokens of each response.
+        lengths: int64 `[samples]`, tokens of each response; in host memory.
     """
 
     packed: PackedSequences
@@ -40,11 +41,11 @@ class ResponsePack:
         first = np.repeat(ends - responses - 1, responses)
         within = np.arange(responses.sum()) - np.repeat(np.cumsum(responses) - responses, responses)
         packed = PackedSequences.of(sequences or [np.zeros(1, np.int32)], device)
-        positions = torch.from_numpy(first + within).to(device)
+        positions = to_device(torch.from_numpy(first + within), device)
         return cls(
             packed=packed,
             positions=positions,
             targets=packed.input_ids[0][positions + 1],
-            last=torch.from_numpy(ends - 1).to(device),
-            lengths=torch.from_numpy(responses.astype(np.int64)).to(device),
+            last=to_device(torch.from_numpy(ends - 1), device),
+            lengths=torch.from_numpy(responses.astype(np.int64)),
         )

@@ -8,6 +8,9 @@ from torch import nn
 # What is measured of each distribution beside the log-prob of the target; each takes a pass over the logits.
 Beside = Literal["entropy", "collision", "nothing"]
 
+_TILE = 128
+"""The width of a block that is wider is a multiple of it, as tensor cores take matrices in tiles."""
+
 
 class TokenLogProbs(nn.Module):
     """The vocabulary head of a causal model, applied to a block of the vocabulary at a time.
@@ -49,6 +52,7 @@ class TokenLogProbs(nn.Module):
         weight = self.weight
         ids = len(weight) if self.token_ids is None else min(self.token_ids, len(weight))
         size = max(1, ids * self.chunk_tokens // max(1, len(hidden)))
+        size -= size % _TILE if size > _TILE else 0
         blocks = [slice(start, min(start + size, ids)) for start in range(0, ids, size)]
         out = _BlockwiseLogProbs.apply(hidden, weight, targets, temperature, blocks, beside)
         return out
@@ -94,16 +98,18 @@ class _BlockwiseLogProbs(torch.autograd.Function):
             second = squares.log() - 2 * total.log()
         ctx.save_for_backward(hidden, weight, targets, normaliser, second)
         ctx.temperature, ctx.blocks = temperature, blocks
+        ctx.set_materialize_grads(False)
         if beside != "entropy":
             ctx.mark_non_differentiable(second)
         return chosen - normaliser, second
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         hidden, weight, targets, normaliser, entropy = ctx.saved_tensors
-        by_logprobs, by_entropy = (grad[:, None] / ctx.temperature for grad in grads)
-        # Zeros stand for a second output that no loss uses or that has no gradient.
-        with_entropy = bool(by_entropy.any())
+        # None stands for an output that no loss uses or that has no gradient.
+        by_logprobs, by_entropy = (None if grad is None else grad[:, None] / ctx.temperature for grad in grads)
+        if by_logprobs is None:
+            by_logprobs = torch.zeros_like(normaliser)[:, None]
         by_hidden = torch.zeros_like(hidden, dtype=torch.promote_types(hidden.dtype, torch.float32))
         # A head that is not trained, as beside adapters, needs no gradient as large as itself.
         by_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
@@ -111,7 +117,7 @@ class _BlockwiseLogProbs(torch.autograd.Function):
             by_weight[ctx.blocks[-1].stop :] = 0  # rows of no token
         for block in ctx.blocks:
             log_p = _logits(hidden, weight[block], ctx.temperature).sub_(normaliser[:, None])
-            if with_entropy:
+            if by_entropy is not None:
                 p = log_p.exp()
                 by_logits = log_p.add_(entropy[:, None]).mul_(by_entropy).add_(by_logprobs).mul_(p).neg_()
             else:

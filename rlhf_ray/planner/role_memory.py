@@ -156,6 +156,7 @@ class _Rank:
         micro_batches = role.batch.micro_batches(self.engine, self.ranks)
         accumulates = micro_batches > 1
         bucket = min(REDUCE_BUCKET, trained)
+        buckets = bucket if self.cpu or self.ranks == 1 else 2 * bucket  # one is reduced while the other is filled
         flattened = min(max(REDUCE_BUCKET, self.sizes.largest), trained)
         several = trained > REDUCE_BUCKET
         # Of several buckets the first is full while most activations are still there.
@@ -177,16 +178,16 @@ class _Rank:
             return [
                 during("gradients", item * trained, *whole),
                 during("gradients", shard if self.states == "device" else 0, "step"),
-                during("reduce buffers", item * (bucket + flattened) + shard, "reduce"),
+                during("reduce buffers", item * (buckets + flattened) + shard, "reduce"),
             ]
         accumulated = shard if accumulates else 0
         passing = item * flattened + shard if several else max(item * flattened, shard)
         return [
             during("gradients", accumulated, "backward", location=self.states),
             during("gradients", shard, "step", location=self.states),
-            during("reduce buffers", item * bucket, "backward"),
+            during("reduce buffers", item * buckets, "backward"),
             during("reduce buffers", item * flattened, *early),
-            during("reduce buffers", item * bucket + passing + accumulated, "reduce"),
+            during("reduce buffers", item * buckets + passing + accumulated, "reduce"),
         ]
 
     def _step(self) -> list[MemoryItem]:

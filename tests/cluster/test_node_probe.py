@@ -97,3 +97,16 @@ def test_probes_import_nothing_that_a_node_may_lack(module: object) -> None:
     names = {alias.name for node in top if isinstance(node, ast.Import) for alias in node.names}
     names |= {str(node.module) for node in top if isinstance(node, ast.ImportFrom)}
     assert {name.partition(".")[0] for name in names} <= sys.stdlib_module_names
+
+
+def test_it_tells_what_is_missing_to_compile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for program in ("c++", "ninja"):
+        (tmp_path / program).touch(mode=0o755)
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    monkeypatch.setenv("PATH", "")
+    assert NodeProbe().compiler() == ""
+    (tmp_path / "ninja").unlink()
+    assert NodeProbe().compiler() == "ninja (ninja)"
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert NodeProbe().compiler() == "C++ compiler (no-such-compiler) and ninja (ninja)"

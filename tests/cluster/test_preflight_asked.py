@@ -8,7 +8,14 @@ import pytest
 
 from on_bfloat16 import on_bfloat16
 from rlhf_ray.cluster.named_paths import Named, named_in
-from rlhf_ray.cluster.preflight.asked import Transfer, describe_bytes, disk_need, modules_and_variables, transfers
+from rlhf_ray.cluster.preflight.asked import (
+    Transfer,
+    compiled_optimizers,
+    describe_bytes,
+    disk_need,
+    modules_and_variables,
+    transfers,
+)
 from rlhf_ray.config.jobs import JobConfig
 from rlhf_ray.config.loading import parse_config
 from rlhf_ray.models.config_json import read_shape
@@ -110,3 +117,9 @@ def test_modules_and_variables_are_those_of_the_rewards(model: str) -> None:
 )
 def test_sizes_are_told_in_words(size: int, shown: str) -> None:
     assert describe_bytes(size) == shown
+
+
+def test_only_optimizers_in_host_memory_are_compiled(model: str) -> None:
+    assert compiled_optimizers(ppo(model)) == {}
+    found = compiled_optimizers(ppo(model, critic={"engine": {"offload_optimizer": "cpu"}}))
+    assert found == {"critic": "critic.engine.offload_optimizer"}

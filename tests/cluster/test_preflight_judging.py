@@ -11,6 +11,7 @@ from rlhf_ray.cluster.preflight.judge import (
     Seen,
     judge_broadcast,
     judge_clocks,
+    judge_compilers,
     judge_disk,
     judge_folder,
     judge_model,
@@ -151,3 +152,12 @@ def test_all_problems_are_one_error_that_survives_its_way_between_processes() ->
     assert error.problems == ["one", "two", "three"]
     assert str(error) == "preflight: 3 problems\n  one\n  two\n  three"
     assert [check.status for check in report.checks] == ["failed", "failed", "ok"]
+
+
+def test_nodes_that_cannot_compile_an_optimizer_are_told_what_they_lack() -> None:
+    setting, lacking = "policy.engine.offload_optimizer", "C++ compiler (c++) and ninja (ninja)"
+    assert list(judge_compilers(setting, {"a": "", "b": lacking, "c": lacking})) == [
+        "policy.engine.offload_optimizer: nodes b, c: no C++ compiler (c++) and no ninja (ninja), with which DeepSpeed "
+        "compiles its Adam for CPUs at its first use. Install it there (apt-get install g++, pip install ninja), or "
+        "set that to none"
+    ]

@@ -4,7 +4,7 @@ import pytest
 from torch import nn
 
 from rlhf_ray.config.training import ScoringEngine, TrainingEngine
-from rlhf_ray.engines.deepspeed_settings import REDUCE_BUCKET, deepspeed_settings
+from rlhf_ray.engines.deepspeed_settings import REDUCE_BUCKET, deepspeed_settings, overlaps
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -26,3 +26,12 @@ def test_a_model_that_scores_has_no_gradients() -> None:
         "reduce_bucket_size"
         not in deepspeed_settings(ScoringEngine(dtype="bfloat16"), nn.Linear(3, 5), None)["zero_optimization"]
     )
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_gradients_are_reduced_during_the_backward_pass_where_that_is_possible(stage: int) -> None:
+    engine = TrainingEngine.model_validate({"zero_stage": stage, "dtype": "bfloat16"})
+    assert deepspeed_settings(engine, nn.Linear(3, 5), None)["zero_optimization"]["overlap_comm"] is False
+    assert overlaps("cuda", 2)
+    assert not overlaps("cuda", 1)
+    assert not overlaps("cpu", 2)

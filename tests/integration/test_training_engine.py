@@ -299,22 +299,54 @@ def test_a_folder_without_checkpoint_is_an_error(
 
 
 @pytest.mark.parametrize(
-    ("stage", "dtype", "offload"),
+    ("stage", "dtype", "offload", "lora"),
     [
-        (1, "bfloat16", "none"),
-        (2, "float32", "none"),
-        (2, "bfloat16", "cpu"),
-        (3, "bfloat16", "none"),
-        (3, "float32", "cpu"),
+        (1, "bfloat16", "none", None),
+        (2, "float32", "none", None),
+        (2, "bfloat16", "cpu", None),
+        (3, "bfloat16", "none", None),
+        (3, "float32", "none", None),
+        (3, "float32", "cpu", None),
+        (1, "bfloat16", "none", LORA),
+        (2, "bfloat16", "cpu", LORA),
+        (3, "bfloat16", "none", LORA),
+        (3, "float32", "cpu", LORA),
     ],
 )
 def test_an_engine_that_left_its_device_goes_on_as_if_it_had_stayed(
-    groups: dict[int, ActorGroup], wide_model: Path, stage: int, dtype: str, offload: str
+    groups: dict[int, ActorGroup], wide_model: Path, stage: int, dtype: str, offload: str, lora: Lora | None
 ) -> None:
     halves = [[ALL[:4]], [ALL[4:]]]
     engine = {"zero_stage": stage, "dtype": dtype, "offload_optimizer": offload}
-    stayed = trained(groups[2], wide_model, halves, **engine)
+    stayed = trained(groups[2], wide_model, halves, lora, **engine)
     phases = [Level.OUT, Level.WEIGHTS, Level.OUT, Level.WEIGHTS, Level.FULL]
-    moved = trained(groups[2], wide_model, halves, moves=phases, **engine)
+    moved = trained(groups[2], wide_model, halves, lora, moves=phases, **engine)
     assert moved.norms == stayed.norms
     assert_close(moved.weights, stayed.weights, 0)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "stage", "dtype", "lora"),
+    [(1, 2, "bfloat16", LORA), (2, 1, "float32", LORA), (1, 3, "float32", LORA), (2, 3, "bfloat16", None)],
+)
+def test_nothing_holds_what_has_left_the_device(
+    groups: dict[int, ActorGroup], wide_model: Path, ranks: int, stage: int, dtype: str, lora: Lora | None
+) -> None:
+    trained(
+        groups[ranks], wide_model, [[ALL[rank::ranks]] for rank in range(ranks)], lora, zero_stage=stage, dtype=dtype
+    )
+    for found in run(groups[ranks], "left_behind"):
+        assert {name for name, (_, size) in found.items() if size} == (
+            ({"frozen"} if lora else set()) | ({"shards", "optimizer"} if stage == 3 else set())
+        )
+        assert {name: left for name, (left, _) in found.items()} == dict.fromkeys(found, 0)
+
+
+def test_an_engine_that_has_left_does_not_work(groups: dict[int, ActorGroup], wide_model: Path) -> None:
+    run(groups[1], "build", str(wide_model), TrainingEngine(zero_stage=2, dtype="float32"))
+    [[forward, backward, step]] = run(groups[1], "try_to_work", Level.WEIGHTS)
+    assert forward == ""
+    assert backward.startswith("a backward pass needs full on the device, but the model has left it as far as weights")
+    assert step.startswith("an optimizer step needs full")
+    [[forward, *_]] = run(groups[1], "try_to_work", Level.OUT)
+    assert forward.startswith("a forward pass needs weights on the device")

@@ -11,12 +11,16 @@ import numpy as np
 import ray
 import torch
 from deepspeed.utils import safe_get_full_grad
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from rlhf_ray.actors.group import ActorGroup
 from rlhf_ray.actors.watched import actor_class
 from rlhf_ray.actors.worker import Worker
 from rlhf_ray.config.roles import Level
 from rlhf_ray.config.training import Lora, Optimizer, ScoringEngine, TrainingEngine
+from rlhf_ray.engines.device_states import frozen_tensors
+from rlhf_ray.engines.host_copies import HostCopies
+from rlhf_ray.engines.presence import NotOnDeviceError
 from rlhf_ray.engines.training import DTYPES, ForwardEngine, full_weights
 from rlhf_ray.engines.training import TrainingEngine as Engine
 from rlhf_ray.engines.weight_files import write_sharded
@@ -108,6 +112,8 @@ class TrainingRank(Worker):
     def train(self, steps: int, micro_batches: list[list[int]], moves: Sequence[Level] = ()) -> Trained:
         """Optimizer steps, each on these micro-batches of this rank, leaving the device and coming back in between."""
         found = Trained()
+        if moves:
+            self.engine._states._host = HostCopies(apart=True)  # copies are made as where a device has its own memory
         for _ in range(steps):
             for level in moves:
                 self.engine.move(level)
@@ -126,6 +132,39 @@ class TrainingRank(Worker):
             found.rates.append(stats.lr)
         found.weights = self.weights()
         return found
+
+    def left_behind(self) -> dict[str, tuple[int, int]]:
+        """Bytes of frozen weights, shards and optimizer state that are alive after the engine has left, and of all."""
+        states, optimizer = self.engine._states, self.engine._engine.optimizer
+        states._host = HostCopies(apart=True)
+        tensors = {"frozen": list(frozen_tensors(self.model))}
+        if states._sharded:
+            tensors |= {"shards": [optimizer.lp_param_buffer], "optimizer": list(states._optimizer_tensors())}
+        storages = {name: [tensor.untyped_storage() for tensor in found] for name, found in tensors.items()}
+        watched = {name: [(StorageWeakRef(s), s.nbytes()) for s in found] for name, found in storages.items()}
+        del tensors, storages
+        self.engine.move(Level.OUT)
+        gc.collect()
+        return {
+            name: (sum(size for ref, size in found if not ref.expired()), sum(size for _, size in found))
+            for name, found in watched.items()
+        }
+
+    def try_to_work(self, level: Level) -> list[str]:
+        """What the engine says when it is to work while it is elsewhere."""
+        self.engine.move(level)
+        said = []
+        for work in (
+            lambda: token_mean_loss(self.engine, [0]),
+            lambda: self.engine.backward(torch.zeros((), requires_grad=True), last=True),
+            self.engine.step,
+        ):
+            try:
+                work()
+                said.append("")
+            except NotOnDeviceError as error:
+                said.append(str(error))
+        return said
 
     def peak_memory(self, tokens: int) -> int:
         """Bytes that forward and backward pass of one sequence take at most, beside weights and gradients."""

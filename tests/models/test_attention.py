@@ -4,8 +4,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from rlhf_ray.models.attention import _unshared, packed_attention
+from rlhf_ray.models.attention import _unshared, fused_attention, packed_attention
+from rlhf_ray.platform import Attention, attention_of
 
 SIZE = 8
 
@@ -142,7 +144,8 @@ def test_a_shared_prefix_is_attended_to_as_if_each_sequence_had_its_own() -> Non
     mine, _ = packed_attention(
         torch.nn.Identity(), *parts, None, None, cu_seq_lens_q=cu_seqlens, max_length_q=11, shared_prefixes=prefixes
     )
-    places, own, starts = _unshared(tuple(cu_seqlens.tolist()), prefixes)
+    shared = _unshared(tuple(cu_seqlens.tolist()), prefixes)
+    places, own, starts = shared.rows, shared.own, shared.cu_seqlens
     whole = [own + length for own, (_, length) in SHARED]
     assert starts.tolist() == [0, *torch.tensor(whole).cumsum(0).tolist()]
     assert places[own].tolist() == list(range(sum(lengths)))
@@ -150,3 +153,45 @@ def test_a_shared_prefix_is_attended_to_as_if_each_sequence_had_its_own() -> Non
     torch.testing.assert_close(mine, wanted.float(), rtol=1e-5, atol=1e-5)
     for got, want in zip(gradients(mine, parts), gradients(wanted, parts), strict=True):
         torch.testing.assert_close(got, want.float(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("prefixes", [None, ((0, 0), (0, 2))])
+def test_layers_read_once_where_sequences_start(
+    prefixes: tuple[tuple[int, int], ...] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = states([5, 4], heads=2, kv_heads=1, seed=0)
+    starts, read, others = torch.tensor([0, 5, 9], dtype=torch.int32), [], torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: (read.append(tensor), others(tensor))[1])
+    for _ in range(3):
+        packed_attention(
+            torch.nn.Identity(), *parts, None, cu_seq_lens_q=starts, max_length_q=6, shared_prefixes=prefixes
+        )
+    assert sum(tensor is starts for tensor in read) == 1
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "kernel"),
+    [
+        ("cuda", torch.bfloat16, "varlen_flash"),
+        ("cuda", torch.float32, "bucketed"),
+        ("cpu", torch.bfloat16, "bucketed"),
+        ("cpu", torch.float32, "bucketed"),
+    ],
+)
+def test_no_flash_kernel_gets_float32(device: str, dtype: torch.dtype, kernel: Attention) -> None:
+    assert attention_of(device, dtype) == kernel
+
+
+def test_groups_of_queries_on_a_gpu_have_keys_of_their_own_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[tuple[int, ...], bool]] = []
+    fused = torch.nn.functional.scaled_dot_product_attention
+
+    def record(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **how: Any) -> torch.Tensor:
+        seen.append((tuple(key.shape), how["enable_gqa"]))
+        return fused(query, key, value, **how)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", record)
+    with FakeTensorMode():
+        query, key = (torch.empty(2, 16, heads, 64, device="cuda") for heads in (8, 2))
+        assert fused_attention(query, key, key).shape == query.shape
+    assert seen == [((2, 8, 16, 64), False)]

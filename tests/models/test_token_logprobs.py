@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rlhf_ray.models import token_logprobs
 from rlhf_ray.models.token_logprobs import Beside, TokenLogProbs
 
 
@@ -149,6 +150,19 @@ def test_the_logits_of_all_positions_never_exist(entropy_counts: bool, recorder:
         logprobs, entropy = TokenLogProbs(head, chunk)(states, targets, 0.9)
         (logprobs.sum() + (entropy.sum() if entropy_counts else 0)).backward()
     assert 0 < recorder.largest <= max(chunk * vocab, positions * hidden)
+
+
+def test_blocks_are_as_wide_as_tiles_of_the_device_allow(monkeypatch: pytest.MonkeyPatch) -> None:
+    widths, within = [], token_logprobs._within
+    monkeypatch.setattr(
+        token_logprobs,
+        "_within",
+        lambda block, targets: (widths.append(block.stop - block.start), within(block, targets))[1],
+    )
+    states, head, targets, *_ = case(100, 1000, 4, seed=0)
+    for chunk in (45, 11):
+        TokenLogProbs(head, chunk)(states, targets, 1.0)
+    assert widths == [384, 384, 232, *[110] * 9, 10]
 
 
 @settings(deadline=None, max_examples=30)

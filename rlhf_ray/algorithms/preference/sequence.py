@@ -12,7 +12,7 @@ def sum_by_answer(values: Tensor, lengths: Tensor) -> Tensor:
 
     Args:
         values: of the tokens of all answers, one answer after the other, `[tokens]`.
-        lengths: tokens of each answer, int64 `[answers]`, at least 1 each.
+        lengths: tokens of each answer, int64 `[answers]`, at least 1 each. In host memory, nothing waits for a device.
 
     Returns:
         `[answers]`, dtype of values. The sum is taken in float64: its rounding is then too small for the order in which
@@ -28,6 +28,7 @@ def sum_by_answer(values: Tensor, lengths: Tensor) -> Tensor:
     if tokens != values.numel():
         raise TensorInputError("values", f"{values.numel()} tokens", f"{tokens}, the sum of lengths")
     answers = torch.arange(lengths.numel(), device=lengths.device).repeat_interleave(lengths)
+    answers = answers.to(values.device, non_blocking=True)
     sums = torch.zeros(lengths.numel(), dtype=torch.float64, device=values.device)
     return sums.index_add(0, answers, values.double()).to(values.dtype)
 
@@ -93,7 +94,7 @@ def sampled_alignment(logprobs: Tensor, collisions: Tensor, lengths: Tensor) -> 
         SampleError: an answer is empty.
     """
     check_vectors(logprobs=logprobs, collisions=collisions)
-    return sum_by_answer(logprobs - collisions, lengths) / lengths
+    return sum_by_answer(logprobs - collisions, lengths) / lengths.to(logprobs.device, non_blocking=True)
 
 
 def wpo_weights(chosen_alignment: Tensor, rejected_alignment: Tensor) -> Tensor:

@@ -56,6 +56,16 @@ def modules_and_variables(config: Job) -> tuple[dict[str, str], dict[str, str]]:
     return modules, variables
 
 
+def compiled_optimizers(config: Job) -> dict[str, str]:
+    """Roles, by their section of `placement`, whose optimizer steps in host memory, with the settings for it: their
+    nodes compile its kernel."""
+    return {
+        role.placed_as: f"{role.section}.engine.offload_optimizer"
+        for role in config.roles
+        if isinstance(role.engine, TrainingEngine) and role.engine.offload_optimizer != "none"
+    }
+
+
 def disk_need(config: Job) -> DiskNeed:
     """Room for checkpoints and exports.
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 from rlhf_ray.cluster.libraries import LIBRARIES
 from rlhf_ray.cluster.named_paths import Named, local_path, named_in
-from rlhf_ray.cluster.preflight.asked import modules_and_variables
-from rlhf_ray.cluster.preflight.judge import Seen, judge_model, judge_presence, judge_versions
+from rlhf_ray.cluster.preflight.asked import compiled_optimizers, modules_and_variables
+from rlhf_ray.cluster.preflight.judge import Seen, judge_compilers, judge_model, judge_presence, judge_versions
 from rlhf_ray.cluster.preflight.probe import NodeProbe
 from rlhf_ray.cluster.preflight.report import Check
 from rlhf_ray.cluster.preflight.view import View
@@ -33,6 +33,7 @@ def check_contents(view: View) -> Iterator[Check]:
     problems = [*broken, *judge_versions(driver, seen)]
     yield Check("versions", f"{len(LIBRARIES)} libraries and Python alike on {_count(len(seen))}", tuple(problems))
     yield _models(view, read, paths, driver, seen)
+    yield from _compilers(view)
     home = {view.home.name: seen[view.home.name]} if view.home.name in seen else {}
     data = {named: path for named, path in paths.items() if named.kind == "data"}
     problems = [p for named, path in data.items() for p in judge_model(named.setting, path, driver, home)]
@@ -43,6 +44,18 @@ def check_contents(view: View) -> Iterator[Check]:
         problems = [p for setting, name in modules.items() for p in judge_presence(setting, name, importable, seen)]
         problems += [p for setting, name in variables.items() for p in judge_presence(setting, name, exported, seen)]
         yield Check("rewards", f"functions and tokens are there on {_count(len(seen))}", tuple(problems))
+
+
+def _compilers(view: View) -> Iterator[Check]:
+    """Nodes that compile the optimizer of a role have what that takes."""
+    asked = compiled_optimizers(view.config)
+    problems: list[str] = []
+    for role, setting in asked.items():
+        nodes = [node.name for node in view.of([role])]
+        answers, _ = view.probes.ask("compiler", dict.fromkeys(nodes, ()), limit_s=START_S)
+        problems += judge_compilers(setting, answers)
+    if asked:
+        yield Check("compilers", f"there for {' and '.join(asked)}, whose optimizer steps on the CPU", tuple(problems))
 
 
 def _models(view: View, read: list[Named], paths: dict[Named, str], driver: Seen, seen: dict[str, Seen]) -> Check:

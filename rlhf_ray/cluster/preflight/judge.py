@@ -87,6 +87,16 @@ def judge_presence(setting: str, what: str, cure: str, nodes: Mapping[str, Seen]
         yield f"{setting}: {_nodes(names)}: {what}: {problem}. {cure}"
 
 
+def judge_compilers(setting: str, missing: Mapping[str, str]) -> Iterator[str]:
+    """Nodes that can't compile an optimizer. `missing`: what they lack, by node."""
+    for problem, names in _alike(missing):
+        yield (
+            f"{setting}: {_nodes(names)}: no {problem.replace(' and ', ' and no ')}, with which DeepSpeed compiles its "
+            "Adam for CPUs at its first use. Install it there (apt-get install g++, pip install ninja), or set that to "
+            "none"
+        )
+
+
 def judge_folder(setting: str, folder: str, refused: Mapping[str, str]) -> Iterator[str]:
     """Nodes that can't write to a folder. `refused`: reasons by node."""
     for problem, names in _alike(refused):

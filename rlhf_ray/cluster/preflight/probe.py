@@ -9,8 +9,10 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import socket
+import sys
 import threading
 import time
 from pathlib import Path
@@ -62,6 +64,18 @@ class NodeProbe:
         path = Path("/proc/cpuinfo")
         text = path.read_text().partition("\n\n")[0] if path.exists() else ""
         return {"cpuinfo": text, "environ": {name: os.environ[name] for name in variables if name in os.environ}}
+
+    def compiler(self) -> str:
+        """What this node lacks to compile DeepSpeed's Adam for CPUs, which takes no nvcc; empty where it has all, or
+        DeepSpeed has been installed with the kernel in it."""
+        spec = importlib.util.find_spec("deepspeed")
+        installed = Path(spec.origin).with_name("git_version_info_installed.py") if spec and spec.origin else None
+        if installed and installed.is_file() and re.search(r"['\"]cpu_adam['\"]: *True", installed.read_text()):
+            return ""
+        needs = {"C++ compiler": os.environ.get("CXX", "c++"), "ninja": "ninja"}
+        beside = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+        missing = [f"{what} ({program})" for what, program in needs.items() if not shutil.which(program, path=beside)]
+        return " and ".join(missing)
 
     def now(self) -> float:
         """This node's clock."""
