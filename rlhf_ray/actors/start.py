@@ -137,7 +137,11 @@ class Reserved:
                 other: (groups or {}).get(other, 1) for other, at in placements.items() if host in (other, at.colocate)
             }
             rollout = isinstance(placement, RolloutPlacement)
-            workers = placement.tensor_parallel // placement.parts if isinstance(placement, RolloutPlacement) else 1
+            workers = (
+                placement.tensor_parallel // placement.nodes_per_engine
+                if isinstance(placement, RolloutPlacement)
+                else 1
+            )
             span = workers if rollout and host != role else 0
             # Engines that sit with others are shown their devices: Ray can't count parts of several GPUs.
             counted = sum(sitting.values()) - (host != "rollout" and "rollout" in sitting)

@@ -57,7 +57,7 @@ class RunFolder:
         replace_file(self.path / "config.yaml", dump_config(config).encode())
         cluster = cluster_facts()
         about = About(
-            board=f"{config.name}-{uuid4().hex[:8]}",
+            status_actor=f"{config.name}-{uuid4().hex[:8]}",
             name=config.name,
             job=config.job,
             run_dir=str(self.path.absolute()),
@@ -67,7 +67,7 @@ class RunFolder:
             started_s=time.time(),
             steps=steps,
         )
-        write_manifest(self.path, config, cluster, sys.argv, about.board, steps, formats.content())
+        write_manifest(self.path, config, cluster, sys.argv, about.status_actor, steps, formats.content())
         resume_step = done if self.resumed else None
         self._exported = RayMetrics(config.name, config.job)
         self.metrics = MetricsLog(

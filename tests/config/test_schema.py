@@ -300,12 +300,12 @@ CONFLICTS: list[tuple[dict[str, Any], str]] = [
     ),
     (
         ppo(placement={"rollout": {"engines": 3, "nodes": 2}}),
-        "placement.rollout.engines (3) x placement.rollout.parts (1) can't be spread equally over "
+        "placement.rollout.engines (3) x placement.rollout.nodes_per_engine (1) can't be spread equally over "
         "placement.rollout.nodes (2)",
     ),
     (
         ppo(placement={"rollout": {"tensor_parallel": 3, "parts": 2}}),
-        "placement.rollout.tensor_parallel (3) can't be divided into placement.rollout.parts (2)",
+        "placement.rollout.tensor_parallel (3) can't be divided into placement.rollout.nodes_per_engine (2)",
     ),
     (
         ppo(
@@ -313,7 +313,7 @@ CONFLICTS: list[tuple[dict[str, Any], str]] = [
             rollout={"lora_sync": "adapters"},
             placement={"rollout": {"tensor_parallel": 2, "parts": 2}},
         ),
-        "rollout.lora_sync is 'adapters', which workers read from a folder of their node, but placement.rollout.parts "
+        "rollout.lora_sync is 'adapters', which workers read from a folder of their node, but placement.rollout.nodes_per_engine "
         "is 2: set rollout.lora_sync to 'merged'",
     ),
     (
