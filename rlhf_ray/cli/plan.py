@@ -99,8 +99,8 @@ def plan(
             if as_json:
                 typer.echo(json.dumps(proposals_json(proposals, lengths), indent=2))
             else:
-                show(number_format_lines(formats))
                 print_proposals(proposals, lengths, [known[hardware.device]])
+                show(number_format_lines(formats))
             raise typer.Exit(0 if proposals else FAILED)
         found = plan_memory(job, hardware, processes)
         cached = found.engine.cached_tokens if found.engine and found.engine.starts else None
