@@ -33,7 +33,7 @@ class FolderSight:
     def __init__(self, folder: Path, address: str | None) -> None:
         self._folder, self._address = folder, address
         self._stack = ExitStack()
-        self._lookout: ClusterClient | None = None
+        self._client: ClusterClient | None = None
         self._told = ""
 
     def look(self) -> list[Snapshot]:
@@ -45,15 +45,15 @@ class FolderSight:
         session = last_session(self._folder)
         if session.end is None:
             try:
-                if self._lookout is None:
-                    self._lookout = self._stack.enter_context(ClusterClient(self._address or session.address, _LOOK_S))
-                found = self._lookout.ask(read_status_actor, session.status_actor, _ANSWER_S)
+                if self._client is None:
+                    self._client = self._stack.enter_context(ClusterClient(self._address or session.address, _LOOK_S))
+                found = self._client.ask(read_status_actor, session.status_actor, _ANSWER_S)
             except ClusterError as error:
                 if self._address is not None:
                     raise
                 if str(error) != self._told:
                     logger.warning("%s; what follows is from the run's folder", error)
-                self._lookout, found, self._told = None, None, str(error)
+                self._client, found, self._told = None, None, str(error)
             if found is not None:
                 return [found]
         return [read_record(self._folder)]  # anew: it may have ended just then
@@ -77,7 +77,7 @@ class ClusterSight:
     def __init__(self, address: str, name: str | None) -> None:
         self._address, self._name = address, name
         self._looked = False
-        self._lookout = ClusterClient(address, _LOOK_S)
+        self._client = ClusterClient(address, _LOOK_S)
 
     def look(self) -> list[Snapshot]:
         """All that answer.
@@ -86,8 +86,8 @@ class ClusterSight:
             ClusterError: at the first look, when there is none of that name.
         """
         every = [
-            self._lookout.ask(read_status_actor, status_actor, _ANSWER_S)
-            for status_actor in self._lookout.ask(status_actors)
+            self._client.ask(read_status_actor, status_actor, _ANSWER_S)
+            for status_actor in self._client.ask(status_actors)
         ]
         found = [status for status in every if status is not None and self._name in (None, status.about.name)]
         if not found and not self._looked and self._name is not None:
@@ -105,7 +105,7 @@ class ClusterSight:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._lookout.close()
+        self._client.close()
 
 
 def newest_run(folder: Path) -> Path | None:

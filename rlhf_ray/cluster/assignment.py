@@ -51,10 +51,7 @@ def requests_of(placements: Mapping[str, RolePlacement | RolloutPlacement]) -> l
 
 def _request(role: str, placement: RolePlacement | RolloutPlacement, block: int) -> Request:
     if isinstance(placement, RolloutPlacement):
-        bundles, workers = (
-            placement.engines * placement.nodes_per_engine,
-            placement.tensor_parallel // placement.nodes_per_engine,
-        )
+        bundles, workers = placement.engines * placement.nodes_per_engine, placement.workers_per_node
     else:
         bundles, workers = placement.ranks or 1, 1
     each = {"CPU": placement.cpus, "GPU": float(placement.gpus), **placement.resources}

@@ -100,8 +100,8 @@ class RolloutPlacement(_RankPlacement):
     tensor_parallel: ProcessCount = 1
     """Workers over which one engine's weights are split."""
     nodes_per_engine: ProcessCount = 1
-    """Nodes that one engine's workers may be divided among; by default they share one. More than one wants a fast network
-    between them."""
+    """Nodes that one engine's workers may be divided among; by default they share one. More than one wants a fast
+    network between them."""
     gpus: Literal[0, 1] = 0
     """GPUs that one worker reserves."""
 
@@ -123,6 +123,11 @@ class RolloutPlacement(_RankPlacement):
                 f".nodes ({self.nodes})"
             )
         return self
+
+    @property
+    def workers_per_node(self) -> int:
+        """Of one engine."""
+        return self.tensor_parallel // self.nodes_per_engine
 
     @property
     def workers(self) -> int:

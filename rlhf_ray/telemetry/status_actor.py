@@ -1,4 +1,4 @@
-"""The status actor of a run: an actor that knows its actors and what its driver told last, and makes the snapshot of a run.
+"""The status actor of a run, which knows the run's actors and what its driver told last, and makes snapshots of it.
 
 Others find it by its name, from any process that is connected to the cluster. It lives as long as the driver.
 """

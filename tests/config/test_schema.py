@@ -304,17 +304,17 @@ CONFLICTS: list[tuple[dict[str, Any], str]] = [
         "placement.rollout.nodes (2)",
     ),
     (
-        ppo(placement={"rollout": {"tensor_parallel": 3, "parts": 2}}),
+        ppo(placement={"rollout": {"tensor_parallel": 3, "nodes_per_engine": 2}}),
         "placement.rollout.tensor_parallel (3) can't be divided into placement.rollout.nodes_per_engine (2)",
     ),
     (
         ppo(
             policy=LORA,
             rollout={"lora_sync": "adapters"},
-            placement={"rollout": {"tensor_parallel": 2, "parts": 2}},
+            placement={"rollout": {"tensor_parallel": 2, "nodes_per_engine": 2}},
         ),
-        "rollout.lora_sync is 'adapters', which workers read from a folder of their node, but placement.rollout.nodes_per_engine "
-        "is 2: set rollout.lora_sync to 'merged'",
+        "rollout.lora_sync is 'adapters', which workers read from a folder of their node, but "
+        "placement.rollout.nodes_per_engine is 2: set rollout.lora_sync to 'merged'",
     ),
     (
         ppo(placement={"rollout": {"engines": 2, "colocate": "policy"}}),
