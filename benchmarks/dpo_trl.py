@@ -53,6 +53,7 @@ from rlhf_ray.config.training import Policy
 from rlhf_ray.controllers.epochs import Split
 from rlhf_ray.controllers.inputs import PreferenceInputs
 from rlhf_ray.controllers.job import check
+from rlhf_ray.controllers.number_formats import choose_before_start
 from rlhf_ray.controllers.reference_columns import LiveReference
 from rlhf_ray.controllers.roles import PreferenceRoles, preference_roles
 from rlhf_ray.data.comparisons import ComparisonSet
@@ -148,7 +149,7 @@ def _told(side: str, number: int, step: BareReport) -> BareReport:
 def _dpo(config: Path, overrides: Sequence[str]) -> tuple[PreferenceJob, ComparisonSet]:
     """The job with one rank and a low learning rate, and the pairs of its first step."""
     still = ("placement.policy.ranks=1", "policy.optimizer.lr=1e-8", "policy.optimizer.warmup_steps=0")
-    job = load_config(config, [*overrides, *still, "policy.optimizer.schedule=constant"])
+    job = choose_before_start(load_config(config, [*overrides, *still, "policy.optimizer.schedule=constant"])).config
     if not isinstance(job, PreferenceJob):
         raise typer.BadParameter(f"job: {job.job} is not job: preference", param_hint="CONFIG")
     _beta(job.algorithm)

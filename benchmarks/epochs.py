@@ -41,6 +41,7 @@ from rlhf_ray.config.reward_loss import BradleyTerry
 from rlhf_ray.config.training import Optimizer, TrainingEngine
 from rlhf_ray.controllers.inputs import EpochInputs, RowSet
 from rlhf_ray.controllers.job import check
+from rlhf_ray.controllers.number_formats import choose_before_start
 from rlhf_ray.controllers.roles import epoch_role
 from rlhf_ray.data.comparisons import ComparisonSet
 from rlhf_ray.data.conversations import ConversationSet
@@ -121,7 +122,7 @@ def _first_step(config: Path, overrides: Sequence[str]) -> tuple[SFTJob | Reward
         raise typer.BadParameter("the bare loop knows plain Bradley–Terry only", param_hint="CONFIG")
     name = job.trained.name
     still = (f"placement.{name}.ranks=1", f"{name}.optimizer.lr=1e-8", f"{name}.optimizer.warmup_steps=0")
-    job = load_config(config, [*overrides, *still])
+    job = choose_before_start(load_config(config, [*overrides, *still])).config
     assert isinstance(job, SFTJob | RewardModelJob)
     inputs = check(job)
     assert isinstance(inputs, EpochInputs)

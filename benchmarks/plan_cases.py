@@ -9,6 +9,7 @@ from benchmarks.common import CORES, ROOT
 from benchmarks.random_model import main as write_random_model
 from rlhf_ray.config.jobs import JobConfig
 from rlhf_ray.config.loading import parse_config
+from rlhf_ray.controllers.number_formats import choose_before_start
 
 Raw = dict[str, Any]
 
@@ -49,7 +50,7 @@ class Case:
             raw["run"] = {}
         raw["run"] |= {"dir": str(folder / "run"), "export": False, "trace": False}
         rows.write_text("".join(json.dumps(row) + "\n" for row in made), encoding="utf-8")
-        return parse_config({**raw, "name": "plan-accuracy"})
+        return choose_before_start(parse_config({**raw, "name": "plan-accuracy"})).config
 
 
 def _row(job: str, number: int) -> dict[str, str]:

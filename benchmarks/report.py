@@ -17,6 +17,7 @@ BENCHMARKS = (
     "epochs",
     "dpo_trl",
     "attention",
+    "bfloat16_products",
     "dpo_memory",
     "zero3_loading",
     "sequence_parallel",

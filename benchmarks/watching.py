@@ -4,7 +4,7 @@ Engines: response tokens/s of `RolloutEngine` with vLLM's metrics, which go thro
 same without. Each side has a process of its own, and they take turns.
 
 Everything else is so little that only its pieces can be timed: what the training loop does for a step (spans, series,
-phases), what the driver's thread does when it tells the board, and what an actor does when it is asked.
+phases), what the driver's thread does when it tells the status_actor, and what an actor does when it is asked.
 """
 
 import asyncio
@@ -73,7 +73,7 @@ class Pieces:
         step: what the training loop does beside a step of PPO with `_ACTORS` actors that record `_SPANS` spans each.
         tell: one message of the driver's thread.
         answer: of one actor to the question what it does, in its own process.
-        status: of all `_ACTORS` actors, as the board gathers it.
+        status: of all `_ACTORS` actors, as the status_actor gathers it.
     """
 
     step: float
@@ -170,10 +170,10 @@ def _pieces() -> Pieces:
     # By the name of this module: actors have another main one.
     from benchmarks.watching import _seconds_of
     from rlhf_ray.actors.watched import Watched, actor_class
-    from rlhf_ray.telemetry.board import create_board
     from rlhf_ray.telemetry.names import METRICS
     from rlhf_ray.telemetry.ray_metrics import RayMetrics
     from rlhf_ray.telemetry.status import About, Progress, Shards
+    from rlhf_ray.telemetry.status_actor import create_status_actor
     from rlhf_ray.telemetry.trace import SpanRecorder
 
     class Idle(Watched):
@@ -198,11 +198,11 @@ def _pieces() -> Pieces:
         actors = [actor_class(Idle).options(num_cpus=0).remote() for _ in range(_ACTORS)]
         answer = ray.get(actors[0].time_answers.remote(), timeout=60)
         about = About("benchmark", "benchmark", "ppo", "/", "", "", os.getpid(), time.time(), 1)
-        board = create_board(about)
-        ray.get(board.watch.remote("role", actors), timeout=120)
+        status_actor = create_status_actor(about)
+        ray.get(status_actor.watch.remote("role", actors), timeout=120)
         progress = Progress(1, "update", time.time(), Shards(1, 2, 3), row)
-        status = _seconds_of(lambda: ray.get(board.status.remote(), timeout=60))
-        tell = _seconds_of(lambda: board.tell.remote(replace(progress, since_s=time.time())))
+        status = _seconds_of(lambda: ray.get(status_actor.status.remote(), timeout=60))
+        tell = _seconds_of(lambda: status_actor.tell.remote(replace(progress, since_s=time.time())))
         return Pieces(_seconds_of(step), tell, answer, status)
 
 

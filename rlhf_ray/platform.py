@@ -1,6 +1,7 @@
 """The one place where CPU and GPU differ: which device, which collectives, which transfer, which attention."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -86,6 +87,56 @@ def machine_name() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "CPU")
     return f"{model}, {cores()} cores"
+
+
+@dataclass(frozen=True)
+class CpuProducts:
+    """How a CPU multiplies matrices of bfloat16 numbers.
+
+    Attributes:
+        in_bfloat16: it has instructions for them, with which they are faster than those of float32.
+        why: how that is known, to go on after "CPU": `has AVX512_BF16`.
+        times_as_long: what such a product takes of the time of one in float32, in words; empty with `in_bfloat16`.
+    """
+
+    in_bfloat16: bool
+    why: str
+    times_as_long: str = ""
+
+
+# oneDNN, which makes PyTorch's products of bfloat16 on a CPU, uses no instructions beyond the set that the first of
+# these variables names, in whichever case; it takes a word that it does not know for none.
+ISA_VARIABLES = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
+_AVX2_SETS = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2")
+_AVX512_SETS = ("AVX512_CORE", "AVX512_CORE_VNNI")
+_BFLOAT16_FLAGS = ("avx512_bf16", "amx_bf16")
+# Measured by `python -m benchmarks.bfloat16_products` (docs/benchmarks.md).
+_WITH_AVX512, _WITHOUT = "1.3 times as long", "4 to 60 times as long"
+
+
+def cpu_products(cpuinfo: str, environ: Mapping[str, str]) -> CpuProducts:
+    """What PyTorch makes of bfloat16 on a CPU.
+
+    With AVX512_BF16 or AMX, oneDNN multiplies in bfloat16. With AVX-512 alone it converts to float32 first, which takes
+    a little longer than products of float32. With less, most products fall to a reference kernel.
+    `ATEN_CPU_CAPABILITY` changes PyTorch's own kernels and none of the products.
+
+    Args:
+        cpuinfo: text of the CPU's /proc/cpuinfo.
+        environ: environment of the process that computes.
+    """
+    lines = (line.partition(":") for line in cpuinfo.splitlines())
+    flags = next((value.split() for key, _, value in lines if key.strip() == "flags"), [])
+    variable = next((name for name in ISA_VARIABLES if environ.get(name)), None)
+    most = "" if variable is None else environ[variable].upper()
+    if most in _AVX2_SETS:
+        return CpuProducts(False, f"is held to {most} by {variable}", _WITHOUT)
+    if most in _AVX512_SETS:
+        return CpuProducts(False, f"is held to {most} by {variable}", _WITH_AVX512 if "avx512f" in flags else _WITHOUT)
+    has = [flag for flag in _BFLOAT16_FLAGS if flag in flags]
+    if has:
+        return CpuProducts(True, f"has {' and '.join(flag.upper() for flag in has)}")
+    return CpuProducts(False, "has neither AVX512_BF16 nor AMX", _WITH_AVX512 if "avx512f" in flags else _WITHOUT)
 
 
 def cores() -> int:

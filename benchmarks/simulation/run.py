@@ -27,6 +27,7 @@ from rlhf_ray.actors.rollout import RolloutGroup
 from rlhf_ray.actors.waiting import wait_all
 from rlhf_ray.cluster.session import ray_session
 from rlhf_ray.config.jobs import PPOJob
+from rlhf_ray.config.number_formats import NumberFormats
 from rlhf_ray.config.placement import Cluster
 from rlhf_ray.controllers.inputs import PPOInputs
 from rlhf_ray.controllers.ppo import PPOController
@@ -205,7 +206,7 @@ def run(setup: Setup, actors: SimulatedActors, speed: float, folder: Path) -> li
         same_tokens=[True],
     )
     roles = actors.roles(config, Pace.of(setup.step, config, LENGTHS, speed))
-    with RunFolder(config, STEPS) as run_folder:
+    with RunFolder(config, STEPS, NumberFormats(config, ())) as run_folder:
         trained = {"policy": roles.policy, "critic": roles.critic}
         checkpointing = Checkpointing(run_folder, trained, config.run.timeouts.checkpoint_s)
         controller = MeasuredController(config, inputs, roles, run_folder, checkpointing)

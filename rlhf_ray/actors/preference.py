@@ -51,7 +51,7 @@ class StepContext:
 
 
 @dataclass(frozen=True)
-class Slopes:
+class LinearisedLoss:
     """Losses that depend on all pairs of a step, and their derivatives by the log-probs of each pair's answers.
 
     A micro-batch has some of the pairs only. In place of the losses themselves it takes what is linear in its own
@@ -144,7 +144,7 @@ class PreferenceWorker(EpochTrainedWorker):
             shift: of BCO.
         """
         self._reference, self._kl, self._shift = reference, kl, shift
-        self._slopes = None if policy is None else self._slopes_of(data, policy)
+        self._linear = None if policy is None else self._linearised(data, policy)
 
     def micro_batch_loss(self, data: ComparisonSet, rows: Sequence[int]) -> tuple[torch.Tensor, MicroStats]:
         """Sum of the losses of some rows, each times the row's weight."""
@@ -166,8 +166,8 @@ class PreferenceWorker(EpochTrainedWorker):
         else:
             chosen, rejected = _halves(answers)
             losses = pair_losses(self._alone, chosen, rejected)
-            if self._slopes is not None:
-                losses = losses + self._slopes.losses(rows, chosen, rejected)
+            if self._linear is not None:
+                losses = losses + self._linear.losses(rows, chosen, rejected)
             if self.algorithm.weighting == "wpo":
                 alignment = sampled_alignment(logprobs.detach(), collisions, pack.lengths)
                 losses = losses * wpo_weights(*alignment.unflatten(0, (-1, 2)).unbind(1))
@@ -201,17 +201,20 @@ class PreferenceWorker(EpochTrainedWorker):
             logprobs, reference = logprobs * weights, reference * weights
         return Answers(sum_by_answer(logprobs, lengths), sum_by_answer(reference, lengths), to_device(lengths))
 
-    def _slopes_of(self, data: ComparisonSet, before: AnswerLogProbs) -> Slopes:
+    def _linearised(self, data: ComparisonSet, before: AnswerLogProbs) -> LinearisedLoss:
         candidates = sorted(before.candidates)
         lengths = torch.from_numpy(data.answer_lengths[candidates])
         answers = self._answers(data, candidates, to_device(before.take(candidates)), lengths)
         with torch.enable_grad():
             logprobs = answers.logprobs.detach().requires_grad_()
             total = pair_losses(self._together, *_halves(replace(answers, logprobs=logprobs))).sum()
-            [slopes] = torch.autograd.grad(total, logprobs)
+            [gradient] = torch.autograd.grad(total, logprobs)
         rows = data.rows_of(candidates[::2])
-        return Slopes(
-            {row: place for place, row in enumerate(rows)}, float(total.detach()) / len(rows), slopes[::2], slopes[1::2]
+        return LinearisedLoss(
+            {row: place for place, row in enumerate(rows)},
+            float(total.detach()) / len(rows),
+            gradient[::2],
+            gradient[1::2],
         )
 
 

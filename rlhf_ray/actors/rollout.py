@@ -19,7 +19,7 @@ from rlhf_ray.config.rollout import Rollout, Sampling
 from rlhf_ray.config.run import Timeouts
 from rlhf_ray.data.requests import PromptRequest
 from rlhf_ray.data.trajectory import TrajectoryBatch
-from rlhf_ray.engines.rollout_setup import EnginePart, RolloutSetup
+from rlhf_ray.engines.rollout_setup import EngineNode, RolloutSetup
 from rlhf_ray.telemetry.status import Shards
 from rlhf_ray.telemetry.trace import SpanRecorder
 
@@ -41,7 +41,7 @@ class RolloutWorker(Watched):
         """Address of this node and a free port on it."""
         return own_address()
 
-    async def load_model(self, setup: RolloutSetup, part: EnginePart | None = None) -> None:
+    async def load_model(self, setup: RolloutSetup, node: EngineNode | None = None) -> None:
         """Start the engine, or that part of its workers which sits here."""
         with self.recorder.span("load model"):
             from rlhf_ray.engines.interfaces import use_interface_of
@@ -50,10 +50,10 @@ class RolloutWorker(Watched):
             host = ray.util.get_node_ip_address()
             use_interface_of(host)
             os.environ["VLLM_HOST_IP"] = host
-            if part is not None and part.number > 0:
-                self.engine = await asyncio.to_thread(RolloutFollower, setup, part)
+            if node is not None and node.rank > 0:
+                self.engine = await asyncio.to_thread(RolloutFollower, setup, node)
                 return
-            self.engine = RolloutEngine(setup, part)
+            self.engine = RolloutEngine(setup, node)
             self._load = self.engine.load
             await self.engine.set_version(0)
 
@@ -229,8 +229,8 @@ class RolloutGroup(ActorGroup[RolloutWorker]):
             return self.call(RolloutWorker.load_model, setup)
         count = self._nodes_per_engine
         addresses = self.call(RolloutWorker.address).wait(self._timeouts.setup)
-        parts = [EnginePart(n, count, host, port) for host, port in addresses for n in range(count)]
-        refs = [actor.load_model.remote(setup, part) for actor, part in zip(self._all.actors, parts, strict=True)]
+        nodes = [EngineNode(n, count, host, port) for host, port in addresses for n in range(count)]
+        refs = [actor.load_model.remote(setup, node) for actor, node in zip(self._all.actors, nodes, strict=True)]
         return Calls(refs, "rollout: load_model")
 
     def end_engines(self, timeout_s: float) -> list[str]:

@@ -136,9 +136,10 @@ class Reserved:
             sitting = {
                 other: (groups or {}).get(other, 1) for other, at in placements.items() if host in (other, at.colocate)
             }
-            rollout = isinstance(placement, RolloutPlacement)
-            workers = placement.tensor_parallel // placement.parts if isinstance(placement, RolloutPlacement) else 1
-            span = workers if rollout and host != role else 0
+            workers, span = 1, 0
+            if isinstance(placement, RolloutPlacement):
+                workers = placement.workers_per_node
+                span = 0 if host == role else workers
             # Engines that sit with others are shown their devices: Ray can't count parts of several GPUs.
             counted = sum(sitting.values()) - (host != "rollout" and "rollout" in sitting)
             self.specs[role] = ResourceSpec(

@@ -38,7 +38,8 @@ main = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    epilog="Exit codes: 0 success, 1 the run failed, 2 bad config or arguments, 130 interrupted, 143 terminated.",
+    epilog="Exit codes: 0 success, 1 the run failed, 2 bad config or arguments, 129 hung up, 130 interrupted, "
+    "143 terminated.",
 )
 
 main.add_typer(data, name="data")
@@ -146,18 +147,22 @@ def validate(
       rlhf-ray validate configs/tiny.yaml rollout.sampling.max_new_tokens=32 run.dir=runs/longer
       rlhf-ray validate my.yaml 'rollout.sampling.stop=["\\n\\n"]' --schema-only
     """
-    from rlhf_ray.cli.results import config_lines, note, show
+    from rlhf_ray.cli.results import config_lines, note, number_format_lines, show
     from rlhf_ray.config.loading import load_config
+    from rlhf_ray.config.number_formats import choose
 
     job = load_config(config, overrides or ())
     inputs = None
+    formats = choose(job, None)
     if not schema_only:
         from rlhf_ray.controllers.job import check
+        from rlhf_ray.controllers.number_formats import choose_before_start
 
         _import_from_here()
         with problems_of(config):
             inputs = check(job)
-    show(config_lines(job, inputs))
+        formats = choose_before_start(job)
+    show([*config_lines(formats.config, inputs), *number_format_lines(formats)])
     note(
         "valid"
         if inputs is not None

@@ -13,6 +13,7 @@ from rlhf_ray.cli.failures import FAILED
 
 if TYPE_CHECKING:
     from rlhf_ray.config.jobs import JobConfig
+    from rlhf_ray.config.number_formats import NumberFormats
     from rlhf_ray.planner.calibration import Calibration, Device
     from rlhf_ray.planner.hardware import Hardware
 
@@ -77,6 +78,7 @@ def plan(
       rlhf-ray plan my.yaml --cluster 8xh100 --search --response-tokens 400
     """
     from rlhf_ray.cli.plan_report import print_plan, to_json
+    from rlhf_ray.cli.results import number_format_lines, show
     from rlhf_ray.cli.time_report import print_proposals, print_time, proposals_json, time_json
     from rlhf_ray.config.loading import load_config
     from rlhf_ray.planner.changes import nearest_changes
@@ -89,6 +91,8 @@ def plan(
     lengths = lengths_of(job, prompt_tokens, response_tokens)
     with _hardware(job, cluster, nodes) as hardware:
         known = _constants(hardware, calibration, cluster)
+        formats = _number_formats(job, hardware, known, calibration, cluster, search)
+        job = formats.config
         processes = known[hardware.device].memory
         if search:
             proposals = best_placements(job, hardware, known, processes, lengths)
@@ -96,14 +100,16 @@ def plan(
                 typer.echo(json.dumps(proposals_json(proposals, lengths), indent=2))
             else:
                 print_proposals(proposals, lengths, [known[hardware.device]])
+                show(number_format_lines(formats))
             raise typer.Exit(0 if proposals else FAILED)
         found = plan_memory(job, hardware, processes)
         cached = found.engine.cached_tokens if found.engine and found.engine.starts else None
         step = predict(job, hardware, known, lengths, cached)
     changes = [] if found.fits else nearest_changes(job, hardware, processes)
     if as_json:
-        typer.echo(to_json(found, hardware, changes, time=time_json(step, lengths)))
+        typer.echo(to_json(found, hardware, changes, formats, time=time_json(step, lengths)))
     else:
+        show(number_format_lines(formats))
         print_plan(found, hardware, changes)
         print_time(step, lengths, [known[hardware.device]])
     if not found.fits:
@@ -120,6 +126,29 @@ def _constants(hardware: "Hardware", path: Path | None, cluster: str | None) -> 
         raise PlanError(f"--calibration {path}", f"it is of a {device.upper()}, but the cluster has {has}")
     here = machine_name() if path is None and cluster in (None, "live") else None
     return constants(path, here)
+
+
+def _number_formats(
+    job: "JobConfig",
+    hardware: "Hardware",
+    known: "Mapping[Device, Calibration]",
+    calibration: Path | None,
+    cluster: str | None,
+    search: bool,
+) -> "NumberFormats":
+    """For the machines that the plan is for: CPUs as they are where they can be looked at, else as the planner has
+    them. A search puts all roles on GPUs where there are any."""
+    from rlhf_ray.config.number_formats import choose
+    from rlhf_ray.controllers.number_formats import choose_before_start, choose_on_cluster
+    from rlhf_ray.planner.number_formats import planned_cpus
+
+    if search and hardware.device == "gpu":
+        return choose(job, None, all_on_gpus=True)
+    if calibration is not None or cluster not in (None, "live"):
+        return choose(job, planned_cpus(known["cpu"], calibration))
+    if hardware.name == "this machine":
+        return choose_before_start(job)
+    return choose_on_cluster(job)
 
 
 @contextmanager

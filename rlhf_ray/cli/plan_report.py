@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from rlhf_ray.config.number_formats import NumberFormats
 from rlhf_ray.planner.changes import Change
 from rlhf_ray.planner.footprint import MemoryItem, total
 from rlhf_ray.planner.hardware import Hardware
@@ -42,7 +43,18 @@ def print_plan(plan: MemoryPlan, hardware: Hardware, changes: Sequence[Change]) 
         console.print(line, soft_wrap=True)
 
 
-def to_json(plan: MemoryPlan, hardware: Hardware, changes: Sequence[Change], time: Mapping[str, object]) -> str:
+def _told_formats(formats: NumberFormats) -> dict[str, object]:
+    """Number formats for JSON."""
+    return {"number_formats": formats.content(), "warnings": list(formats.warnings)}
+
+
+def to_json(
+    plan: MemoryPlan,
+    hardware: Hardware,
+    changes: Sequence[Change],
+    formats: NumberFormats,
+    time: Mapping[str, object],
+) -> str:
     """The same for programs; sizes in bytes.
 
     Args:
@@ -54,6 +66,7 @@ def to_json(plan: MemoryPlan, hardware: Hardware, changes: Sequence[Change], tim
             "cluster": hardware.name,
             "fits": plan.fits,
             "problems": plan.problems,
+            **_told_formats(formats),
             "stages": [stage.name for stage in plan.stages],
             "memory": [_pool_json(pool) for pool in plan.pools],
             "object_store": {"needed": plan.store_needed, "capacity": plan.store},

@@ -31,16 +31,19 @@ def preflight(
       rlhf-ray preflight my.yaml --cluster auto
       rlhf-ray preflight my.yaml placement.rollout.engines=8 --cluster 10.0.0.1:6379
     """
-    from rlhf_ray.cli.results import note, show
+    from rlhf_ray.cli.results import note, number_format_lines, show
     from rlhf_ray.cluster.preflight.report import PreflightError
     from rlhf_ray.cluster.preflight.run import preflight as look
     from rlhf_ray.cluster.session import ray_session
     from rlhf_ray.config.loading import load_config
+    from rlhf_ray.controllers.number_formats import choose_on_cluster
 
     address = [] if cluster is None else [f"cluster.address={cluster}"]
     job = load_config(config, [*(overrides or ()), *address])
     with ray_session(job.cluster, job.name):
-        report = look(job)
+        formats = choose_on_cluster(job)
+        report = look(formats.config)
+    show(number_format_lines(formats))
     show((check.name, check.status, check.detail) for check in report.checks)
     note(str(report))
     if report.problems:

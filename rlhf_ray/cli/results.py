@@ -7,6 +7,7 @@ from typing import Any
 from rich.text import Text
 
 from rlhf_ray.config.jobs import Job
+from rlhf_ray.config.number_formats import NumberFormats
 from rlhf_ray.controllers.descriptions import Line
 from rlhf_ray.controllers.job import definition_of
 from rlhf_ray.recovery.checkpoints import CheckpointStore
@@ -17,6 +18,8 @@ from rlhf_ray.telemetry.progress import QuietConsole
 def show(rows: Iterable[tuple[str, ...]]) -> None:
     """Columns on stdout, the first in bold. A row is never broken, so that paths can be copied."""
     table = list(rows)
+    if not table:
+        return
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     console = QuietConsole()
     for row in table:
@@ -40,6 +43,14 @@ def config_lines(config: Job, inputs: Any | None) -> Iterator[Line]:
     yield "job", f"{config.job} {config.name!r}, seed {config.seed}"
     yield from definition_of(config).describe(config, inputs)
     yield "run", f"{config.run.dir}{_standing(config)}"
+
+
+def number_format_lines(formats: NumberFormats) -> Iterator[Line]:
+    """What `dtype: auto` became and why, and what was written out and is slow."""
+    yield from (("dtype auto", line) for line in formats.lines)
+    if formats.open:
+        yield "dtype auto", f"for {', '.join(formats.open)}: chosen at the start, by the CPUs that they come to"
+    yield from (("warning", warning) for warning in formats.warnings)
 
 
 def _standing(config: Job) -> str:

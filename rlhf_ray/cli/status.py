@@ -10,7 +10,7 @@ import typer
 from rlhf_ray.cli.arguments import checked_path
 
 if TYPE_CHECKING:
-    from rlhf_ray.cli.sightings import ClusterSight, FolderSight
+    from rlhf_ray.cli.run_snapshots import ClusterSight, FolderSight
 
 _RUNS = Path("runs")
 
@@ -52,18 +52,18 @@ def status(
     """
     from rlhf_ray.cli.status_screen import Screen
 
-    with _sight_of(run, address) as sight, Screen(live=watch, as_json=as_json) as screen:
+    with _sight_of(run, address) as record, Screen(live=watch, as_json=as_json) as screen:
         while True:
-            found = sight.look()
+            found = record.look()
             screen.show(found)
-            if not (watch and any(picture.goes_on for picture in found)):
+            if not (watch and any(snapshot.goes_on for snapshot in found)):
                 return
             time.sleep(every)
 
 
 def _sight_of(run: str | None, address: str | None) -> "FolderSight | ClusterSight":
     """A folder that is named counts; a name is one on the cluster, if there is one to ask."""
-    from rlhf_ray.cli.sightings import ClusterSight, FolderSight, newest_run
+    from rlhf_ray.cli.run_snapshots import ClusterSight, FolderSight, newest_run
 
     if run is not None and Path(run).is_dir():
         if not (Path(run) / "manifest.json").exists():

@@ -13,7 +13,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from rlhf_ray.cli.sightings import Picture
+from rlhf_ray.cli.run_snapshots import Snapshot
 from rlhf_ray.telemetry.progress import QuietConsole
 from rlhf_ray.telemetry.record import RunRecord
 from rlhf_ray.telemetry.reporter import HEARTBEAT_S
@@ -57,18 +57,18 @@ class Screen:
         if self._live is not None:
             self._live.stop()
 
-    def show(self, found: Sequence[Picture]) -> None:
+    def show(self, found: Sequence[Snapshot]) -> None:
         """All runs of one look."""
         if self._json:
-            for picture in found:
-                line = json.dumps({"state": state_of(picture), **asdict(picture)}, ensure_ascii=False)
+            for snapshot in found:
+                line = json.dumps({"state": state_of(snapshot), **asdict(snapshot)}, ensure_ascii=False)
                 self._console.out(line, highlight=False)
             return
         if self._live is not None:
             self._live.update(_views(found), refresh=True)
         elif not self._shown:
             self._print(_views(found))
-            self._shown = {picture.run_dir: _change(picture) for picture in found}
+            self._shown = {snapshot.run_dir: _change(snapshot) for snapshot in found}
         else:
             self._show_changes(found)
 
@@ -79,39 +79,39 @@ class Screen:
         lines = captured.get().splitlines()
         self._console.out(*(line.rstrip() for line in lines), sep="\n", highlight=False)
 
-    def _show_changes(self, found: Sequence[Picture]) -> None:
-        for picture in found:
-            before, now = self._shown.get(picture.run_dir), _change(picture)
+    def _show_changes(self, found: Sequence[Snapshot]) -> None:
+        for snapshot in found:
+            before, now = self._shown.get(snapshot.run_dir), _change(snapshot)
             if now != before:
-                self._shown[picture.run_dir] = now
+                self._shown[snapshot.run_dir] = now
                 self._console.print(" · ".join(filter(None, now)), soft_wrap=True, markup=False, highlight=False)
 
 
-def state_of(picture: Picture) -> str:
+def state_of(snapshot: Snapshot) -> str:
     """In a word."""
-    return picture.state if isinstance(picture, RunRecord) else "running"
+    return snapshot.state if isinstance(snapshot, RunRecord) else "running"
 
 
-def _change(picture: Picture) -> tuple[str, ...]:
+def _change(snapshot: Snapshot) -> tuple[str, ...]:
     """What is worth a line when it differs."""
-    if isinstance(picture, RunRecord):
-        end = picture.session.end
+    if isinstance(snapshot, RunRecord):
+        end = snapshot.session.end
         error = end.error if end is not None else ""
-        return picture.session.name, picture.state, f"step {picture.step}/{picture.session.steps}", error
-    step, phase = (0, "starting") if picture.progress is None else (picture.progress.step, picture.progress.phase)
-    return picture.about.name, f"step {step}/{picture.about.steps}", phase, picture.last_error
+        return snapshot.session.name, snapshot.state, f"step {snapshot.step}/{snapshot.session.steps}", error
+    step, phase = (0, "starting") if snapshot.progress is None else (snapshot.progress.step, snapshot.progress.phase)
+    return snapshot.about.name, f"step {step}/{snapshot.about.steps}", phase, snapshot.last_error
 
 
-def _views(found: Sequence[Picture]) -> RenderableType:
-    parts = [part for picture in found for part in (Text(), view(picture))]
+def _views(found: Sequence[Snapshot]) -> RenderableType:
+    parts = [part for snapshot in found for part in (Text(), view(snapshot))]
     return Group(*parts[1:]) if parts else Text("no run goes on there")
 
 
-def view(picture: Picture) -> RenderableType:
+def view(snapshot: Snapshot) -> RenderableType:
     """One run."""
-    if isinstance(picture, RunRecord):
-        return _facts(_record_facts(picture))
-    return Group(_facts(_run_facts(picture)), Text(), actor_table(picture))
+    if isinstance(snapshot, RunRecord):
+        return _facts(_record_facts(snapshot))
+    return Group(_facts(_run_facts(snapshot)), Text(), actor_table(snapshot))
 
 
 def _facts(rows: Iterator[tuple[str, str]]) -> Table:

@@ -51,7 +51,7 @@ def requests_of(placements: Mapping[str, RolePlacement | RolloutPlacement]) -> l
 
 def _request(role: str, placement: RolePlacement | RolloutPlacement, block: int) -> Request:
     if isinstance(placement, RolloutPlacement):
-        bundles, workers = placement.engines * placement.parts, placement.tensor_parallel // placement.parts
+        bundles, workers = placement.engines * placement.nodes_per_engine, placement.workers_per_node
     else:
         bundles, workers = placement.ranks or 1, 1
     each = {"CPU": placement.cpus, "GPU": float(placement.gpus), **placement.resources}
@@ -105,6 +105,13 @@ def matches(selector: str, value: str | None) -> bool:
     opposite = selector.startswith("!")
     wanted = re.split(r", ?", selector.removeprefix("!").removeprefix("in(").removesuffix(")"))
     return (value in wanted) != opposite
+
+
+def can_take(request: Request, node: Node) -> bool:
+    """Whether a node has the labels and, when nobody else takes any, the resources of one place of a role."""
+    return all(matches(selector, node.labels.get(label)) for label, selector in request.labels.items()) and all(
+        node.resources.get(key, 0.0) >= amount for key, amount in request.resources.items()
+    )
 
 
 def _in_order(requests: Sequence[Request], nodes: Sequence[Node]) -> Assignment:

@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 logger = logging.getLogger("rlhf_ray")
 
@@ -54,7 +55,13 @@ class DaemonWatch:
     """
 
     def __init__(self, daemons: Mapping[str, int], address: tuple[str, int] | None, last_words: LastWords) -> None:
-        self._names = {os.pidfd_open(pid): f"{name} (process {pid})" for name, pid in daemons.items()}
+        self._names: dict[int, str] = {}
+        self._polled: dict[int, str] = {}
+        for name, pid in daemons.items():
+            try:
+                self._names[os.pidfd_open(pid)] = f"{name} (process {pid})"
+            except OSError:  # some containers forbid it
+                self._polled[pid] = f"{name} (process {pid})"
         self._address, self._last_words = address, last_words
         self._wake, self.wakeup_fd = os.pipe()
         for end in (self._wake, self.wakeup_fd):
@@ -90,7 +97,9 @@ class DaemonWatch:
         ready, _, _ = select.select([*self._names, self._wake], [], [], timeout_s)
         if self._wake in ready:
             self._note_signals()
-        return next((self._names[fd] for fd in ready if fd != self._wake), None)
+        ended = [self._names[fd] for fd in ready if fd != self._wake]
+        ended += [name for pid, name in self._polled.items() if _is_gone(pid)]
+        return ended[0] if ended else None
 
     def _wait_for_signal(self, timeout_s: float) -> None:
         if self._stopping is None and select.select([self._wake], [], [], timeout_s)[0]:
@@ -129,6 +138,14 @@ class DaemonWatch:
             with suppress(Exception):
                 stream.flush()
         os._exit(code)
+
+
+def _is_gone(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return True
+    return state == "Z"
 
 
 @contextmanager

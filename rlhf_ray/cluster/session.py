@@ -108,6 +108,11 @@ def _address(cluster: Cluster) -> str | None:
     return None if address == "local" else address
 
 
+def joined_address(cluster: Cluster) -> str | None:
+    """Address of the cluster that a session joins; None where it starts one on this machine."""
+    return _address(cluster)
+
+
 def _check_answers(address: str) -> None:
     """Ask once. Ray itself would try for up to a minute and a half, and write a line for each try.
 

@@ -405,10 +405,10 @@ class PPOJob(Job):
                     f"rollout.lora_sync is 'adapters', but policy.lora.rank ({self.policy.lora.rank}) is more than the "
                     f"{MAX_ENGINE_RANK} that vLLM takes: lower it, or set rollout.lora_sync to 'merged'"
                 )
-            if self.placement.rollout.parts > 1:
+            if (nodes := self.placement.rollout.nodes_per_engine) > 1:
                 raise ValueError(
                     "rollout.lora_sync is 'adapters', which workers read from a folder of their node, but "
-                    f"placement.rollout.parts is {self.placement.rollout.parts}: set rollout.lora_sync to 'merged'"
+                    f"placement.rollout.nodes_per_engine is {nodes}: set rollout.lora_sync to 'merged'"
                 )
             if self.policy.lora.base == "nf4":
                 raise ValueError(

@@ -27,10 +27,10 @@ DEFAULT_THREADS = "RLHF_RAY_DEFAULT_THREADS"
 _OWN_KEYS = {"CPU": "cpus", "GPU": "gpus"}
 
 # What places a role, and so has no effect on one that sits with another.
-_PLACING = ("cpus", "gpus", "resources", "labels", "nodes", "strategy", "parts")
+_PLACING = ("cpus", "gpus", "resources", "labels", "nodes", "strategy", "nodes_per_engine")
 
 
-class _Place(Section):
+class _RankPlacement(Section):
     """What one rank, or one worker of an engine, reserves, and on which nodes."""
 
     cpus: NonNegativeFloat = 1.0
@@ -70,7 +70,7 @@ class _Place(Section):
         return self
 
 
-class RolePlacement(_Place):
+class RolePlacement(_RankPlacement):
     """Ranks of one role."""
 
     ranks: ProcessCount | None = None
@@ -92,16 +92,16 @@ class RolePlacement(_Place):
         return self
 
 
-class RolloutPlacement(_Place):
+class RolloutPlacement(_RankPlacement):
     """Rollout engines."""
 
     engines: ProcessCount = 1
     """vLLM engines, each with a full copy of the policy."""
     tensor_parallel: ProcessCount = 1
     """Workers over which one engine's weights are split."""
-    parts: ProcessCount = 1
-    """Places that one engine's workers are divided among, which may be on different nodes; by default they share one.
-    More than one wants a fast network between them."""
+    nodes_per_engine: ProcessCount = 1
+    """Nodes that one engine's workers may be divided among; by default they share one. More than one wants a fast
+    network between them."""
     gpus: Literal[0, 1] = 0
     """GPUs that one worker reserves."""
 
@@ -112,13 +112,22 @@ class RolloutPlacement(_Place):
                 f".engines ({self.engines}) x .tensor_parallel ({self.tensor_parallel}) is more than the "
                 f"{MOST_PROCESSES:,} processes that a role may have"
             )
-        if self.tensor_parallel % self.parts:
-            raise ValueError(f".tensor_parallel ({self.tensor_parallel}) can't be divided into .parts ({self.parts})")
-        if self.nodes is not None and self.engines * self.parts % self.nodes:
+        if self.tensor_parallel % self.nodes_per_engine:
             raise ValueError(
-                f".engines ({self.engines}) x .parts ({self.parts}) can't be spread equally over .nodes ({self.nodes})"
+                f".tensor_parallel ({self.tensor_parallel}) can't be divided into .nodes_per_engine "
+                f"({self.nodes_per_engine})"
+            )
+        if self.nodes is not None and self.engines * self.nodes_per_engine % self.nodes:
+            raise ValueError(
+                f".engines ({self.engines}) x .nodes_per_engine ({self.nodes_per_engine}) can't be spread equally over "
+                f".nodes ({self.nodes})"
             )
         return self
+
+    @property
+    def workers_per_node(self) -> int:
+        """Of one engine."""
+        return self.tensor_parallel // self.nodes_per_engine
 
     @property
     def workers(self) -> int:

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from rlhf_ray.config.base import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
-from rlhf_ray.config.training import Dtype
+from rlhf_ray.config.training import Computing, DtypeChoice
 
 LoraSync = Literal["merged", "adapters"]
 
@@ -35,11 +35,11 @@ class Sampling(Section):
     """Generate on past the end token, to `max_new_tokens`."""
 
 
-class RolloutEngine(Section):
+class RolloutEngine(Computing):
     """One vLLM engine."""
 
-    dtype: Dtype | None = None
-    """Number format of the engine's weights; by default the policy's."""
+    dtype_choice: DtypeChoice = Field(default="auto", alias="dtype")
+    """Number format of the engine's weights. `auto` is the policy's."""
     max_model_len: PositiveInt = 2048
     """Longest prompt and response together."""
     max_num_seqs: PositiveInt = 256

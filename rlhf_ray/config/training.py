@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from rlhf_ray.config.base import (
     Fraction,
@@ -17,6 +17,7 @@ from rlhf_ray.config.base import (
 from rlhf_ray.config.paths import UsablePath, WritablePath
 
 Dtype = Literal["bfloat16", "float32"]
+DtypeChoice = Literal["auto", "bfloat16", "float32"]
 Offload = Literal["none", "cpu", "nvme"]
 
 
@@ -33,11 +34,37 @@ def _check_offload(stage: int, nvme_path: str | None, **offload: Offload) -> Non
         raise ValueError(f".nvme_path is {nvme_path!r}, but no {' or '.join(f'.{name}' for name in offload)} is nvme")
 
 
-class ScoringEngine(Section):
+class UndecidedDtype(Exception):
+    """A number format that is still `auto` was asked for: `config/number_formats.py` has to put in what was chosen."""
+
+
+class Computing(Section):
+    """What computes in a number format. `dtype` in a config file is `dtype_choice` here, which can be `auto`; code that
+    computes reads `dtype`, which cannot."""
+
+    model_config = ConfigDict(populate_by_name=False)
+
+    dtype_choice: DtypeChoice = Field(default="auto", alias="dtype")
+    """Number format."""
+
+    @property
+    def dtype(self) -> Dtype:
+        """The number format.
+
+        Raises:
+            UndecidedDtype: none was chosen yet.
+        """
+        if self.dtype_choice == "auto":
+            raise UndecidedDtype(f"{type(self).__name__}.dtype is still 'auto'")
+        return self.dtype_choice
+
+
+class ScoringEngine(Computing):
     """How a forward-only model is held and fed."""
 
-    dtype: Dtype = "bfloat16"
-    """Number format of the weights and of the forward pass."""
+    dtype_choice: DtypeChoice = Field(default="auto", alias="dtype")
+    """Number format of the weights and of the forward pass. `auto` is `bfloat16` on GPUs and on CPUs that multiply in
+    it, else `float32`."""
     zero_stage: Literal[0, 3] = 0
     """3 shards the weights over the ranks and gathers them layer by layer; 0 keeps a copy on each rank."""
     micro_batch_tokens: PositiveInt = 8192
@@ -59,13 +86,14 @@ class ScoringEngine(Section):
         return self
 
 
-class TrainingEngine(Section):
+class TrainingEngine(Computing):
     """How DeepSpeed holds and trains a model."""
 
     zero_stage: Literal[0, 1, 2, 3] = 2
     """What is sharded over the ranks: 0 nothing, 1 optimizer state, 2 also gradients, 3 also weights."""
-    dtype: Dtype = "bfloat16"
-    """Number format of weights and activations. The optimizer keeps float32 master weights either way."""
+    dtype_choice: DtypeChoice = Field(default="auto", alias="dtype")
+    """Number format of weights and activations. The optimizer keeps float32 master weights either way. `auto` is
+    `bfloat16` on GPUs and on CPUs that multiply in it, else `float32`."""
     micro_batch_tokens: PositiveInt = 8192
     """Tokens packed into one forward and backward pass. Does not change the gradient."""
     sequence_parallel: ProcessCount = 1

@@ -23,10 +23,11 @@ def role_text(role: RoleSpec) -> str:
     """`models/tiny · bfloat16, ZeRO stage 2 · 2 ranks with 1 CPU each`."""
     placement, engine = role.placement, role.model_engine
     if isinstance(placement, RolloutPlacement):
+        dtype = "" if role.engine is None else f"{role.engine.dtype_choice} · "
         if placement.colocate is not None:
-            return f"{several(placement.engines, 'engine')} beside {placement.colocate}"
+            return f"{dtype}{several(placement.engines, 'engine')} beside {placement.colocate}"
         workers = placement.tensor_parallel
-        return _held(placement.engines, "engine", placement.cpus * workers, placement.gpus * workers)
+        return dtype + _held(placement.engines, "engine", placement.cpus * workers, placement.gpus * workers)
     if placement is None or engine is None or role.model is None:
         return several(role.ranks, "worker")
     sits = (
@@ -41,7 +42,7 @@ def engine_text(engine: TrainingEngine | ScoringEngine, lora: Lora | None) -> st
     """`LoRA of rank 16 · bfloat16, ZeRO stage 2`."""
     zero = f", ZeRO stage {engine.zero_stage}" if engine.zero_stage else ""
     together = engine.sequence_parallel
-    held = f"{engine.dtype}{zero}" + (f", sequences over {together} ranks" if together > 1 else "")
+    held = f"{engine.dtype_choice}{zero}" + (f", sequences over {together} ranks" if together > 1 else "")
     if lora is None:
         return held
     return f"LoRA of rank {lora.rank}{'' if lora.base == 'as_model' else f' on {lora.base}'} · {held}"

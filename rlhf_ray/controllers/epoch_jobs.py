@@ -7,6 +7,7 @@ from rlhf_ray.actors.reward_training import RewardTrainingGroup, RewardTrainingW
 from rlhf_ray.actors.sft import SFTGroup, SFTWorker
 from rlhf_ray.actors.worker import join_collectives_of
 from rlhf_ray.config.jobs import RewardModelJob, SFTJob
+from rlhf_ray.config.number_formats import NumberFormats
 from rlhf_ray.config.reward_loss import BradleyTerry
 from rlhf_ray.controllers.descriptions import Line, counts, held_out_line, role_text, several
 from rlhf_ray.controllers.epochs import EpochController
@@ -32,9 +33,9 @@ class SFTDefinition(JobDefinition[SFTJob, EpochInputs]):
         """Model and data."""
         return check_sft(config, problems)
 
-    def run(self, config: SFTJob, inputs: EpochInputs) -> None:
+    def run(self, config: SFTJob, inputs: EpochInputs, formats: NumberFormats) -> None:
         """Train."""
-        with RunFolder(config, inputs.steps) as folder, Actors.of_job(config, folder.watch) as actors:
+        with RunFolder(config, inputs.steps, formats) as folder, Actors.of_job(config, folder.watch) as actors:
             group = actors.ranks(config.trained, SFTWorker, SFTGroup, config)
             join_collectives_of([group], config.run.timeouts)
             group.load_model(config.policy, inputs.steps).wait(config.run.timeouts.setup)
@@ -83,9 +84,9 @@ class RewardModelDefinition(JobDefinition[RewardModelJob, EpochInputs]):
         """Model and data."""
         return check_reward_model(config, problems)
 
-    def run(self, config: RewardModelJob, inputs: EpochInputs) -> None:
+    def run(self, config: RewardModelJob, inputs: EpochInputs, formats: NumberFormats) -> None:
         """Train."""
-        with RunFolder(config, inputs.steps) as folder, Actors.of_job(config, folder.watch) as actors:
+        with RunFolder(config, inputs.steps, formats) as folder, Actors.of_job(config, folder.watch) as actors:
             group = actors.ranks(config.trained, RewardTrainingWorker, RewardTrainingGroup, config)
             join_collectives_of([group], config.run.timeouts)
             loading = group.load_model(config.reward, config.loss, inputs.steps, config.seed)

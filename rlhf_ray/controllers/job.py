@@ -11,6 +11,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from rlhf_ray.config.jobs import Job
 from rlhf_ray.config.loading import ConfigError
+from rlhf_ray.config.number_formats import NumberFormats
 from rlhf_ray.config.paths import why_not_writable
 from rlhf_ray.config.plugs import imported
 from rlhf_ray.controllers.descriptions import Line, role_lines
@@ -58,8 +59,12 @@ class JobDefinition(ABC, Generic[ConfigT, InputsT]):
         None where that leaves no inputs."""
 
     @abstractmethod
-    def run(self, config: ConfigT, inputs: InputsT) -> None:
-        """Start the actors on the Ray cluster that is there, train, and end them."""
+    def run(self, config: ConfigT, inputs: InputsT, formats: NumberFormats) -> None:
+        """Start the actors on the Ray cluster that is there, train, and end them.
+
+        Args:
+            formats: what was chosen for `dtype: auto`; `config` has it in.
+        """
 
     def finish(self, config: ConfigT) -> None:
         """Write what is made of a finished run's folder."""

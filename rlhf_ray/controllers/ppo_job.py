@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from rlhf_ray.config.jobs import PPOJob
+from rlhf_ray.config.number_formats import NumberFormats
 from rlhf_ray.config.rewards import FunctionReward, HttpReward, ModelReward, part_name
 from rlhf_ray.controllers.descriptions import Line, counts, role_text, several
 from rlhf_ray.controllers.inputs import PPOInputs, check_ppo
@@ -26,9 +27,9 @@ class PPODefinition(JobDefinition[PPOJob, PPOInputs]):
         """Models, data and rewards."""
         return check_ppo(config, problems)
 
-    def run(self, config: PPOJob, inputs: PPOInputs) -> None:
+    def run(self, config: PPOJob, inputs: PPOInputs, formats: NumberFormats) -> None:
         """Train."""
-        with RunFolder(config, inputs.steps) as folder, Actors.of_job(config, folder.watch) as actors:
+        with RunFolder(config, inputs.steps, formats) as folder, Actors.of_job(config, folder.watch) as actors:
             roles = start_ppo_roles(config, inputs, actors)
             parts: dict[str, Checkpointed] = {"policy": roles.policy}
             if roles.critic is not None:

@@ -133,7 +133,7 @@ def _ppo_loads(config: PPOJob, inputs: PPOInputs, roles: PPORoles) -> dict[str, 
     setup = RolloutSetup(
         config.policy.model,
         config.rollout.engine,
-        config.rollout.engine.dtype or config.policy.engine.dtype,
+        config.rollout.engine.dtype,
         config.placement.rollout.tensor_parallel,
         config.seed,
         trust_remote_code=trust,

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from rlhf_ray.config.jobs import PreferenceJob
+from rlhf_ray.config.number_formats import NumberFormats
 from rlhf_ray.controllers.descriptions import Line, held_out_line, role_text, several
 from rlhf_ray.controllers.epoch_jobs import held_out_source, row_lines
 from rlhf_ray.controllers.inputs import PreferenceInputs, check_preference
@@ -26,13 +27,13 @@ class PreferenceDefinition(JobDefinition[PreferenceJob, PreferenceInputs]):
         """Models and data."""
         return check_preference(config, problems)
 
-    def run(self, config: PreferenceJob, inputs: PreferenceInputs) -> None:
+    def run(self, config: PreferenceJob, inputs: PreferenceInputs, formats: NumberFormats) -> None:
         """Train. A reference whose log-probs are all on disk is not started."""
         cache = reference_cache(config)
         complete = cache is not None and all(map(cache.has, inputs.sets))
         with_reference = config.algorithm.needs_reference and not config.policy_is_reference and not complete
         without = () if with_reference else ("reference",)
-        with RunFolder(config, inputs.steps) as folder, Actors.of_job(config, folder.watch, without) as actors:
+        with RunFolder(config, inputs.steps, formats) as folder, Actors.of_job(config, folder.watch, without) as actors:
             roles = start_preference_roles(config, inputs.steps, actors, with_reference=with_reference)
             parts: dict[str, Checkpointed] = {"policy": roles.policy}
             if roles.reference is not None and config.role("reference").checkpointed:

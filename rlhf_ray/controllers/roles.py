@@ -101,7 +101,7 @@ class Actors:
         deterministic: bool,
     ) -> RolloutGroup:
         """The rollout engines."""
-        nodes = placement.parts
+        nodes = placement.nodes_per_engine
         actors = start_actors(
             RolloutWorker,
             self._reserved.specs["rollout"],

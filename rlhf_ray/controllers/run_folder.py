@@ -21,6 +21,7 @@ from rlhf_ray.cluster.daemons import Terminated
 from rlhf_ray.cluster.session import cluster_facts
 from rlhf_ray.config.jobs import JobConfig
 from rlhf_ray.config.loading import dump_config
+from rlhf_ray.config.number_formats import NumberFormats
 from rlhf_ray.config.run import Limit, Timeouts
 from rlhf_ray.models.score_scale import ScoreScale
 from rlhf_ray.recovery.checkpoints import Checkpoint, CheckpointStore
@@ -38,9 +39,13 @@ logger = logging.getLogger("rlhf_ray")
 
 
 class RunFolder:
-    """Config, manifest, metrics, samples, trace and checkpoints of one run, and its status while it is entered."""
+    """Config, manifest, metrics, samples, trace and checkpoints of one run, and its status while it is entered.
 
-    def __init__(self, config: JobConfig, steps: int) -> None:
+    Args:
+        formats: what was chosen for `dtype: auto`, for the manifest; `config` has it in.
+    """
+
+    def __init__(self, config: JobConfig, steps: int, formats: NumberFormats) -> None:
         self.path = Path(config.run.dir)
         self.path.mkdir(parents=True, exist_ok=True)
         self._config = config
@@ -52,7 +57,7 @@ class RunFolder:
         replace_file(self.path / "config.yaml", dump_config(config).encode())
         cluster = cluster_facts()
         about = About(
-            board=f"{config.name}-{uuid4().hex[:8]}",
+            status_actor=f"{config.name}-{uuid4().hex[:8]}",
             name=config.name,
             job=config.job,
             run_dir=str(self.path.absolute()),
@@ -62,11 +67,16 @@ class RunFolder:
             started_s=time.time(),
             steps=steps,
         )
-        write_manifest(self.path, config, cluster, sys.argv, about.board, steps)
+        write_manifest(self.path, config, cluster, sys.argv, about.status_actor, steps, formats.content())
         resume_step = done if self.resumed else None
         self._exported = RayMetrics(config.name, config.job)
         self.metrics = MetricsLog(
-            self.path, config.run, config.name, config.model_dump(mode="json"), resume_step, [self._exported]
+            self.path,
+            config.run,
+            config.name,
+            config.model_dump(mode="json", by_alias=True),
+            resume_step,
+            [self._exported],
         )
         self.samples = SamplesLog(self.path, resume_step)
         self.recorder = SpanRecorder()

@@ -14,6 +14,7 @@ from rlhf_ray.cluster.session import ray_session
 from rlhf_ray.config.jobs import Job
 from rlhf_ray.controllers.epochs import ENDED
 from rlhf_ray.controllers.job import check, definition_of
+from rlhf_ray.controllers.number_formats import choose_on_cluster
 from rlhf_ray.controllers.run_folder import outcome_of
 from rlhf_ray.recovery.checkpoints import CheckpointStore
 from rlhf_ray.telemetry.errors import DamagedFileError
@@ -42,8 +43,10 @@ def train(config: Job, last_words: LastWords | None = None) -> Path:
         logger.info("%s holds this run, complete: choose another run.dir to train again", folder)
         return folder
     ending = None if last_words is None else partial(_end_without_cluster, folder, last_words)
-    with ray_session(config.cluster, config.name, ending), _preflight(config):
-        definition.run(config, inputs)
+    with ray_session(config.cluster, config.name, ending):
+        formats = choose_on_cluster(config)
+        with _preflight(formats.config):
+            definition.run(formats.config, inputs, formats)
     definition.finish(config)
     plot_curves(folder)
     return folder

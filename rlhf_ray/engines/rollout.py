@@ -26,11 +26,11 @@ from vllm.v1.executor.uniproc_executor import UniProcExecutor
 from rlhf_ray.config.roles import Level
 from rlhf_ray.config.rollout import Sampling
 from rlhf_ray.data.requests import PromptRequest
-from rlhf_ray.data.trajectory import FinishReason, Trajectory
+from rlhf_ray.data.trajectory import Trajectory
 from rlhf_ray.engines.engine_metrics import EngineLoad, stat_loggers
 from rlhf_ray.engines.held_weights import HeldWeights
 from rlhf_ray.engines.own_folder import OwnFolder
-from rlhf_ray.engines.rollout_setup import EnginePart, RolloutSetup
+from rlhf_ray.engines.rollout_setup import EngineNode, RolloutSetup
 from rlhf_ray.engines.socket_folder import socket_folder
 from rlhf_ray.engines.vocabulary_mask import TOKEN_IDS, TOKENS_ONLY
 from rlhf_ray.models.heads import count_ids, load_config, load_tokenizer
@@ -56,10 +56,10 @@ class RolloutEngine:
         held: which weights it has. It generates with none others.
     """
 
-    def __init__(self, setup: RolloutSetup, part: EnginePart | None = None) -> None:
+    def __init__(self, setup: RolloutSetup, node: EngineNode | None = None) -> None:
         self.load = EngineLoad()
         self._sockets = _own_sockets()
-        self._engine = AsyncLLM.from_engine_args(_engine_args(setup, part), stat_loggers=stat_loggers(self.load))
+        self._engine = AsyncLLM.from_engine_args(_engine_args(setup, node), stat_loggers=stat_loggers(self.load))
         self._adapter: LoRARequest | None = None
         self._sleep = setup.sleep
         self.held = HeldWeights(keeps=setup.sleep != 2)
@@ -213,9 +213,9 @@ class RolloutEngine:
 class RolloutFollower:
     """Workers of an engine that another process leads. They do what that one says."""
 
-    def __init__(self, setup: RolloutSetup, part: EnginePart) -> None:
+    def __init__(self, setup: RolloutSetup, node: EngineNode) -> None:
         self._sockets = _own_sockets()
-        config = _engine_args(setup, part).create_engine_config(UsageContext.ENGINE_CONTEXT, headless=True)
+        config = _engine_args(setup, node).create_engine_config(UsageContext.ENGINE_CONTEXT, headless=True)
         self._executor = MultiprocExecutor(config, monitor_workers=False)
         self._ending = False
 
@@ -246,7 +246,7 @@ def _first_dead(processes: Sequence[BaseProcess], what: str) -> str | None:
     return None
 
 
-def _engine_args(setup: RolloutSetup, part: EnginePart | None) -> AsyncEngineArgs:
+def _engine_args(setup: RolloutSetup, node: EngineNode | None) -> AsyncEngineArgs:
     engine, on_cpu = setup.engine, platform().device.type == "cpu"
     if on_cpu:
         os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(engine.cpu_kv_cache_gib)
@@ -256,12 +256,12 @@ def _engine_args(setup: RolloutSetup, part: EnginePart | None) -> AsyncEngineArg
     if backend in PICKLED:
         os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
     extras = _cpu_extras() if on_cpu else {}
-    if part is not None:
+    if node is not None:
         extras |= {
-            "nnodes": part.parts,
-            "node_rank": part.number,
-            "master_addr": part.host,
-            "master_port": part.port,
+            "nnodes": node.count,
+            "node_rank": node.rank,
+            "master_addr": node.host,
+            "master_port": node.port,
         }
     return AsyncEngineArgs(
         model=setup.model,
@@ -346,7 +346,13 @@ def _trajectory(prompt: PromptRequest, output: CompletionOutput) -> Trajectory:
     versions = [0] * len(tokens)
     for span in output.weight_versions or []:
         versions[span.start : span.end] = [int(span.version)] * (span.end - span.start)
-    reason: FinishReason = "length" if output.finish_reason == "length" else "stop"
+    reason = output.finish_reason
+    if reason != "stop" and reason != "length":
+        who = f"{prompt.uid}#{prompt.sample_index}"
+        raise RuntimeError(
+            f"vLLM ended the response to {who} after {len(tokens)} tokens with {reason!r}, so it is no sample: was the "
+            "engine put to sleep while it generated?"
+        )
     return Trajectory(
         prompt.uid, prompt.sample_index, prompt.seed, prompt.tokens, tokens, logprobs, versions, reason, row=prompt.row
     )

@@ -7,17 +7,17 @@ from rlhf_ray.config.rollout import RolloutEngine
 
 
 @dataclass(frozen=True)
-class EnginePart:
-    """One of the parts that an engine's workers are divided into.
+class EngineNode:
+    """One of the nodes that an engine's workers are divided among.
 
     Attributes:
-        number: of the part; part 0 leads.
-        parts: how many there are.
-        host, port: where the leading part waits for the others.
+        rank: of the node; node 0 leads.
+        count: how many there are.
+        host, port: where the leading node waits for the others.
     """
 
-    number: int
-    parts: int
+    rank: int
+    count: int
     host: str
     port: int
 

@@ -6,7 +6,7 @@ from rlhf_ray.config.jobs import Job
 from rlhf_ray.config.placement import RolloutPlacement
 from rlhf_ray.config.roles import RoleSpec, needs_by_phase
 from rlhf_ray.config.rollout import RolloutEngine
-from rlhf_ray.config.training import Dtype, ScoringEngine, TrainingEngine
+from rlhf_ray.config.training import ScoringEngine, TrainingEngine
 from rlhf_ray.models.config_json import read_shape
 from rlhf_ray.models.shapes import ModelShape, ShapeError, can_share_heads
 from rlhf_ray.planner.footprint import StepPhase
@@ -30,8 +30,7 @@ def workload_of(job: Job) -> Workload:
         shard=step.shard,
         samples_per_prompt=step.samples_per_prompt,
     )
-    [dtype] = [role.engine.dtype for role in job.roles if role.exported and isinstance(role.engine, TrainingEngine)]
-    roles = [_role(role, batch, dtype) for role in job.roles if _takes_part(role)]
+    roles = [_role(role, batch) for role in job.roles if _takes_part(role)]
     generates = any(role.kind == "engine" for role in job.roles)
     sample_bytes = _trajectory_bytes(step.prompt, step.response) if generates else 4 * step.longest
     return Workload(
@@ -60,8 +59,7 @@ def _phases(job: Job) -> tuple[StepPhase, ...]:
     )
 
 
-def _role(role: RoleSpec, batch: StepBatch, dtype: Dtype) -> ModelRole:
-    """`dtype` is that of the model that the job trains, which engines have too."""
+def _role(role: RoleSpec, batch: StepBatch) -> ModelRole:
     assert role.model is not None
     shape = read_shape(role.model.path).with_head("scalar" if role.kind == "scalar" else "vocabulary")
     if isinstance(role.placement, RolloutPlacement):
@@ -72,7 +70,7 @@ def _role(role: RoleSpec, batch: StepBatch, dtype: Dtype) -> ModelRole:
             placement_key=role.placed_as,
             key=role.section,
             shape=shape,
-            dtype=role.engine.dtype or dtype,
+            dtype=role.engine.dtype,
             engine=role.engine,
             placement=role.placement,
             batch=batch,

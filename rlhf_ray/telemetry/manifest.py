@@ -49,7 +49,7 @@ class Session:
 
     Attributes:
         address: of the Ray cluster.
-        board: name of the session's board in that cluster.
+        status_actor: name of the session's status_actor in that cluster.
         host, pid: of the driver.
         steps: of the whole run.
         end: None while it runs, and when it was killed.
@@ -59,7 +59,7 @@ class Session:
     job: str
     started_utc: str
     address: str
-    board: str
+    status_actor: str
     host: str
     pid: int
     steps: int
@@ -71,8 +71,9 @@ def write_manifest(
     config: JobConfig,
     cluster: Mapping[str, Any],
     command: Sequence[str],
-    board: str = "",
+    status_actor: str = "",
     steps: int = 0,
+    number_formats: Mapping[str, Mapping[str, str]] | None = None,
 ) -> Path:
     """Append this session (a start or a resumption) to the manifest's `sessions`, and return the manifest's path.
 
@@ -81,8 +82,9 @@ def write_manifest(
         config: of the job.
         cluster: what the cluster has, for JSON.
         command: command line; values of arguments that look like secrets are not written.
-        board: name of the session's board.
+        status_actor: name of the session's status_actor.
         steps: of the whole run.
+        number_formats: what `dtype: auto` became and why, by key of the config.
 
     Raises:
         DamagedFileError: there is a manifest.json that cannot be read.
@@ -97,7 +99,8 @@ def write_manifest(
             "job": config.job,
             "seed": config.seed,
             "steps": steps,
-            "board": board,
+            "status_actor": status_actor,
+            "number_formats": dict(number_formats or {}),
             "command": redact(command),
             "git": git_state(Path(rlhf_ray.__file__).parent),
             "versions": {"python": platform.python_version(), **{name: _version(name) for name in LIBRARIES}},
@@ -144,7 +147,7 @@ def last_session(run_dir: Path) -> Session:
             job=session["job"],
             started_utc=session["started_utc"],
             address=session["cluster"]["gcs_address"],
-            board=session["board"],
+            status_actor=session["status_actor"],
             host=session["host"]["name"],
             pid=session["pid"],
             steps=session["steps"],

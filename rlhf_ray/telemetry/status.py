@@ -1,4 +1,4 @@
-"""What a run does right now: the facts that its processes tell, and the picture that is made of them.
+"""What a run does right now: the facts that its processes tell, and the snapshot that is made of them.
 
 Each process says itself what it does, whenever it is asked, from the spans that it records anyway. Whether it is alive,
 Ray says: a call to a dead actor fails with the reason. Nothing is reported while nobody asks, except by the driver,
@@ -82,7 +82,7 @@ class About:
     """Which run it is.
 
     Attributes:
-        board: name of the run's board, a word of its own for each session.
+        status_actor: name of the run's status_actor, a word of its own for each session.
         run_dir: folder of the run, absolute.
         address: of the Ray cluster.
         node, pid: of the driver.
@@ -90,7 +90,7 @@ class About:
         steps: of the whole run.
     """
 
-    board: str
+    status_actor: str
     name: str
     job: str
     run_dir: str
@@ -176,8 +176,8 @@ def without_traceback(text: str) -> str:
     return (text[: found.start()] if found else text).strip()
 
 
-class Sight:
-    """What a board knows of one actor, from its answers and failures to answer."""
+class ActorRecord:
+    """What a status actor knows of one actor, from its answers and failures to answer."""
 
     def __init__(self, role: str, rank: int) -> None:
         self.role, self.rank = role, rank

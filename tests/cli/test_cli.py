@@ -17,7 +17,7 @@ from typer.testing import Result
 from rlhf_ray.cli.failures import exit_code, message_of
 from rlhf_ray.cli.quiet import quiet_libraries
 from rlhf_ray.cluster.daemons import ClusterLost, Terminated
-from rlhf_ray.config.loading import ConfigError, dump_config
+from rlhf_ray.config.loading import ConfigError, dump_config, load_config
 from rlhf_ray.data.prepare import ITEMS
 from rlhf_ray.recovery.checkpoints import CheckpointStore
 from rlhf_ray.recovery.seal import CheckpointError
@@ -221,7 +221,7 @@ def test_validate_sums_up_a_ppo_job(cli: RunCli, of_ppo: list[str], prepared: Pa
         f"critic            from {tiny}-reward · float32, ZeRO stage 2 · 1 rank with 0.5 CPU",
         f"reference         {tiny} · float32 · 2 ranks beside policy",
         f"reward/sentiment  {tiny}-reward · float32 · 1 rank beside critic · weight 1",
-        "rollout           2 engines with 1 CPU each",
+        "rollout           float32 · 2 engines with 1 CPU each",
         "prompts           64 kept, 0 dropped, 0 truncated",
         f"run               {tmp_path}/run",
         "valid",
@@ -569,3 +569,54 @@ def test_library_noise_is_heard_with_verbose_only(name: str, message: str, monke
         quiet_libraries(verbose=True)
         monkeypatch.delenv("HF_HUB_DISABLE_PROGRESS_BARS", raising=False)
     assert passes(message)
+
+
+AUTO = ("policy.engine.dtype=auto", "critic.engine.dtype=auto", "reward.0.engine.dtype=auto")
+
+
+def test_validate_says_what_the_machine_computes_in_and_why(
+    cli: RunCli, of_ppo: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    done = cli("validate", PPO, *of_ppo, *AUTO)
+    assert done.exit_code == 0, done.output
+    assert "· float32, ZeRO stage 2 ·" in done.stdout
+    told = next(line for line in done.stdout.splitlines() if line.startswith("dtype auto"))
+    assert told.split("  ")[-1].strip() == (
+        "float32 for policy.engine, critic.engine, reward.0.engine, rollout.engine: the CPU of this machine is held to "
+        "AVX2 by ONEDNN_MAX_CPU_ISA"
+    )
+    done = cli("validate", PPO, *of_ppo, "policy.engine.dtype=bfloat16")
+    warnings = [line for line in done.stdout.splitlines() if line.startswith("warning")]
+    assert len(warnings) == 2, "policy and engines"
+    assert "policy.engine.dtype is bfloat16, but the CPU of this machine is held to AVX2" in warnings[0]
+    assert "4 to 60 times as long as in float32" in warnings[0]
+
+
+@pytest.mark.parametrize("where", [["--schema-only"], ["cluster.address=10.0.0.1:6379"]])
+def test_validate_does_not_guess_at_machines_that_it_does_not_see(
+    cli: RunCli, of_ppo: list[str], where: list[str]
+) -> None:
+    done = cli("validate", PPO, *of_ppo, *AUTO, *where)
+    assert done.exit_code == 0, done.output
+    told = "for policy.engine, critic.engine, reward.0.engine, rollout.engine: chosen at the start, by the CPUs that"
+    assert told in done.stdout
+
+
+def test_a_run_that_goes_on_keeps_its_number_formats(
+    cli: RunCli, of_ppo: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    run = tmp_path / "run"
+    run.mkdir()
+    before = load_config(PPO, [*of_ppo, *(key.replace("auto", "bfloat16") for key in AUTO)])
+    (run / "config.yaml").write_text(dump_config(before))
+    assert "· float32, ZeRO" in cli("validate", PPO, *of_ppo, *AUTO).stdout, "there is no checkpoint to go on from"
+    write_checkpoint(run, 1)
+    done = cli("validate", PPO, *of_ppo, *AUTO)
+    assert "· bfloat16, ZeRO" in done.stdout
+    assert f"as in {run}/config.yaml, from which the run goes on" in done.stdout
+    assert "policy.engine.dtype is bfloat16, but the CPU of this machine is held to AVX2" in done.stdout
+    assert "· float32, ZeRO" in cli("validate", PPO, *of_ppo, *AUTO, "run.resume=never").stdout

@@ -127,3 +127,36 @@ def test_a_cluster_file_is_checked_as_strictly_as_a_config(cli: RunCli, config: 
     assert result.exit_code == 2
     assert "nodes.0.host_memory_gib: is required" in result.stderr
     assert "nodes.0.host_memory: unknown key; did you mean 'host_memory_gib'?" in result.stderr
+
+
+ON_CPUS = ("placement.policy.gpus=0", "placement.critic.gpus=0", "placement.rollout.gpus=0")
+
+
+def test_gpus_are_planned_with_bfloat16(cli: RunCli, config: Path) -> None:
+    told = "bfloat16 for policy.engine, critic.engine, reference.engine, reward.0.engine, rollout.engine: on GPUs"
+    assert told in cli("plan", config, "--cluster", "8xh100").stdout
+    found = json.loads(cli("plan", config, "--cluster", "8xh100", "--json").stdout)
+    assert found["number_formats"]["policy.engine.dtype"] == {"dtype": "bfloat16", "why": "on GPUs"}
+    assert found["warnings"] == []
+
+
+@pytest.mark.parametrize(("rate", "dtype"), [(0.4, "bfloat16"), (0.01, "float32")])
+def test_cpus_are_planned_with_what_they_were_measured_to_be_faster_in(
+    cli: RunCli, config: Path, tmp_path: Path, rate: float, dtype: str
+) -> None:
+    (tmp_path / "cpus.yaml").write_text("nodes:\n  - {count: 4, cpus: 64, host_memory_gib: 900}\n")
+    rates = f"{{bfloat16_tflops: {rate}, float32_tflops: 0.1, memory_gb_s: 10}}"
+    (tmp_path / "measured.yaml").write_text(f"device: cpu\nrates: {rates}\n")
+    files = ("--cluster", tmp_path / "cpus.yaml", "--calibration", tmp_path / "measured.yaml")
+    done = cli("plan", config, *ON_CPUS, *files)
+    told = f"{tmp_path}/measured.yaml multiplies with {rate} TFLOP/s a core in bfloat16, 0.1 in float32"
+    assert f"{dtype} for policy.engine" in done.stdout, done.output
+    assert told in done.stdout
+    slow = cli("plan", config, *ON_CPUS, *files, "critic.engine.dtype=bfloat16").stdout
+    assert ("critic.engine.dtype is bfloat16, but the CPU of" in slow) == (dtype == "float32")
+
+
+def test_this_machine_is_planned_as_it_is(cli: RunCli, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    done = cli("plan", config, *ON_CPUS, "cluster.cpus=64")
+    assert "the CPU of this machine is held to AVX2 by ONEDNN_MAX_CPU_ISA" in done.stdout, done.output

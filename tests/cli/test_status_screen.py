@@ -25,11 +25,11 @@ def status(*actors: ActorStatus, progress: Progress | None = PROGRESS) -> RunSta
     return RunStatus(NOW, ABOUT, progress, NOW - 0.4, actors, ("http://10.0.0.1:8080/metrics",))
 
 
-def shown(capsys: pytest.CaptureFixture[str], *pictures: RunStatus | RunRecord, live: bool = False) -> list[str]:
+def shown(capsys: pytest.CaptureFixture[str], *snapshots: RunStatus | RunRecord, live: bool = False) -> list[str]:
     """Lines without their trailing blanks."""
     with Screen(live=live, as_json=False) as screen:
-        for picture in pictures:
-            screen.show([picture])
+        for snapshot in snapshots:
+            screen.show([snapshot])
     return [line.rstrip() for line in capsys.readouterr().out.splitlines()]
 
 

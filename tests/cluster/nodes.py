@@ -33,7 +33,11 @@ def main(where: str, model: str, reward: str, prompts: str, run_dir: str) -> Non
         found |= placements()
     else:
         ray.init(address=where, log_to_driver=False)
-    split = ["placement.rollout.tensor_parallel=2", "placement.rollout.parts=2", "placement.rollout.strategy=SPREAD"]
+    split = [
+        "placement.rollout.tensor_parallel=2",
+        "placement.rollout.nodes_per_engine=2",
+        "placement.rollout.strategy=SPREAD",
+    ]
     config = load_config(
         TINY,
         [

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from on_bfloat16 import on_bfloat16
 from rlhf_ray.cluster.named_paths import Named, named_in
 from rlhf_ray.cluster.preflight.asked import (
     Transfer,
@@ -48,7 +49,7 @@ def ppo(model: str, **sections: Any) -> JobConfig:
     }
     for name, section in sections.items():
         config[name] = {**config[name], **section} if isinstance(config.get(name), dict) else section  # type: ignore[dict-item]
-    return parse_config(config)
+    return on_bfloat16(parse_config(config))
 
 
 def test_a_model_is_named_once_for_each_role_that_loads_it(model: str) -> None:

@@ -131,7 +131,10 @@ def test_an_unknown_key_suggests_the_nearest(tmp_path: Path, override: str, prob
             "run.steps=many",
             "run.steps: should be a whole number, in digits (got 'many')",
         ),
-        ("policy.engine.dtype=bf16", "policy.engine.dtype: input should be 'bfloat16' or 'float32' (got 'bf16')"),
+        (
+            "policy.engine.dtype=bf16",
+            "policy.engine.dtype: input should be 'auto', 'bfloat16' or 'float32' (got 'bf16')",
+        ),
         ("algorithm.kl.coef=.inf", "algorithm.kl.coef: input should be a finite number (got inf)"),
         ("reward.0.model=5", "reward.0.model: should be text, in quotes where it looks like something else (got 5)"),
         (

@@ -113,7 +113,7 @@ def test_the_reference_page_shows_the_defaults_that_hold() -> None:
         ("policy.optimizer", "| `lr` | float | `1e-06` |"),
         ("critic.optimizer", "| `lr` | float | `5e-06` |"),
         ("policy.optimizer", "| `betas` | list of float | `[0.9, 0.95]` |"),
-        ("rollout.engine", "| `dtype` | `bfloat16`, `float32` | none |"),
+        ("rollout.engine", "| `dtype` | `auto`, `bfloat16`, `float32` | `auto` |"),
         ("rollout.sampling", "| `stop_token_ids` | list of int | `[]` |"),
         ("placement", "| `reference` | section | `colocate: policy` |"),
         ("reference", "| `from` | str | `policy` |"),
@@ -300,21 +300,21 @@ CONFLICTS: list[tuple[dict[str, Any], str]] = [
     ),
     (
         ppo(placement={"rollout": {"engines": 3, "nodes": 2}}),
-        "placement.rollout.engines (3) x placement.rollout.parts (1) can't be spread equally over "
+        "placement.rollout.engines (3) x placement.rollout.nodes_per_engine (1) can't be spread equally over "
         "placement.rollout.nodes (2)",
     ),
     (
-        ppo(placement={"rollout": {"tensor_parallel": 3, "parts": 2}}),
-        "placement.rollout.tensor_parallel (3) can't be divided into placement.rollout.parts (2)",
+        ppo(placement={"rollout": {"tensor_parallel": 3, "nodes_per_engine": 2}}),
+        "placement.rollout.tensor_parallel (3) can't be divided into placement.rollout.nodes_per_engine (2)",
     ),
     (
         ppo(
             policy=LORA,
             rollout={"lora_sync": "adapters"},
-            placement={"rollout": {"tensor_parallel": 2, "parts": 2}},
+            placement={"rollout": {"tensor_parallel": 2, "nodes_per_engine": 2}},
         ),
-        "rollout.lora_sync is 'adapters', which workers read from a folder of their node, but placement.rollout.parts "
-        "is 2: set rollout.lora_sync to 'merged'",
+        "rollout.lora_sync is 'adapters', which workers read from a folder of their node, but "
+        "placement.rollout.nodes_per_engine is 2: set rollout.lora_sync to 'merged'",
     ),
     (
         ppo(placement={"rollout": {"engines": 2, "colocate": "policy"}}),

@@ -7,8 +7,9 @@ import asyncio
 import os
 from collections.abc import Iterator
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,6 +18,8 @@ from torch import nn
 from vllm.distributed.weight_transfer import nccl_engine, packed_tensor
 from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory, WeightTransferTrainerFactory
+from vllm.logprobs import Logprob
+from vllm.outputs import CompletionOutput
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.executor.abstract import Executor
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
@@ -25,6 +28,8 @@ from rlhf_ray.actors import weight_sync
 from rlhf_ray.actors.weight_sync import EngineClient
 from rlhf_ray.config.roles import Level
 from rlhf_ray.config.rollout import RolloutEngine as EngineSection
+from rlhf_ray.data.requests import PromptRequest
+from rlhf_ray.data.trajectory import FinishReason
 from rlhf_ray.engines import rollout
 from rlhf_ray.engines.held_weights import HeldWeights
 from rlhf_ray.engines.rollout_setup import RolloutSetup
@@ -270,3 +275,15 @@ def test_an_engine_on_a_gpu_sleeps_and_wakes_as_far_as_it_is_told(levels: list[L
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rollout, "platform", lambda: SimpleNamespace(device=torch.device("cuda", 0)))
         asyncio.run(go())
+
+
+@pytest.mark.parametrize("reason", ["stop", "length", "abort", "error"])
+def test_a_response_that_something_cut_short_is_no_sample(reason: str) -> None:
+    prompt = PromptRequest("a", 2, 0, np.array([5, 6], np.int32))
+    logprobs: Any = [{7: Logprob(-0.5)}, {8: Logprob(-0.25)}]
+    output = CompletionOutput(0, "", [7, 8], None, logprobs, finish_reason=reason)
+    if reason in get_args(FinishReason):
+        assert rollout._trajectory(prompt, output).finish_reason == reason
+    else:
+        with pytest.raises(RuntimeError, match=f"ended the response to a#2 after 2 tokens with {reason!r}"):
+            rollout._trajectory(prompt, output)

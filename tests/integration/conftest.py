@@ -9,6 +9,7 @@ import ray
 
 from rlhf_ray.config.jobs import PPOJob, RewardModelJob, SFTJob
 from rlhf_ray.config.loading import load_config
+from rlhf_ray.controllers.number_formats import choose_before_start
 from rlhf_ray.controllers.train import train
 from rlhf_ray.data.prepare import prepare
 from rlhf_ray.models.tiny import build_tiny_model
@@ -124,6 +125,7 @@ def ppo_config(tiny: Path, reward_run: Path) -> MakeConfig:
                 *overrides,
             ],
         )
+        config = choose_before_start(config).config
         assert isinstance(config, PPOJob)
         return config
 

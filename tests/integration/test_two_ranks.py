@@ -30,6 +30,7 @@ from rlhf_ray.actors.group import ActorGroup
 from rlhf_ray.actors.rollout import RolloutGroup
 from rlhf_ray.actors.waiting import ActorDied, TaskFailed, wait_all
 from rlhf_ray.config.jobs import PPOJob
+from rlhf_ray.config.number_formats import NumberFormats
 from rlhf_ray.config.rewards import FunctionReward
 from rlhf_ray.controllers.inputs import PPOInputs
 from rlhf_ray.controllers.job import check
@@ -114,7 +115,7 @@ def roles(config: PPOJob, inputs: PPOInputs) -> Iterator[PPORoles]:
 
 
 def controller(config: PPOJob, inputs: PPOInputs, roles: PPORoles) -> PPOController:
-    folder = RunFolder(config, config.run.steps)
+    folder = RunFolder(config, config.run.steps, NumberFormats(config, ()))
     folder.start_progress()
     trained = {"policy": roles.policy, "critic": roles.critic}
     return PPOController(config, inputs, roles, folder, Checkpointing(folder, trained, 60.0))

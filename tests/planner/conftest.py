@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from on_bfloat16 import on_bfloat16
 from rlhf_ray.config.jobs import JobConfig
 from rlhf_ray.config.loading import apply_override, parse_config
 
@@ -67,6 +68,6 @@ def make_job() -> MakeJob:
         raw = copy.deepcopy(JOBS[kind])
         for override in overrides:
             apply_override(raw, override)
-        return parse_config(raw)
+        return on_bfloat16(parse_config(raw))
 
     return make

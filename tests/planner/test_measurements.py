@@ -57,7 +57,7 @@ ALONE = ProcessGroup(1, 1, LINK, LINK)
 
 
 def ranks(of: ModelShape, constants: Calibration) -> Ranks:
-    return Ranks(of, TrainingEngine(micro_batch_tokens=4096), RATES, ALONE, constants)
+    return Ranks(of, TrainingEngine(dtype="bfloat16", micro_batch_tokens=4096), RATES, ALONE, constants)
 
 
 def engine(of: ModelShape, constants: Calibration) -> DecodingEngine:

@@ -43,7 +43,9 @@ def constants(**sections: Any) -> Calibration:
 
 
 def ranks(count: int = 1, *, nodes: int = 1, lora: Lora | None = None, engine: Any = None, **sections: Any) -> Ranks:
-    settings = TrainingEngine.model_validate({"zero_stage": 2, "micro_batch_tokens": 1024, **(engine or {})})
+    settings = TrainingEngine.model_validate(
+        {"zero_stage": 2, "dtype": "bfloat16", "micro_batch_tokens": 1024, **(engine or {})}
+    )
     group = ProcessGroup(count, nodes, RATES.link, RATES.network)
     return Ranks(SHAPE, settings, RATES, group, constants(**sections), lora)
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
+from on_bfloat16 import on_bfloat16
 from rlhf_ray.cluster.assignment import PlacementError, assign, requests_of
 from rlhf_ray.config.jobs import JobConfig
 from rlhf_ray.config.loading import ConfigError, apply_override, parse_config
@@ -48,7 +49,7 @@ def ppo(folder: Path, **sections: Any) -> JobConfig:
         "data": {"prompts": "prompts.jsonl", "prompts_per_step": 256},
         "run": {"steps": 10, "dir": "runs/searched"},
     }
-    return parse_config({**raw, **sections})
+    return on_bfloat16(parse_config({**raw, **sections}))
 
 
 def cluster(folder: Path, devices: int, memory_gib: float) -> Hardware:
@@ -108,7 +109,7 @@ def everything(job: JobConfig, hardware: Hardware) -> list[float]:
 
 def timed(raw: dict[str, Any], hardware: Hardware) -> float | None:
     try:
-        job = parse_config(raw)
+        job = on_bfloat16(parse_config(raw))
         nodes = assign(requests_of(job.placements), hardware.nodes)
     except (ConfigError, PlacementError):
         return None
@@ -197,7 +198,7 @@ def test_jobs_over_a_data_set_are_placed_too(tmp_path: Path, job: str) -> None:
         "data": {"train": "rows.jsonl", "rows_per_step": 64},
         "run": {"dir": "runs/searched"},
     }
-    best, *_ = search(parse_config(raw), cluster(tmp_path, 4, 40.0))
+    best, *_ = search(on_bfloat16(parse_config(raw)), cluster(tmp_path, 4, 40.0))
     assert best.job.placement.policy.ranks == 4
 
 

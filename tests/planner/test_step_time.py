@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from on_bfloat16 import on_bfloat16
 from rlhf_ray.cluster.assignment import assign, requests_of
 from rlhf_ray.config.loading import parse_config
 from rlhf_ray.planner.calibration import defaults
@@ -72,7 +73,7 @@ class Planned:
         return self.of({**raw, **sections})
 
     def of(self, raw: dict[str, Any]) -> StepTime:
-        job = parse_config(raw)
+        job = on_bfloat16(parse_config(raw))
         requests = requests_of(job.placements)
         constants = {"cpu": defaults("cpu"), "gpu": defaults("gpu")}
         cluster = AssignedHardware(self.hardware, assign(requests, self.hardware.nodes), constants)  # type: ignore[arg-type]

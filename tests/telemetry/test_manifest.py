@@ -27,11 +27,14 @@ def _config() -> JobConfig:
 
 
 def test_a_session_names_versions_seed_host_cluster_and_command(tmp_path: Path) -> None:
-    path = write_manifest(tmp_path / "run", _config(), {"nodes": 2}, ["rlhf-ray", "train", "c.yaml", "api_key=abc"])
+    formats = {"reward.engine.dtype": {"dtype": "float32", "why": "the CPU of this machine is old"}}
+    command = ["rlhf-ray", "train", "c.yaml", "api_key=abc"]
+    path = write_manifest(tmp_path / "run", _config(), {"nodes": 2}, command, number_formats=formats)
     (session,) = json.loads(path.read_text())["sessions"]
     assert (session["name"], session["job"], session["seed"]) == ("demo", "reward_model", 7)
     assert session["command"] == ["rlhf-ray", "train", "c.yaml", "api_key=[redacted]"]
     assert session["cluster"] == {"nodes": 2}
+    assert session["number_formats"] == formats
     assert session["versions"]["numpy"][0].isdigit()
     assert session["host"]["cpus"] == os.cpu_count()
     assert session["host"]["memory_bytes"] > 2**26

@@ -31,8 +31,8 @@ def _config(folder: Path) -> JobConfig:
     )
 
 
-def _start(folder: Path, board: str = "demo-1") -> None:
-    write_manifest(folder, _config(folder), CLUSTER, ["rlhf-ray"], board, steps=9)
+def _start(folder: Path, status_actor: str = "demo-1") -> None:
+    write_manifest(folder, _config(folder), CLUSTER, ["rlhf-ray"], status_actor, steps=9)
 
 
 def _edit(folder: Path, **changes: object) -> None:
@@ -45,7 +45,7 @@ def test_a_session_says_where_its_driver_and_its_board_are(tmp_path: Path) -> No
     _start(tmp_path)
     session = last_session(tmp_path)
     assert (session.name, session.job, session.steps) == ("demo", "reward_model", 9)
-    assert (session.address, session.board) == ("10.0.0.1:6379", "demo-1")
+    assert (session.address, session.status_actor) == ("10.0.0.1:6379", "demo-1")
     assert (session.host, session.pid) == (socket.gethostname(), os.getpid())
     assert session.end is None
 

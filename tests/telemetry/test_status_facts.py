@@ -2,7 +2,7 @@
 
 import pytest
 
-from rlhf_ray.telemetry.status import About, Activity, Progress, RunStatus, Sight, phase_of, without_traceback
+from rlhf_ray.telemetry.status import About, Activity, ActorRecord, Progress, RunStatus, phase_of, without_traceback
 from rlhf_ray.telemetry.trace import OpenSpan, SpanRecorder
 
 SAID = Activity("update", 90.0, "10.0.0.1", "node", 7, 2**30)
@@ -34,36 +34,36 @@ def test_the_phase_is_the_innermost_work_and_began_with_the_first_of_its_kind() 
 
 
 def test_an_actor_starts_answers_falls_silent_and_answers_again() -> None:
-    sight = Sight("policy", 1)
-    assert (sight.status.name, sight.status.state, sight.status.heard_s) == ("policy/1", "starting", None)
-    sight.unanswered()
-    assert sight.status.state == "starting", "what loads for minutes is not silent"
-    sight.answered(SAID, 100.0)
-    assert (sight.status.state, sight.status.activity, sight.status.heard_s) == ("up", SAID, 100.0)
-    sight.unanswered()
-    assert (sight.status.state, sight.status.activity, sight.status.heard_s) == ("silent", SAID, 100.0)
-    sight.answered(SAID, 110.0)
-    assert (sight.status.state, sight.status.heard_s) == ("up", 110.0)
+    record = ActorRecord("policy", 1)
+    assert (record.status.name, record.status.state, record.status.heard_s) == ("policy/1", "starting", None)
+    record.unanswered()
+    assert record.status.state == "starting", "what loads for minutes is not silent"
+    record.answered(SAID, 100.0)
+    assert (record.status.state, record.status.activity, record.status.heard_s) == ("up", SAID, 100.0)
+    record.unanswered()
+    assert (record.status.state, record.status.activity, record.status.heard_s) == ("silent", SAID, 100.0)
+    record.answered(SAID, 110.0)
+    assert (record.status.state, record.status.heard_s) == ("up", 110.0)
 
 
 def test_a_dead_actor_keeps_what_it_said_last() -> None:
-    sight = Sight("policy", 0)
-    sight.answered(SAID, 100.0)
-    sight.died("its node is gone")
-    assert sight.dead
-    assert (sight.status.state, sight.status.activity, sight.status.error) == ("dead", SAID, "its node is gone")
+    record = ActorRecord("policy", 0)
+    record.answered(SAID, 100.0)
+    record.died("its node is gone")
+    assert record.dead
+    assert (record.status.state, record.status.activity, record.status.error) == ("dead", SAID, "its node is gone")
 
 
 def test_an_actor_that_cannot_say_what_it_does_is_up_with_the_reason() -> None:
-    sight = Sight("policy", 0)
-    sight.failed("RuntimeError: no driver", 100.0)
-    assert (sight.status.state, sight.status.error) == ("up", "RuntimeError: no driver")
-    sight.answered(SAID, 101.0)
-    assert sight.status.error == ""
+    record = ActorRecord("policy", 0)
+    record.failed("RuntimeError: no driver", 100.0)
+    assert (record.status.state, record.status.error) == ("up", "RuntimeError: no driver")
+    record.answered(SAID, 101.0)
+    assert record.status.error == ""
 
 
 def test_the_last_error_names_its_actor() -> None:
-    well, dead = Sight("policy", 0), Sight("critic", 1)
+    well, dead = ActorRecord("policy", 0), ActorRecord("critic", 1)
     dead.died("out of memory")
     about = About("b", "tiny", "ppo", "/runs/tiny", "10.0.0.1:6379", "10.0.0.1", 1, 0.0, 4)
     status = RunStatus(1.0, about, Progress(0, "", 0.0), 1.0, (well.status, dead.status))

@@ -55,6 +55,16 @@ class NodeProbe:
         versions = {"python": platform.python_version()} | {name: _version(name) for name in libraries}
         return {"versions": versions, "code": _code(), "files": files, "problems": problems}
 
+    def processor(self, variables: list[str]) -> dict[str, Any]:
+        """What decides about a number format.
+
+        Returns:
+            `cpuinfo`: text of the node's first CPU; `environ`: those of the variables that are set.
+        """
+        path = Path("/proc/cpuinfo")
+        text = path.read_text().partition("\n\n")[0] if path.exists() else ""
+        return {"cpuinfo": text, "environ": {name: os.environ[name] for name in variables if name in os.environ}}
+
     def compiler(self) -> str:
         """What this node lacks to compile DeepSpeed's Adam for CPUs, which takes no nvcc; empty where it has all, or
         DeepSpeed has been installed with the kernel in it."""

@@ -21,7 +21,7 @@ _CONNECT_S = 3.0
 _JOIN_S = 40.0  # a GCS that refuses a token is asked again for 20 s
 
 
-class Lookout:
+class ClusterClient:
     """A child process that is connected to a cluster and answers questions about it.
 
     Ray ends a process whose cluster goes away, and can be a minute over it: here that is the child.

@@ -1,4 +1,4 @@
-"""A board asks each actor one question at a time, and knows the dead from the silent."""
+"""A status_actor asks each actor one question at a time, and knows the dead from the silent."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 from ray.exceptions import ActorDiedError, ActorPlacementGroupRemoved, ActorUnavailableError
 
-from rlhf_ray.telemetry import board
-from rlhf_ray.telemetry.board import _Watched
-from rlhf_ray.telemetry.status import Activity, ActorState, Sight
+from rlhf_ray.telemetry import status_actor
+from rlhf_ray.telemetry.status import Activity, ActorRecord, ActorState
+from rlhf_ray.telemetry.status_actor import _Watched
 
 SAID = Activity("update", 90.0, "10.0.0.1", "node", 7, 2**30)
 
@@ -17,7 +17,7 @@ Answer = Callable[[], Awaitable[Activity]]
 
 
 class Actor:
-    """What a board sees of an actor: it gives answers one after the other."""
+    """What a status_actor sees of an actor: it gives answers one after the other."""
 
     def __init__(self, *answers: Answer) -> None:
         self.asked = 0
@@ -40,18 +40,18 @@ def raises(error: Exception) -> Answer:
     return answer
 
 
-def states(actor: Actor, times: int) -> tuple[list[ActorState], Sight]:
+def states(actor: Actor, times: int) -> tuple[list[ActorState], ActorRecord]:
     """The state after each of several looks at an actor."""
-    sight = Sight("policy", 0)
+    record = ActorRecord("policy", 0)
 
     async def look() -> list[ActorState]:
-        watched, seen = _Watched(sight, actor), []
+        watched, seen = _Watched(record, actor), []
         for _ in range(times):
             await watched.ask()
-            seen.append(sight.status.state)
+            seen.append(record.status.state)
         return seen
 
-    return asyncio.run(look()), sight
+    return asyncio.run(look()), record
 
 
 def test_an_actor_that_answers_is_asked_at_each_look() -> None:
@@ -61,7 +61,7 @@ def test_an_actor_that_answers_is_asked_at_each_look() -> None:
 
 
 def test_a_stuck_actor_is_asked_once_until_it_answers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(board, "_PATIENCE_S", 0.01)
+    monkeypatch.setattr(status_actor, "_PATIENCE_S", 0.01)
     goes_on = asyncio.Event()
 
     async def stuck() -> Activity:
@@ -69,13 +69,13 @@ def test_a_stuck_actor_is_asked_once_until_it_answers(monkeypatch: pytest.Monkey
         return SAID
 
     async def looks() -> list[tuple[ActorState, int]]:
-        actor, sight, seen = Actor(says, stuck, says), Sight("policy", 0), []
-        watched = _Watched(sight, actor)
+        actor, record, seen = Actor(says, stuck, says), ActorRecord("policy", 0), []
+        watched = _Watched(record, actor)
         for look in range(5):
             if look == 3:
                 goes_on.set()
             await watched.ask()
-            seen.append((sight.status.state, actor.asked))
+            seen.append((record.status.state, actor.asked))
         return seen
 
     assert asyncio.run(looks()) == [("up", 1), ("silent", 2), ("silent", 2), ("up", 2), ("up", 3)]
@@ -85,7 +85,7 @@ def test_two_who_look_at_once_share_the_question(monkeypatch: pytest.MonkeyPatch
     actor = Actor(says)
 
     async def look() -> None:
-        watched = _Watched(Sight("policy", 0), actor)
+        watched = _Watched(ActorRecord("policy", 0), actor)
         await asyncio.gather(watched.ask(), watched.ask())
 
     asyncio.run(look())
@@ -95,11 +95,11 @@ def test_two_who_look_at_once_share_the_question(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("error", [ActorDiedError(), ActorPlacementGroupRemoved()])
 def test_a_dead_actor_is_not_asked_again(error: Exception) -> None:
     actor = Actor(says, raises(error))
-    seen, sight = states(actor, 4)
+    seen, record = states(actor, 4)
     assert seen == ["up", "dead", "dead", "dead"]
     assert actor.asked == 2
-    assert sight.status.error
-    assert sight.status.activity == SAID
+    assert record.status.error
+    assert record.status.activity == SAID
 
 
 def test_an_actor_that_is_out_of_reach_for_a_moment_is_silent() -> None:
@@ -107,6 +107,6 @@ def test_an_actor_that_is_out_of_reach_for_a_moment_is_silent() -> None:
 
 
 def test_an_actor_that_cannot_say_is_up_with_its_error() -> None:
-    seen, sight = states(Actor(raises(RuntimeError("no driver\nTraceback (most recent call last):\n"))), 1)
+    seen, record = states(Actor(raises(RuntimeError("no driver\nTraceback (most recent call last):\n"))), 1)
     assert seen == ["up"]
-    assert sight.status.error == "RuntimeError: no driver"
+    assert record.status.error == "RuntimeError: no driver"

@@ -1,4 +1,4 @@
-"""Where the status of runs comes from: the boards of a cluster while they go on, their folders afterwards."""
+"""Where the status of runs comes from: the status_actors of a cluster while they go on, their folders afterwards."""
 
 import logging
 from contextlib import ExitStack
@@ -6,24 +6,24 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from rlhf_ray.cluster.lookout import Lookout
+from rlhf_ray.cluster.client import ClusterClient
 from rlhf_ray.cluster.session import ClusterError
-from rlhf_ray.telemetry.board import boards, read_board
 from rlhf_ray.telemetry.manifest import last_session
 from rlhf_ray.telemetry.record import RunRecord, read_record
 from rlhf_ray.telemetry.status import RunStatus
+from rlhf_ray.telemetry.status_actor import read_status_actor, status_actors
 
 logger = logging.getLogger("rlhf_ray")
 
-Picture = RunStatus | RunRecord
+Snapshot = RunStatus | RunRecord
 
-# A board that is there answers within seconds, of which an actor that doesn't costs it two.
+# A status_actor that is there answers within seconds, of which an actor that doesn't costs it two.
 _ANSWER_S = 20.0
 _LOOK_S = 60.0
 
 
 class FolderSight:
-    """One run: through its board as long as there is one, else as its folder tells.
+    """One run: through its status_actor as long as there is one, else as its folder tells.
 
     Args:
         folder: of the run.
@@ -33,10 +33,10 @@ class FolderSight:
     def __init__(self, folder: Path, address: str | None) -> None:
         self._folder, self._address = folder, address
         self._stack = ExitStack()
-        self._lookout: Lookout | None = None
+        self._client: ClusterClient | None = None
         self._told = ""
 
-    def look(self) -> list[Picture]:
+    def look(self) -> list[Snapshot]:
         """The run.
 
         Raises:
@@ -45,15 +45,15 @@ class FolderSight:
         session = last_session(self._folder)
         if session.end is None:
             try:
-                if self._lookout is None:
-                    self._lookout = self._stack.enter_context(Lookout(self._address or session.address, _LOOK_S))
-                found = self._lookout.ask(read_board, session.board, _ANSWER_S)
+                if self._client is None:
+                    self._client = self._stack.enter_context(ClusterClient(self._address or session.address, _LOOK_S))
+                found = self._client.ask(read_status_actor, session.status_actor, _ANSWER_S)
             except ClusterError as error:
                 if self._address is not None:
                     raise
                 if str(error) != self._told:
                     logger.warning("%s; what follows is from the run's folder", error)
-                self._lookout, found, self._told = None, None, str(error)
+                self._client, found, self._told = None, None, str(error)
             if found is not None:
                 return [found]
         return [read_record(self._folder)]  # anew: it may have ended just then
@@ -77,15 +77,18 @@ class ClusterSight:
     def __init__(self, address: str, name: str | None) -> None:
         self._address, self._name = address, name
         self._looked = False
-        self._lookout = Lookout(address, _LOOK_S)
+        self._client = ClusterClient(address, _LOOK_S)
 
-    def look(self) -> list[Picture]:
+    def look(self) -> list[Snapshot]:
         """All that answer.
 
         Raises:
             ClusterError: at the first look, when there is none of that name.
         """
-        every = [self._lookout.ask(read_board, board, _ANSWER_S) for board in self._lookout.ask(boards)]
+        every = [
+            self._client.ask(read_status_actor, status_actor, _ANSWER_S)
+            for status_actor in self._client.ask(status_actors)
+        ]
         found = [status for status in every if status is not None and self._name in (None, status.about.name)]
         if not found and not self._looked and self._name is not None:
             others = ", ".join(sorted(status.about.name for status in every if status is not None)) or "none"
@@ -102,7 +105,7 @@ class ClusterSight:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._lookout.close()
+        self._client.close()
 
 
 def newest_run(folder: Path) -> Path | None:
