@@ -16,7 +16,7 @@ from rlhf_ray.actors.policy import PolicyWorker
 from rlhf_ray.actors.reference import ReferenceWorker
 from rlhf_ray.actors.reward import RewardModelWorker, TextRewardWorker
 from rlhf_ray.actors.rollout import GeneratedShard, RolloutGroup, RolloutWorker
-from rlhf_ray.actors.waiting import wait_all
+from rlhf_ray.actors.waiting import ActorFailure, wait_all
 from rlhf_ray.actors.watched import actor_class
 from rlhf_ray.config.jobs import PPOJob
 from rlhf_ray.config.rewards import FunctionReward, ModelReward, part_name
@@ -138,6 +138,9 @@ def ppo_roles(config: PPOJob, inputs: PPOInputs, watch: Watch = unwatched) -> It
             watch(created)
         _load_ppo_models(config, inputs, roles)
         yield roles
+    except ActorFailure as error:  # told now: engines that are still starting may take half a minute to end
+        logger.error("%s", str(error).partition("\n")[0])
+        raise
     finally:
         for created in started:
             if isinstance(created, RolloutGroup):
