@@ -8,7 +8,7 @@ from rlhf_ray.config.training import ScoringEngine, TrainingEngine
 
 
 def shared_places(placements: Mapping[str, RolePlacement | RolloutPlacement]) -> list[tuple[str, ...]]:
-    """Lists of roles that sit on the same bundles, each beginning with the role that these bundles were reserved for."""
+    """Lists of roles that sit on the same bundles, beginning with the role they were reserved for."""
     lists = [
         (host, *(guest for guest, at in placements.items() if at.colocate == host))
         for host, placement in placements.items()
