@@ -17,10 +17,10 @@ from rlhf_ray.controllers.diverged import TrainingDiverged, write_failed_samples
 from rlhf_ray.controllers.experience import Experience
 from rlhf_ray.controllers.step_record import StepRecord
 from rlhf_ray.data.trajectory import Floats, TrajectoryBatch
+from rlhf_ray.recovery.files import replace_file
 from rlhf_ray.rewards.combine import combine
 from rlhf_ray.rewards.text import decode_responses
 from rlhf_ray.telemetry.metrics import Metrics, reduce_means
-from rlhf_ray.telemetry.rows import replace_file
 from rlhf_ray.telemetry.samples import COLUMNS_SHOWN, SampleRow
 
 
