@@ -47,9 +47,7 @@ class PPOReport:
     ) -> Metrics:
         """All metrics of a step but `time/*`."""
         facts, parts, scores = batch.facts, batch.parts, batch.scores
-        lengths = np.concatenate([f.response_lengths for f in facts])
-        actions = sum(int(f.action_lengths.sum()) for f in facts)
-        prompts = np.concatenate([f.prompt_lengths for f in facts])
+        lengths, prompts, actions = batch.response_lengths, batch.prompt_lengths, int(batch.action_lengths.sum())
         tokens = int(lengths.sum())
         metrics = {
             "reward/mean": float(scores.mean()),
