@@ -1,4 +1,4 @@
-"""What makes an actor answer, while it works, to the question what it works on."""
+"""The base of all actors: while its role's work runs, it tells from another thread what it does and that it lives."""
 
 import os
 import time

@@ -24,7 +24,7 @@ from rlhf_ray.config.preference import Preference
 from rlhf_ray.config.reward_loss import BradleyTerry, RewardLoss
 from rlhf_ray.config.rewards import FunctionReward, ModelReward, RewardPart, part_name
 from rlhf_ray.config.roles import Level, ModelSource, PhaseSpec, RoleKind, RoleSpec, StepShape
-from rlhf_ray.config.rollout import Rollout
+from rlhf_ray.config.rollout import Rollout, shard_count
 from rlhf_ray.config.run import EpochRun, PPORun, Run, SFTRun
 from rlhf_ray.config.sharing import check_sharing
 from rlhf_ray.config.training import (
@@ -41,11 +41,6 @@ from rlhf_ray.config.training import (
 
 MAX_ENGINE_RANK = 512
 """Largest rank of an adapter that vLLM applies."""
-
-
-def shard_count(samples: int, shard_samples: int) -> int:
-    """Shards that `samples` are cut into."""
-    return -(-samples // shard_samples)
 
 
 class Job(Section):
