@@ -376,7 +376,25 @@ def _comparisons(
                     problems += unfit_rows(config, setting, rows)
                 rows = rows.first(limit)
         found.append(rows)
+    if found[0] is not None:
+        _tell_unused_margins(config, found[0])
     return found[0], found[1]
+
+
+def _tell_unused_margins(config: RewardModelJob | PreferenceJob, rows: ComparisonSet) -> None:
+    """Other systems add a margin to the loss wherever rows have one."""
+    stated = int((rows.margins > 0).sum())
+    if not stated:
+        return
+    if isinstance(config, PreferenceJob):
+        why = "no loss of job: preference reads one"
+    elif not isinstance(config.loss, BradleyTerry):
+        why = f"loss.type {config.loss.type!r} reads none; 'bradley_terry' does, by its margin"
+    elif config.loss.margin == 0:
+        why = "loss.margin is 0: set it to 1 for the loss of Llama 2"
+    else:
+        return
+    logger.info("data.train: %d of %d rows have a margin, which the loss leaves out: %s", stated, len(rows), why)
 
 
 def unfit_rows(config: RewardModelJob, setting: str, rows: ComparisonSet) -> Iterator[str]:
