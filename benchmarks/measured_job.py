@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-from rlhf_ray.actors.host_memory import held_together
+from rlhf_ray.actors.host_memory import sum_of_held_bytes
 from rlhf_ray.config.jobs import JobConfig
 from rlhf_ray.telemetry.metrics import Metrics
 
@@ -80,7 +80,7 @@ def peaks(enough: Callable[[], bool]) -> Iterator[dict[str, int]]:
                     return
                 families, looked_for_s = _families(), time.monotonic()
             for role, family in families:
-                found[role] = max(found.get(role, 0), held_together(family))
+                found[role] = max(found.get(role, 0), sum_of_held_bytes(family))
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()

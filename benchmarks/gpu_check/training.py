@@ -129,22 +129,22 @@ def _planned_bytes(setting: Setting, stage: int, adapters: config.Lora | None) -
     from rlhf_ray.config.placement import RolePlacement
     from rlhf_ray.models.config_json import read_shape
     from rlhf_ray.planner.role_memory import trained_items
-    from rlhf_ray.planner.workload import Batch, TrainedRole
+    from rlhf_ray.planner.workload import StepBatch, TrainedRole
 
     role = TrainedRole(
         name="policy",
-        seat="policy",
+        placement_key="policy",
         key="policy",
         shape=read_shape(str(setting.large)),
         engine=_config(stage, "bfloat16"),
         lora=adapters,
         placement=RolePlacement(),
         ranks=1,
-        batch=Batch(samples=1, longest=64, learnt=64),
+        batch=StepBatch(samples=1, longest=64, learnt=64),
     )
     items = trained_items(role, cpu=False)
     return sum(
-        item.size for item in items if item.place == "device" and item.moments is None and item.level > Level.OUT
+        item.size for item in items if item.location == "device" and item.moments is None and item.level > Level.OUT
     )
 
 

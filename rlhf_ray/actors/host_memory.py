@@ -23,8 +23,9 @@ def held_bytes(process: psutil.Process) -> int:
     return (int(lines["Rss"].split()[0]) - int(lines["LazyFree"].split()[0])) * 1024
 
 
-def held_together(processes: Iterable[psutil.Process]) -> int:
-    """What some processes hold, those that have ended nothing; pages that they share count for each."""
+def sum_of_held_bytes(processes: Iterable[psutil.Process]) -> int:
+    """Sum of `held_bytes` over processes. One that has ended counts 0; a page that several processes map counts for
+    each of them."""
     total = 0
     for process in processes:
         try:
@@ -35,9 +36,9 @@ def held_together(processes: Iterable[psutil.Process]) -> int:
 
 
 def host_bytes() -> int:
-    """What this process holds and those that it started."""
+    """Bytes of host memory that this process and its child processes hold."""
     own = psutil.Process()
-    return held_together([own, *own.children(recursive=True)])
+    return sum_of_held_bytes([own, *own.children(recursive=True)])
 
 
 def give_back() -> None:

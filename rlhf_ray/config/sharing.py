@@ -1,4 +1,4 @@
-"""Roles that share places, and whether they can leave them to each other."""
+"""Roles that sit on the same bundles, and whether they can leave their devices to each other."""
 
 from collections.abc import Iterable, Mapping
 
@@ -8,13 +8,13 @@ from rlhf_ray.config.training import ScoringEngine, TrainingEngine
 
 
 def shared_places(placements: Mapping[str, RolePlacement | RolloutPlacement]) -> list[tuple[str, ...]]:
-    """Roles that sit together, each list beginning with the one whose places they are."""
-    together = [
+    """Lists of roles that sit on the same bundles, beginning with the role they were reserved for."""
+    lists = [
         (host, *(guest for guest, at in placements.items() if at.colocate == host))
         for host, placement in placements.items()
         if placement.colocate is None
     ]
-    return [roles for roles in together if len(roles) > 1]
+    return [roles for roles in lists if len(roles) > 1]
 
 
 def check_sharing(roles: Iterable[RoleSpec], *, offload_idle: bool) -> None:

@@ -41,8 +41,8 @@ def role_text(role: RoleSpec) -> str:
 def engine_text(engine: TrainingEngine | ScoringEngine, lora: Lora | None) -> str:
     """`LoRA of rank 16 · bfloat16, ZeRO stage 2`."""
     zero = f", ZeRO stage {engine.zero_stage}" if engine.zero_stage else ""
-    together = engine.sequence_parallel
-    held = f"{engine.dtype_choice}{zero}" + (f", sequences over {together} ranks" if together > 1 else "")
+    sp_size = engine.sequence_parallel
+    held = f"{engine.dtype_choice}{zero}" + (f", sequences over {sp_size} ranks" if sp_size > 1 else "")
     if lora is None:
         return held
     return f"LoRA of rank {lora.rank}{'' if lora.base == 'as_model' else f' on {lora.base}'} · {held}"

@@ -12,6 +12,7 @@ from rlhf_ray.actors.group import ActorGroup, Calls, wait_together
 from rlhf_ray.actors.liveness import liveness
 from rlhf_ray.actors.rollout import RolloutGroup, RolloutWorker
 from rlhf_ray.actors.start import Reserved, start_actors
+from rlhf_ray.actors.waiting import ActorFailure
 from rlhf_ray.actors.watched import actor_class
 from rlhf_ray.actors.worker import RankGroup, Worker
 from rlhf_ray.config.jobs import Job
@@ -76,6 +77,8 @@ class Actors:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if isinstance(error, ActorFailure):  # told now: engines that are still starting may take half a minute to end
+            logger.error("%s", str(error).partition("\n")[0])
         self._ending.__exit__(kind, error, trace)
 
     def ranks(self, role: RoleSpec, worker: type[Worker], group: type[RankGroupT], config: Job) -> RankGroupT:
