@@ -108,7 +108,7 @@ def _light(worker: type) -> type:
         self._worker = getattr(importlib.import_module(module), name)(*args, **kwargs)
 
     methods = {each: _handing_on(method) for each, method in inspect.getmembers(worker, inspect.isfunction)}
-    constructor = _described_as(worker.__init__, __init__)
+    constructor = _described_as(worker.__init__, __init__)  # type: ignore[misc]
     return type(name, (), {**methods, "__init__": constructor, "__module__": module, "__doc__": worker.__doc__})
 
 
