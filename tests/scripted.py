@@ -281,7 +281,7 @@ class ScriptedRollout:
         self.setup = setup
         self.version, self.policy_steps = 0, 0
         self.world.events.append(("rollout", "load_model", None))
-        return Calls([Ref(None)], "rollout: load_model")  # type: ignore[list-item]
+        return Calls([Ref(None)], "rollout: load_model")
 
     def receive(self, version: int, policy_steps: int) -> None:
         self.version, self.policy_steps = version, policy_steps
@@ -291,10 +291,10 @@ class ScriptedRollout:
         if level == Level.OUT:
             self.version = self.policy_steps = None
         self.level = level
-        return Calls([Ref(None)], "rollout: move")  # type: ignore[list-item]
+        return Calls([Ref(None)], "rollout: move")
 
     def drain_spans(self) -> Calls[Any]:
-        return Calls([Ref([])], "rollout: drain_spans")  # type: ignore[list-item]
+        return Calls([Ref([])], "rollout: drain_spans")
 
     def generate(self, shards: Sequence[Sequence[Any]], version: int) -> Iterator[GeneratedShard]:
         assert self.version is not None, "generates without weights"
@@ -303,7 +303,7 @@ class ScriptedRollout:
         self.world.requests.append([list(shard) for shard in shards])
         for place, requests in reversed(list(enumerate(shards))):
             batch = TrajectoryBatch.of([trajectory_of(request, self.version) for request in requests])
-            yield GeneratedShard(place, len(shards), Ref(batch), ShardFacts.of(batch, version))  # type: ignore[arg-type]
+            yield GeneratedShard(place, len(shards), Ref(batch), ShardFacts.of(batch, version))
 
 
 def trajectory_of(request: Any, version: int) -> Trajectory:
@@ -361,10 +361,12 @@ def script(monkeypatch: pytest.MonkeyPatch) -> World:
         monkeypatch.setattr(
             module,
             "TrainingEngine",
-            lambda model, engine, optimizer, steps: ScriptedEngine(world, *model, trains=True, total_steps=steps),
+            lambda model, engine, optimizer, steps: ScriptedEngine(world, model[0], model[1], True, steps),
         )
     for module in (reference, reward):
-        monkeypatch.setattr(module, "ForwardEngine", lambda model, engine: ScriptedEngine(world, *model, trains=False))
+        monkeypatch.setattr(
+            module, "ForwardEngine", lambda model, engine: ScriptedEngine(world, model[0], model[1], False)
+        )
     for module in (policy, reference):
         monkeypatch.setattr(module, "load_tokenizer", lambda source, **_: None)
         monkeypatch.setattr(module, "count_ids", lambda tokenizer: None)
@@ -408,7 +410,7 @@ def prompts(count: int) -> PromptSet:
 
 def start_ppo(config: PPOJob, world: World, prompt_count: int = 10) -> PPOController:
     """The controller of a job in this world."""
-    inputs = PPOInputs(config.run.steps, ScriptedTokenizer(), prompts(prompt_count), [True, True])  # type: ignore[arg-type]
+    inputs = PPOInputs(config.run.steps, ScriptedTokenizer(), prompts(prompt_count), [True, True])
     folder = ScriptedFolder(config, world)
     roles = start_ppo_roles(config, inputs, ScriptedActors(world))  # type: ignore[arg-type]
     parts: dict[str, Any] = {"policy": roles.policy}

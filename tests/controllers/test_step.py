@@ -137,7 +137,7 @@ def check_run(job: PPOJob, world: World, beta: float, *, first: int = 1, seen: l
             assert logged["critic/explained_variance"] == pytest.approx(expected.residual_variance, rel=1e-3)
         kl = job.algorithm.kl
         if kl.target is not None:
-            error = max(-0.2, min(0.2, np.mean(expected.kl) / kl.target - 1))
+            error = max(-0.2, min(0.2, float(np.mean(expected.kl)) / kl.target - 1))
             beta *= 1 + error * len(expected.kl) / kl.horizon
 
 
