@@ -45,7 +45,7 @@ def world(monkeypatch: pytest.MonkeyPatch) -> World:
 def make_job(tmp_path: Path) -> MakeJob:
     def make(algorithm: dict[str, Any], *, run: dict[str, Any] | None = None, **sections: Any) -> PPOJob:
         with_critic = algorithm.get("advantage", "gae") == "gae"
-        engine = {"zero_stage": 2, "dtype": "float32", "micro_batch_tokens": 24}
+        engine = {"zero_stage": 2, "dtype": "float32", "micro_batch_tokens": 12}
         job: dict[str, Any] = {
             "job": "ppo",
             "name": "scripted",
