@@ -29,6 +29,7 @@ BENCHMARKS = (
     "watching",
     "logprob_gap",
     "determinism",
+    "grpo_step",
     "reward_labels",
 )
 _BEGIN = "<!-- results: written by `python -m benchmarks.report` -->"

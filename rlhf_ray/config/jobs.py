@@ -24,7 +24,7 @@ from rlhf_ray.config.preference import Preference
 from rlhf_ray.config.reward_loss import BradleyTerry, RewardLoss
 from rlhf_ray.config.rewards import FunctionReward, ModelReward, RewardPart, part_name
 from rlhf_ray.config.roles import Level, ModelSource, PhaseSpec, RoleKind, RoleSpec, StepShape
-from rlhf_ray.config.rollout import Rollout
+from rlhf_ray.config.rollout import Rollout, shard_count
 from rlhf_ray.config.run import EpochRun, PPORun, Run, SFTRun
 from rlhf_ray.config.sharing import check_sharing
 from rlhf_ray.config.training import (
@@ -41,11 +41,6 @@ from rlhf_ray.config.training import (
 
 MAX_ENGINE_RANK = 512
 """Largest rank of an adapter that vLLM applies."""
-
-
-def shard_count(samples: int, shard_samples: int) -> int:
-    """Shards that `samples` are cut into."""
-    return -(-samples // shard_samples)
 
 
 class Job(Section):
@@ -192,6 +187,7 @@ class PPOJob(Job):
                 score_passes=2 if self.policy_is_reference else 1,
                 entropy=self.algorithm.entropy_coef > 0,
                 sync_bytes=bucket,
+                modules=self._policy_modules,
             ),
         ]
         if self.critic is not None:
@@ -230,6 +226,12 @@ class PPOJob(Job):
             keeps_weights=self.sends_adapters,  # a base model for adapters is not sent again
         )
         return (*found, rollout)
+
+    @property
+    def _policy_modules(self) -> dict[str, str]:
+        """That of a loss of one's own."""
+        module, own, _ = self.algorithm.policy_loss.partition(":")
+        return {"algorithm.policy_loss": module} if own else {}
 
     def _reward_role(self, index: int, part: RewardPart) -> RoleSpec:
         name, section = f"reward-{part_name(part)}", f"reward.{index}"

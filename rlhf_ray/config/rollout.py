@@ -90,3 +90,8 @@ class Rollout(Section):
                 f".sampling.max_new_tokens ({self.sampling.max_new_tokens})"
             )
         return self
+
+
+def shard_count(samples: int, shard_samples: int) -> int:
+    """Shards that `samples` are cut into."""
+    return -(-samples // shard_samples)

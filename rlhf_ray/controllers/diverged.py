@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_ray.actors.trained import NonFiniteLossError
-from rlhf_ray.telemetry.rows import replace_file
+from rlhf_ray.recovery.files import replace_file
 
 
 class TrainingDiverged(Exception):

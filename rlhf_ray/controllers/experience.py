@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 import ray
 import torch
+from numpy.typing import NDArray
 
 from rlhf_ray.actors.group import Calls
 from rlhf_ray.actors.reward import ScorePart
@@ -60,9 +61,20 @@ class Experience:
         """KL to the reference per response in nats, `[samples]`."""
         return np.concatenate([report.kl for report in self.reports])
 
-    def of_facts(self, name: str) -> Any:
-        """A column of the facts of all samples, `[samples]`."""
-        return np.concatenate([getattr(facts, name) for facts in self.facts])
+    @property
+    def prompt_lengths(self) -> NDArray[np.int64]:
+        """Tokens of each prompt, `[samples]`."""
+        return np.concatenate([facts.prompt_lengths for facts in self.facts])
+
+    @property
+    def response_lengths(self) -> NDArray[np.int64]:
+        """Tokens of each response, `[samples]`."""
+        return np.concatenate([facts.response_lengths for facts in self.facts])
+
+    @property
+    def action_lengths(self) -> NDArray[np.int64]:
+        """Tokens of each response that the policy chose itself, `[samples]`."""
+        return np.concatenate([facts.action_lengths for facts in self.facts])
 
 
 class ExperienceSource(Protocol):

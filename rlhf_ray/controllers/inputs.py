@@ -17,13 +17,12 @@ from rlhf_ray.config.jobs import (
     EpochJob,
     PPOJob,
     PreferenceJob,
-    RewardModel,
     RewardModelJob,
     SFTJob,
 )
 from rlhf_ray.config.reward_loss import BradleyTerry
 from rlhf_ray.config.rewards import FunctionReward, HttpReward, ModelReward, part_name
-from rlhf_ray.config.training import Critic, Policy, ScoringEngine, TrainingEngine
+from rlhf_ray.config.roles import ModelSource, RoleSpec
 from rlhf_ray.data.comparisons import ComparisonSet, load_comparisons
 from rlhf_ray.data.conversations import ConversationSet, load_conversations, mix
 from rlhf_ray.data.errors import DataError
@@ -128,7 +127,6 @@ class PreferenceInputs(EpochInputs):
 def check_ppo(config: PPOJob, problems: list[str]) -> PPOInputs | None:
     """Models, rewards and prompts."""
     policy = config.policy
-    reference = policy.model if config.reference.from_model == "policy" else config.reference.from_model
     tokenizer = None
     with collect(problems, "policy.model"):
         tokenizer = load_tokenizer(policy.model, trust_remote_code=policy.trust_remote_code)
@@ -139,22 +137,14 @@ def check_ppo(config: PPOJob, problems: list[str]) -> PPOInputs | None:
                 f"rollout.engine.max_model_len ({config.rollout.engine.max_model_len}) is more than the {longest} "
                 f"positions of policy.model {policy.model!r}"
             )
-        _check_folder("policy", policy.model, policy.engine, policy.trust_remote_code, trained=True)
-        _check_lora(problems, "policy", policy.model, policy)
-        _check_heads(problems, "policy", policy.model, policy.engine, policy.trust_remote_code)
+        check_role_model(config.role("policy"), problems)
         _check_tensor_parallel(problems, config)
-    with collect(problems, "reference.from"):
-        if tokenizer is not None and not _same_vocabulary(
-            reference, tokenizer, trust_remote_code=policy.trust_remote_code
-        ):
-            problems.append(f"reference.from: {reference!r} has another vocabulary than policy.model {policy.model!r}")
-        elif tokenizer is not None:
-            check_tokenizer_matches(reference, tokenizer, trust_remote_code=policy.trust_remote_code)
-        _check_folder("reference", reference, config.reference.engine, policy.trust_remote_code)
-        _check_room(problems, "reference.from", reference, config, policy.trust_remote_code)
-        _check_heads(problems, "reference", reference, config.reference.engine, policy.trust_remote_code)
+    if not config.policy_is_reference:
+        with collect(problems, "reference.from"):
+            _check_vocabulary(config.role("reference"), "reference.from", config, tokenizer, problems)
     if config.critic is not None:
-        _check_critic(config, config.critic, tokenizer, problems)
+        with collect(problems, "critic.init_from"):
+            _check_vocabulary(config.role("critic"), "critic.init_from", config, tokenizer, problems)
     same_tokens = []
     functions: dict[int, FunctionScorer] = {}
     for index, part in enumerate(config.reward):
@@ -163,9 +153,9 @@ def check_ppo(config: PPOJob, problems: list[str]) -> PPOInputs | None:
                 check_scores(part.model, trust_remote_code=part.trust_remote_code)
                 own = load_tokenizer(part.model, trust_remote_code=part.trust_remote_code)
                 check_tokenizer_matches(part.model, own, trust_remote_code=part.trust_remote_code)
-                _check_folder("reward", part.model, part.engine, part.trust_remote_code)
-                _check_room(problems, f"reward.{index}.model", part.model, config, part.trust_remote_code)
-                _check_heads(problems, f"reward.{index}", part.model, part.engine, part.trust_remote_code)
+                role = config.role(f"reward-{part_name(part)}")
+                _check_room(role, f"reward.{index}.model", config, problems)
+                check_role_model(role, problems)
                 if part.normalise and scale_of(part.model, trust_remote_code=part.trust_remote_code) is None:
                     problems.append(
                         f"reward.{index}.normalise: the config.json of {part.model!r} has no score_mean and score_std: "
@@ -192,23 +182,21 @@ def check_ppo(config: PPOJob, problems: list[str]) -> PPOInputs | None:
     return PPOInputs(config.run.steps, tokenizer, prompts, same_tokens)
 
 
-def _check_critic(
-    config: PPOJob, critic: Critic, tokenizer: PreTrainedTokenizerBase | None, problems: list[str]
+def _check_vocabulary(
+    role: RoleSpec, path: str, config: PPOJob, tokenizer: PreTrainedTokenizerBase | None, problems: list[str]
 ) -> None:
-    source, trusted = config.role("critic").model, critic.trust_remote_code
-    assert source is not None
-    with collect(problems, "critic.init_from"):
-        if tokenizer is not None and not _same_vocabulary(source.path, tokenizer, trust_remote_code=trusted):
+    """A role that reads the policy's tokens, and what every role's model must be."""
+    model = _source(role)
+    if tokenizer is not None:
+        if _same_vocabulary(model.path, tokenizer, trust_remote_code=model.trust_remote_code):
+            check_tokenizer_matches(model.path, tokenizer, trust_remote_code=model.trust_remote_code)
+        else:
             problems.append(
-                f"critic.init_from: {source.path!r} has another vocabulary than policy.model {config.policy.model!r}, "
-                "whose tokens the critic reads"
+                f"{path}: {model.path!r} has another vocabulary than policy.model {config.policy.model!r}, whose "
+                "tokens it reads"
             )
-        elif tokenizer is not None:
-            check_tokenizer_matches(source.path, tokenizer, trust_remote_code=trusted)
-        _check_folder("critic", source.path, critic.engine, trusted, trained=True)
-        _check_room(problems, "critic.init_from", source.path, config, trusted)
-        _check_lora(problems, "critic", source.path, critic)
-        _check_heads(problems, "critic", source.path, critic.engine, trusted)
+    _check_room(role, path, config, problems)
+    check_role_model(role, problems)
 
 
 def check_sft(config: SFTJob, problems: list[str]) -> EpochInputs | None:
@@ -259,14 +247,12 @@ def check_preference(config: PreferenceJob, problems: list[str]) -> PreferenceIn
 
 def _check_trained(config: EpochJob, max_tokens: int, problems: list[str]) -> PreTrainedTokenizerBase | None:
     """The model that learns from rows of at most `max_tokens`; its tokenizer, None where it has none."""
-    section, name, tokenizer = config.section, config.trained.name, None
-    with collect(problems, f"{name}.model"):
-        tokenizer = load_tokenizer(section.model, trust_remote_code=section.trust_remote_code)
-        check_tokenizer_matches(section.model, tokenizer, trust_remote_code=section.trust_remote_code)
-        _check_folder(name, section.model, section.engine, section.trust_remote_code, trained=True)
-        _check_row_room(problems, f"{name}.model", section.model, max_tokens, section.trust_remote_code)
-        _check_lora(problems, name, section.model, section)
-        _check_heads(problems, name, section.model, section.engine, section.trust_remote_code)
+    model, tokenizer = _source(config.trained), None
+    with collect(problems, model.key):
+        tokenizer = load_tokenizer(model.path, trust_remote_code=model.trust_remote_code)
+        check_tokenizer_matches(model.path, tokenizer, trust_remote_code=model.trust_remote_code)
+        _check_row_room(model, model.key, max_tokens, problems)
+        check_role_model(config.trained, problems)
     return tokenizer
 
 
@@ -279,20 +265,20 @@ def _steps(config: EpochJob, rows: RowSet, problems: list[str]) -> int:
 
 
 def _check_reference(config: PreferenceJob, tokenizer: PreTrainedTokenizerBase, problems: list[str]) -> None:
-    own, trusted = config.reference.from_model, config.policy.trust_remote_code
-    model = config.policy.model if own == "policy" else own
+    if not config.algorithm.needs_reference or config.policy_is_reference:
+        return
+    role = config.role("reference")
+    model = _source(role)
     with collect(problems, "reference.from"):
-        if config.algorithm.needs_reference:
-            if _same_vocabulary(model, tokenizer, trust_remote_code=trusted):
-                check_tokenizer_matches(model, tokenizer, trust_remote_code=trusted)
-            else:
-                problems.append(
-                    f"reference.from: {model!r} has another vocabulary than policy.model {config.policy.model!r}"
-                )
-            _check_folder("reference", model, config.reference.engine, trusted)
-            if model != config.policy.model:
-                _check_row_room(problems, "reference.from", model, config.data.max_tokens, trusted)
-        _check_heads(problems, "reference", model, config.reference.engine, trusted)
+        if _same_vocabulary(model.path, tokenizer, trust_remote_code=model.trust_remote_code):
+            check_tokenizer_matches(model.path, tokenizer, trust_remote_code=model.trust_remote_code)
+        else:
+            problems.append(
+                f"reference.from: {model.path!r} has another vocabulary than policy.model {config.policy.model!r}"
+            )
+        if model.path != config.policy.model:
+            _check_row_room(model, "reference.from", config.data.max_tokens, problems)
+        check_role_model(role, problems)
 
 
 def _streamed(config: SFTJob, tokenizer: PreTrainedTokenizerBase, problems: list[str]) -> ConversationStream:
@@ -303,58 +289,58 @@ def _streamed(config: SFTJob, tokenizer: PreTrainedTokenizerBase, problems: list
     return stream
 
 
-def _check_folder(
-    role: str, model: str, engine: TrainingEngine | ScoringEngine, trusted: bool, *, trained: bool = False
-) -> None:
-    """What is in the folder of a role's model, and whether what is `trained` from it can be exported."""
-    scalar = role in ("critic", "reward")
-    check_model(model, scalar=scalar, sharded=engine.zero_stage == 3, trust_remote_code=trusted)
-    if trained:
-        try_export(model, scalar=scalar, trust_remote_code=trusted)
+def _source(role: RoleSpec) -> ModelSource:
+    assert role.model is not None
+    return role.model
 
 
-def _check_room(problems: list[str], path: str, model: str, config: PPOJob, trusted: bool) -> None:
+def check_role_model(role: RoleSpec, problems: list[str]) -> None:
+    """What is in the folder of a role's model, whether what is trained from it can be exported, whether it can have the
+    role's adapters, and whether ranks can share its heads.
+
+    Raises:
+        ModelError: the folder can't be used.
+    """
+    model, engine, scalar = _source(role), role.model_engine, role.kind == "scalar"
+    assert engine is not None
+    check_model(model.path, scalar=scalar, sharded=engine.zero_stage == 3, trust_remote_code=model.trust_remote_code)
+    if role.trained:
+        try_export(model.path, scalar=scalar, trust_remote_code=model.trust_remote_code)
+    if role.lora is not None:
+        with collect(problems, f"{role.section}.lora"):
+            check_lora(model.path, role.lora, scalar=scalar, trust_remote_code=model.trust_remote_code)
+    if engine.sequence_parallel > 1:
+        with collect(problems, f"{role.section}.engine.sequence_parallel"):
+            check_heads(model.path, engine.sequence_parallel, trust_remote_code=model.trust_remote_code)
+
+
+def _check_room(role: RoleSpec, path: str, config: PPOJob, problems: list[str]) -> None:
     """Who reads samples needs positions for prompt and response. The policy's are checked with its engines."""
-    if model == config.policy.model:
+    model = _source(role)
+    if model.path == config.policy.model:
         return
     prompt, response = config.max_prompt_tokens, config.rollout.sampling.max_new_tokens
-    positions = positions_of(model, trust_remote_code=trusted)
+    positions = positions_of(model.path, trust_remote_code=model.trust_remote_code)
     if positions is not None and positions.tokens < prompt + response:
         problems.append(
-            f"{path}: model {model!r} has positions for {positions.tokens} tokens, but a prompt of up to {prompt} and "
-            f"a response of up to {response} have {prompt + response}: lower data.max_prompt_tokens or "
+            f"{path}: model {model.path!r} has positions for {positions.tokens} tokens, but a prompt of up to {prompt} "
+            f"and a response of up to {response} have {prompt + response}: lower data.max_prompt_tokens or "
             "rollout.sampling.max_new_tokens, or choose a model with more positions"
         )
 
 
-def _check_row_room(problems: list[str], path: str, model: str, budget: int, trusted: bool) -> None:
+def _check_row_room(model: ModelSource, path: str, budget: int, problems: list[str]) -> None:
     """A model that learns from rows needs positions for the longest. Rotary ones go on, but further than it learnt."""
-    positions = positions_of(model, trust_remote_code=trusted)
+    positions = positions_of(model.path, trust_remote_code=model.trust_remote_code)
     if positions is None or positions.tokens >= budget:
         return
-    said = f"{path}: model {model!r} has positions for {positions.tokens} tokens, but data.max_tokens is {budget}"
+    said = f"{path}: model {model.path!r} has positions for {positions.tokens} tokens, but data.max_tokens is {budget}"
     if positions.in_table:
         problems.append(f"{said}: lower data.max_tokens, or choose a model with more positions")
     else:
         logger.warning(
             "%s: longer rows are trained on all the same; lower data.max_tokens where that is not meant", said
         )
-
-
-def _check_lora(problems: list[str], role: str, model: str, section: Policy | Critic | RewardModel) -> None:
-    if section.lora is None:
-        return
-    with collect(problems, f"{role}.lora"):
-        check_lora(model, section.lora, scalar=role != "policy", trust_remote_code=section.trust_remote_code)
-
-
-def _check_heads(
-    problems: list[str], section: str, model: str, engine: TrainingEngine | ScoringEngine, trusted: bool
-) -> None:
-    if engine.sequence_parallel == 1:
-        return
-    with collect(problems, f"{section}.engine.sequence_parallel"):
-        check_heads(model, engine.sequence_parallel, trust_remote_code=trusted)
 
 
 def _check_tensor_parallel(problems: list[str], config: PPOJob) -> None:
@@ -390,7 +376,25 @@ def _comparisons(
                     problems += unfit_rows(config, setting, rows)
                 rows = rows.first(limit)
         found.append(rows)
+    if found[0] is not None:
+        _tell_unused_margins(config, found[0])
     return found[0], found[1]
+
+
+def _tell_unused_margins(config: RewardModelJob | PreferenceJob, rows: ComparisonSet) -> None:
+    """Other systems add a margin to the loss wherever rows have one."""
+    stated = int((rows.margins > 0).sum())
+    if not stated:
+        return
+    if isinstance(config, PreferenceJob):
+        why = "no loss of job: preference reads one"
+    elif not isinstance(config.loss, BradleyTerry):
+        why = f"loss.type {config.loss.type!r} reads none; 'bradley_terry' does, by its margin"
+    elif config.loss.margin == 0:
+        why = "loss.margin is 0: set it to 1 for the loss of Llama 2"
+    else:
+        return
+    logger.info("data.train: %d of %d rows have a margin, which the loss leaves out: %s", stated, len(rows), why)
 
 
 def unfit_rows(config: RewardModelJob, setting: str, rows: ComparisonSet) -> Iterator[str]:

@@ -124,9 +124,9 @@ class PPOController:
         @cache  # planning takes longest here, and critic and policy often have the same plan
         def plan_for(dp_size: int, max_tokens: int) -> list[list[OptimizerStep]]:
             return plan_update(
-                batch.of_facts("prompt_lengths"),
-                batch.of_facts("response_lengths"),
-                batch.of_facts("action_lengths"),
+                batch.prompt_lengths,
+                batch.response_lengths,
+                batch.action_lengths,
                 epochs=algorithm.epochs,
                 optimizer_steps=algorithm.optimizer_steps,
                 dp_size=dp_size,

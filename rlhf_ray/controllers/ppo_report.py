@@ -17,10 +17,10 @@ from rlhf_ray.controllers.diverged import TrainingDiverged, write_failed_samples
 from rlhf_ray.controllers.experience import Experience
 from rlhf_ray.controllers.step_record import StepRecord
 from rlhf_ray.data.trajectory import Floats, TrajectoryBatch
+from rlhf_ray.recovery.files import replace_file
 from rlhf_ray.rewards.combine import combine
 from rlhf_ray.rewards.text import decode_responses
 from rlhf_ray.telemetry.metrics import Metrics, reduce_means
-from rlhf_ray.telemetry.rows import replace_file
 from rlhf_ray.telemetry.samples import COLUMNS_SHOWN, SampleRow
 
 
@@ -47,9 +47,7 @@ class PPOReport:
     ) -> Metrics:
         """All metrics of a step but `time/*`."""
         facts, parts, scores = batch.facts, batch.parts, batch.scores
-        lengths = np.concatenate([f.response_lengths for f in facts])
-        actions = sum(int(f.action_lengths.sum()) for f in facts)
-        prompts = np.concatenate([f.prompt_lengths for f in facts])
+        lengths, prompts, actions = batch.response_lengths, batch.prompt_lengths, int(batch.action_lengths.sum())
         tokens = int(lengths.sum())
         metrics = {
             "reward/mean": float(scores.mean()),

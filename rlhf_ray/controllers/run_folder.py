@@ -25,12 +25,13 @@ from rlhf_ray.config.number_formats import NumberFormats
 from rlhf_ray.config.run import Limit, Timeouts
 from rlhf_ray.models.score_scale import ScoreScale
 from rlhf_ray.recovery.checkpoints import Checkpoint, CheckpointStore
+from rlhf_ray.recovery.files import replace_file
 from rlhf_ray.telemetry.manifest import Outcome, end_session, write_manifest
 from rlhf_ray.telemetry.metrics import MetricsLog
 from rlhf_ray.telemetry.progress import Progress, Silence
 from rlhf_ray.telemetry.ray_metrics import RayMetrics
 from rlhf_ray.telemetry.reporter import StatusReporter
-from rlhf_ray.telemetry.rows import RowFile, replace_file
+from rlhf_ray.telemetry.rows import RowFile
 from rlhf_ray.telemetry.samples import SamplesLog
 from rlhf_ray.telemetry.status import About, Shards, without_traceback
 from rlhf_ray.telemetry.trace import Span, SpanRecorder, Timeline

@@ -17,10 +17,10 @@ from rlhf_ray.controllers.job import check, definition_of
 from rlhf_ray.controllers.number_formats import choose_on_cluster
 from rlhf_ray.controllers.run_folder import outcome_of
 from rlhf_ray.recovery.checkpoints import CheckpointStore
+from rlhf_ray.recovery.files import replace_file
 from rlhf_ray.telemetry.errors import DamagedFileError
 from rlhf_ray.telemetry.manifest import end_session
 from rlhf_ray.telemetry.plots import plot_curves
-from rlhf_ray.telemetry.rows import replace_file
 
 logger = logging.getLogger("rlhf_ray")
 

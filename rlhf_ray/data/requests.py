@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TypeVar
 
-from rlhf_ray.config.jobs import shard_count
+from rlhf_ray.config.rollout import shard_count
 from rlhf_ray.data.cursor import PromptTicket, visit_uid
 from rlhf_ray.data.prompt_rows import NO_COLUMNS
 from rlhf_ray.data.prompts import PromptSet

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 from rlhf_ray.cluster.assignment import assign, requests_of
 from rlhf_ray.cluster.sharing import DeviceSharing
-from rlhf_ray.config.jobs import Job, shard_count
+from rlhf_ray.config.jobs import Job
 from rlhf_ray.config.roles import Level, needs_by_phase
+from rlhf_ray.config.rollout import shard_count
 from rlhf_ray.config.sharing import shared_places
 from rlhf_ray.planner.calibration import Calibration, Device
 from rlhf_ray.planner.decoding_time import DecodingEngine, shard_arrivals

@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from rlhf_ray.telemetry.rows import replace_file
+from rlhf_ray.recovery.files import replace_file
 
 COMMITTED = "COMMITTED"
 _BLOCK_BYTES = 4 << 20

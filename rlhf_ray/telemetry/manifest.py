@@ -18,8 +18,8 @@ import rlhf_ray
 from rlhf_ray.cluster.libraries import LIBRARIES
 from rlhf_ray.config.jobs import JobConfig
 from rlhf_ray.config.regular_files import read_regular
+from rlhf_ray.recovery.files import replace_file
 from rlhf_ray.telemetry.errors import DamagedFileError
-from rlhf_ray.telemetry.rows import replace_file
 
 logger = logging.getLogger(__name__)
 

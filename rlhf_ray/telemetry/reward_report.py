@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_ray.algorithms.calibration import Bucket, ReliabilityBin, Share
-from rlhf_ray.telemetry.rows import replace_file
+from rlhf_ray.recovery.files import replace_file
 
 JSON, MARKDOWN = "reward_report.json", "reward_report.md"
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from rlhf_ray.recovery.files import replace_file
 from rlhf_ray.telemetry.errors import DamagedFileError, StepOrderError
 
 logger = logging.getLogger(__name__)
@@ -83,21 +84,6 @@ def read_rows(path: Path) -> list[Row]:
         DamagedFileError: another line cannot be read.
     """
     return [row for _, row in _parsed_lines(path) if row is not None]
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Write `content` so that `path` holds either all of it or what it held before, whenever the machine stops."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    with scratch.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(scratch, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def _parsed_lines(path: Path) -> Iterator[tuple[bytes, Row | None]]:

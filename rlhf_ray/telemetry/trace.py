@@ -13,8 +13,8 @@ from functools import wraps
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
+from rlhf_ray.recovery.files import replace_file
 from rlhf_ray.telemetry.errors import DamagedFileError
-from rlhf_ray.telemetry.rows import replace_file
 
 logger = logging.getLogger(__name__)
 

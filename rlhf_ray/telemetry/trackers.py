@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_ray.config.run import Mlflow, Run, Wandb
+from rlhf_ray.recovery.files import replace_file
 from rlhf_ray.telemetry.errors import MissingTrackerError
-from rlhf_ray.telemetry.rows import replace_file
 
 
 class Tracker(ABC):

@@ -7,7 +7,8 @@ import ray
 import torch
 from transformers import AutoModelForCausalLM
 
-from rlhf_ray.actors.rollout import GeneratedShard, ShardFacts
+from rlhf_ray.actors.rollout import RolloutWorker
+from rlhf_ray.actors.shards import GeneratedShard, ShardFacts
 from rlhf_ray.actors.waiting import wait_all
 from rlhf_ray.config.rollout import Sampling
 from rlhf_ray.controllers.ppo_roles import PPORoles
@@ -38,5 +39,5 @@ def as_shard(batch: TrajectoryBatch, number: int = 0, shards: int = 1) -> Genera
 
 def generated(roles: PPORoles, engine: int, requests: Sequence[PromptRequest], version: int) -> TrajectoryBatch:
     """What one engine says; `version` is the newest of the policy."""
-    batch, _ = roles.rollout.call_one(engine, "generate", requests, GREEDY, version, num_returns=2)
+    batch, _ = roles.rollout.call_rank_for_two(engine, RolloutWorker.generate, requests, GREEDY, version)
     return cast(TrajectoryBatch, wait_all([batch], 60, "rollout: generate", "")[0])

@@ -16,11 +16,15 @@ import pytest
 import torch
 
 from policy_surgery import change_weights, whole_weights
-from rlhf_ray.actors.rollout import RolloutGroup
+from rlhf_ray.actors.rollout import RolloutGroup, RolloutWorker
 from rlhf_ray.actors.waiting import TaskFailed, wait_all
 from rlhf_ray.config.jobs import PPOJob
-from rlhf_ray.controllers.inputs import PPOInputs, check
-from rlhf_ray.controllers.ppo_roles import PPORoles, ppo_roles
+from rlhf_ray.config.roles import Level
+from rlhf_ray.config.run import Limit, Timeouts
+from rlhf_ray.controllers.inputs import PPOInputs
+from rlhf_ray.controllers.job import check
+from rlhf_ray.controllers.ppo_roles import PPORoles, start_ppo_roles
+from rlhf_ray.controllers.roles import Actors
 from rlhf_ray.data.cursor import PromptCursor
 from rlhf_ray.data.requests import PromptRequest, requests_for
 from rlhf_ray.engines.held_weights import WeightsMissing
@@ -28,6 +32,7 @@ from runs import MakeConfig
 from sampling import generated, greedy
 
 SYNC_S = 100.0
+LIMIT = Limit(60.0, "no setting: a test")
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +60,8 @@ def roles(config: PPOJob, inputs: PPOInputs) -> Iterator[PPORoles]:
     class Over(Exception):
         """Ends the actors as a failure does: after the last tests the engine does not answer."""
 
-    with suppress(Over), ppo_roles(config, inputs) as started:
-        yield started
+    with suppress(Over), Actors.of_job(config) as actors:
+        yield start_ppo_roles(config, inputs, actors)
         raise Over
 
 
@@ -71,7 +76,7 @@ def in_engine(roles: PPORoles, work: Callable[[Any], Any]) -> Any:
 
 def sync(roles: PPORoles, version: int) -> None:
     roles.devices.enter("sync")
-    roles.policy.run("send_weights", version, timeout_s=SYNC_S, setting="")
+    roles.policy.send_weights(version).wait(Limit(SYNC_S, "no setting: a test"))
     roles.devices.received("sync")
 
 
@@ -91,12 +96,13 @@ def trainers(roles: PPORoles, config: PPOJob, requests: list[PromptRequest]) -> 
 def test_an_engine_that_left_its_place_after_loading_has_no_weights_and_says_so(
     config: PPOJob, roles: PPORoles, requests: list[PromptRequest]
 ) -> None:
-    assert roles.rollout.run("version", timeout_s=60, setting="") == [None]
+    assert roles.rollout.versions().wait(LIMIT) == [None]
     assert roles.devices.lacks_weights("rollout")
     with pytest.raises(WeightsMissing, match="rollout can't generate: it left its devices"):
         roles.devices.enter("generate")
     for deterministic in (False, True):
-        group = RolloutGroup(roles.rollout.actors, config.rollout, deterministic=deterministic, timeout_s=60.0)
+        timeouts = Timeouts(rollout_s=60.0)
+        group = RolloutGroup(roles.rollout.actors, config.rollout, deterministic=deterministic, timeouts=timeouts)
         began = time.monotonic()
         with pytest.raises(WeightsMissing, match="dropped its weights. A weight sync has to come first"):
             list(group.generate([requests], version=0))
@@ -111,11 +117,11 @@ def test_it_has_them_after_a_sync_and_loses_them_with_its_place(
         wait_all([roles.policy.actors[0].__ray_call__.remote(change_weights, part, version)], 60, "change", "")
         sync(roles, version)
         roles.devices.enter("generate")
-        assert roles.rollout.run("version", timeout_s=60, setting="") == [version]
+        assert roles.rollout.versions().wait(LIMIT) == [version]
         assert responses(roles, requests, version) == trainers(roles, config, requests)
         roles.devices.enter("checkpoint", ["policy"])
         assert roles.devices.lacks_weights("rollout")
-        assert roles.rollout.run("version", timeout_s=60, setting="") == [None]
+        assert roles.rollout.versions().wait(LIMIT) == [None]
         with pytest.raises(WeightsMissing):
             generated(roles, 0, requests, version)
 
@@ -124,23 +130,22 @@ def test_what_an_engine_has_without_a_sync_is_no_model_on_cpu_either(
     config: PPOJob, roles: PPORoles, requests: list[PromptRequest]
 ) -> None:
     """As on a GPU: else none of these tests could see that a sync was forgotten."""
-    from rlhf_ray.config.roles import Level
 
     def pretend(worker: Any) -> None:
         worker.engine.held.has(4)
 
     in_engine(roles, pretend)
-    roles.rollout.run("move", Level.FULL, timeout_s=60, setting="")
+    roles.rollout.move(Level.FULL).wait(LIMIT)
     batch = generated(roles, 0, requests, 4)
     found = [batch.response(sample).tolist() for sample in range(len(batch))]
     assert found != trainers(roles, config, requests)
     assert not np.isfinite(batch.engine_logprobs).all()
-    roles.rollout.run("move", Level.OUT, timeout_s=60, setting="")
+    roles.rollout.move(Level.OUT).wait(LIMIT)
 
 
 def test_weights_are_not_sent_to_an_engine_that_has_no_memory_for_them(roles: PPORoles) -> None:
     with pytest.raises(WeightsMissing, match="rollout can't take new weights: .* come to level WEIGHTS first"):
-        roles.rollout.run("start_update", timeout_s=60, setting="")
+        roles.rollout.call(RolloutWorker.start_update).wait(LIMIT)
 
 
 def kill_the_engine_then_receive(worker: Any) -> None:
@@ -165,4 +170,4 @@ def test_an_engine_that_dies_in_a_sync_is_told_at_once(roles: PPORoles) -> None:
     with pytest.raises(TaskFailed, match="rollout: update failed: EngineDeadError"):
         sync(roles, 6)
     assert time.monotonic() - began < 10
-    assert roles.rollout.run("version", timeout_s=20, setting="") == [None]
+    assert roles.rollout.versions().wait(Limit(20.0, "no setting: a test")) == [None]

@@ -14,15 +14,20 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from policy_surgery import change_trained, whole_weights
 from rlhf_ray.actors.columns import assemble
+from rlhf_ray.actors.group import Calls
+from rlhf_ray.actors.policy import PolicyWorker
 from rlhf_ray.actors.waiting import wait_all
 from rlhf_ray.config.jobs import PPOJob, RewardModelJob, SFTJob
 from rlhf_ray.config.number_formats import NumberFormats
+from rlhf_ray.config.run import Limit, Timeouts
 from rlhf_ray.controllers.inputs import PPOInputs
 from rlhf_ray.controllers.job import check
 from rlhf_ray.controllers.ppo import PPOController
-from rlhf_ray.controllers.ppo_roles import PPORoles, ppo_roles
+from rlhf_ray.controllers.ppo_roles import PPORoles, start_ppo_roles
+from rlhf_ray.controllers.roles import Actors
 from rlhf_ray.controllers.run_folder import Checkpointing, RunFolder
 from rlhf_ray.controllers.train import train
+from rlhf_ray.data.columns import ColumnPart
 from rlhf_ray.data.cursor import PromptCursor
 from rlhf_ray.data.requests import requests_for
 from rlhf_ray.data.trajectory import TrajectoryBatch
@@ -34,6 +39,7 @@ from runs import MakeConfig, assert_nothing_is_left, assert_same_run, exported_w
 from sampling import as_shard, generated, greedy
 
 IDS = torch.arange(3, 40)[None]
+LIMIT = Limit(60.0, "no setting: a test")
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -144,8 +150,8 @@ def inputs(config: PPOJob) -> PPOInputs:
 
 @pytest.fixture(scope="module")
 def roles(config: PPOJob, inputs: PPOInputs) -> Iterator[PPORoles]:
-    with ppo_roles(config, inputs) as started:
-        yield started
+    with Actors.of_job(config) as actors:
+        yield start_ppo_roles(config, inputs, actors)
     assert_nothing_is_left()
 
 
@@ -159,9 +165,11 @@ def test_a_ppo_run_with_adapters(config: PPOJob, inputs: PPOInputs, roles: PPORo
     assert roles.reference is None
     folder = RunFolder(config, config.run.steps, NumberFormats(config, ()))
     folder.start_progress()
+    assert roles.critic is not None
     trained = {"policy": roles.policy, "critic": roles.critic}
+    checkpointing = Checkpointing(folder, trained, Timeouts(checkpoint_s=60.0))
     with folder:
-        PPOController(config, inputs, roles, folder, Checkpointing(folder, trained, 60.0)).train()
+        PPOController(config, inputs, roles, folder, checkpointing).train()
     first, second = read_metrics(folder.path)
     assert first["kl/mean"] == 0, "a new adapter changes nothing"
     assert second["kl/mean"] > 0.01
@@ -183,7 +191,7 @@ def test_after_a_sync_every_engine_samples_from_the_trainers_model(
     before: list[list[int]] = []
     for version in (10, 11):
         changed = on_policy(roles, change_trained, version)
-        roles.policy.run("send_weights", version, timeout_s=60, setting="")
+        roles.policy.send_weights(version).wait(LIMIT)
         wanted = greedy(on_policy(roles, whole_weights), config.policy.model, requests)
         assert wanted != before, "the change must show, else the test proves nothing"
         before = wanted
@@ -191,10 +199,10 @@ def test_after_a_sync_every_engine_samples_from_the_trainers_model(
             batch = generated(roles, engine, requests, version)
             assert [batch.response(sample).tolist() for sample in range(len(batch))] == wanted, f"engine {engine}"
             assert set(batch.weight_versions.tolist()) == {version}
-            trainers = column(roles.policy.call("logprobs", ray.put(batch)), batch)
+            trainers = column(roles.policy.call(PolicyWorker.logprobs, ray.put(batch)), batch)
             assert np.abs(batch.engine_logprobs - trainers).max() <= 1e-4, f"engine {engine}"
     assert changed == 2 * 7 * 2
-    assert roles.rollout.run("version", timeout_s=60, setting="") == [version] * engines
+    assert roles.rollout.versions().wait(LIMIT) == [version] * engines
 
 
 def test_the_reference_is_the_model_before_training(config: PPOJob, inputs: PPOInputs, roles: PPORoles) -> None:
@@ -206,8 +214,8 @@ def test_the_reference_is_the_model_before_training(config: PPOJob, inputs: PPOI
     with torch.no_grad():
         wanted = base(pack.packed, pack.positions, pack.targets, 1.0)[0]
     np.testing.assert_allclose(found, wanted.numpy(), rtol=0, atol=1e-5)
-    assert np.abs(column(roles.policy.call("logprobs", ray.put(batch)), batch) - found).max() > 0.1
+    assert np.abs(column(roles.policy.call(PolicyWorker.logprobs, ray.put(batch)), batch) - found).max() > 0.1
 
 
-def column(parts: list[ray.ObjectRef], batch: TrajectoryBatch) -> np.ndarray:
-    return assemble(wait_all(parts, 60, "", ""), batch).numpy()
+def column(parts: Calls[ColumnPart], batch: TrajectoryBatch) -> np.ndarray:
+    return assemble(parts.wait(LIMIT), batch).numpy()

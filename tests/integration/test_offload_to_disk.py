@@ -6,16 +6,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-import ray
 import torch
 from deepspeed.ops.op_builder import AsyncIOBuilder
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rlhf_ray.actors.group import ActorGroup
 from rlhf_ray.config.roles import Level
 from rlhf_ray.config.training import Lora, ScoringEngine, TrainingEngine
 from rlhf_ray.engines.saved_weights import saved_weights
-from training_rank import BUILD_S, Trained, run, started
+from training_rank import Ranks, Trained, TrainingRank, run, run_each, started
 
 pytestmark = pytest.mark.long  # DeepSpeed compiles its disk operator: 3 minutes
 
@@ -23,7 +21,7 @@ MICRO_BATCHES = [[[0, 1], [2]], [[3], [4, 5]]]
 
 
 @pytest.fixture(scope="module")
-def ranks() -> Iterator[ActorGroup]:
+def ranks() -> Iterator[Ranks]:
     """Two of them, where DeepSpeed can offload to a disk."""
     if not AsyncIOBuilder().is_compatible():
         pytest.skip("DeepSpeed needs libaio with its headers to offload to a disk (apt-get install libaio-dev)")
@@ -50,10 +48,8 @@ def engine(optimizer: str, parameters: str, dtype: str, disk: Path) -> TrainingE
     return TrainingEngine(zero_stage=3, gradient_clip=0.5, **settings)
 
 
-def train(ranks: ActorGroup, steps: int, moves: tuple[Level, ...] = ()) -> Trained:
-    done: list[Trained] = ray.get(
-        ranks.call_each("train", [(steps, mine, moves) for mine in MICRO_BATCHES]), timeout=BUILD_S
-    )
+def train(ranks: Ranks, steps: int, moves: tuple[Level, ...] = ()) -> Trained:
+    done: list[Trained] = run_each(ranks, TrainingRank.train, [(steps, mine, moves) for mine in MICRO_BATCHES])
     return done[0]
 
 
@@ -75,7 +71,7 @@ def assert_equal(mine: Trained, theirs: Trained) -> None:
     ],
 )
 def test_offload_to_a_disk_does_not_change_the_training(
-    ranks: ActorGroup,
+    ranks: Ranks,
     model: Path,
     tmp_path: Path,
     optimizer: str,
@@ -85,7 +81,7 @@ def test_offload_to_a_disk_does_not_change_the_training(
 ) -> None:
     found = []
     for places in (("cpu", "none"), (optimizer, parameters)):  # files go when their engine does: last, so that it lives
-        run(ranks, "build", str(model), engine(*places, dtype, tmp_path), lora)
+        run(ranks, TrainingRank.build, str(model), engine(*places, dtype, tmp_path), lora)
         found.append(train(ranks, 2))
     assert_equal(*found)
     written = {path.name for path in tmp_path.rglob("*.swp")}
@@ -94,11 +90,11 @@ def test_offload_to_a_disk_does_not_change_the_training(
 
 
 def test_an_engine_with_its_optimizer_on_a_disk_leaves_its_device_and_goes_on(
-    ranks: ActorGroup, model: Path, tmp_path: Path
+    ranks: Ranks, model: Path, tmp_path: Path
 ) -> None:
     found = []
     for moves in ((), (Level.OUT, Level.WEIGHTS, Level.OUT, Level.FULL)):
-        run(ranks, "build", str(model), engine("nvme", "none", "float32", tmp_path))
+        run(ranks, TrainingRank.build, str(model), engine("nvme", "none", "float32", tmp_path))
         found.append(train(ranks, 2, moves))
     assert_equal(*found)
 
@@ -114,14 +110,14 @@ def test_an_engine_with_its_optimizer_on_a_disk_leaves_its_device_and_goes_on(
 )
 @pytest.mark.parametrize("dtype", ["float32"])
 def test_a_checkpoint_is_the_same_wherever_states_are_kept(
-    ranks: ActorGroup, model: Path, tmp_path: Path, before: tuple[str, str], after: tuple[str, str], dtype: str
+    ranks: Ranks, model: Path, tmp_path: Path, before: tuple[str, str], after: tuple[str, str], dtype: str
 ) -> None:
-    run(ranks, "build", str(model), engine(*before, dtype, tmp_path / "disk"))
+    run(ranks, TrainingRank.build, str(model), engine(*before, dtype, tmp_path / "disk"))
     saved = train(ranks, 2)
-    run(ranks, "save", str(tmp_path / "checkpoint"))
+    run(ranks, TrainingRank.save, str(tmp_path / "checkpoint"))
     undisturbed = train(ranks, 2)
-    run(ranks, "build", str(model), engine(*after, dtype, tmp_path / "disk"))
-    run(ranks, "load", str(tmp_path / "checkpoint"))
+    run(ranks, TrainingRank.build, str(model), engine(*after, dtype, tmp_path / "disk"))
+    run(ranks, TrainingRank.load, str(tmp_path / "checkpoint"))
     resumed = train(ranks, 2)
     assert_equal(resumed, undisturbed)
     exported = saved_weights(tmp_path / "checkpoint", torch.float32)
@@ -130,8 +126,8 @@ def test_a_checkpoint_is_the_same_wherever_states_are_kept(
     assert not list((tmp_path / "checkpoint").rglob("*.swp"))
 
 
-def test_weights_on_a_disk_score_as_those_in_memory(ranks: ActorGroup, model: Path, tmp_path: Path) -> None:
+def test_weights_on_a_disk_score_as_those_in_memory(ranks: Ranks, model: Path, tmp_path: Path) -> None:
     on_disk = ScoringEngine(zero_stage=3, dtype="float32", offload_parameters="nvme", nvme_path=str(tmp_path))
     in_memory = ScoringEngine(zero_stage=3, dtype="float32")
-    mine, theirs = (run(ranks, "score", str(model), config, False, True) for config in (on_disk, in_memory))
+    mine, theirs = (run(ranks, TrainingRank.score, str(model), config, False, True) for config in (on_disk, in_memory))
     assert np.array_equal(mine[0], theirs[0])

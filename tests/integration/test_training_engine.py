@@ -5,10 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import ray
 import torch
 
-from rlhf_ray.actors.group import ActorGroup
 from rlhf_ray.actors.waiting import TaskFailed
 from rlhf_ray.config.roles import Level
 from rlhf_ray.config.training import Lora, TrainingEngine
@@ -20,9 +18,12 @@ from training_rank import (
     OPTIMIZER,
     SEQUENCES,
     TOTAL_STEPS,
+    Ranks,
     Trained,
+    TrainingRank,
     Weights,
     run,
+    run_each,
     started,
     token_mean_loss,
 )
@@ -33,14 +34,14 @@ LORA = Lora(rank=8, alpha=64.0)
 
 
 @pytest.fixture(scope="module")
-def groups() -> Iterator[dict[int, ActorGroup]]:
+def groups() -> Iterator[dict[int, Ranks]]:
     """A group of one rank and one of two."""
     with started(1, 2) as made:
         yield made
 
 
 def trained(
-    group: ActorGroup,
+    group: Ranks,
     model: Path,
     micro_batches: list[list[list[int]]],
     lora: Lora | None = None,
@@ -48,8 +49,8 @@ def trained(
     **engine: object,
 ) -> Trained:
     """Two steps; `micro_batches` are per rank. All ranks must hold the same weights in the end."""
-    run(group, "build", str(model), TrainingEngine(gradient_clip=CLIP, **engine), lora)  # type: ignore[arg-type]
-    done: list[Trained] = ray.get(group.call_each("train", [(2, mine, moves) for mine in micro_batches]), timeout=120)
+    run(group, TrainingRank.build, str(model), TrainingEngine(gradient_clip=CLIP, **engine), lora)  # type: ignore[arg-type]
+    done: list[Trained] = run_each(group, TrainingRank.train, [(2, mine, moves) for mine in micro_batches])
     for other in done[1:]:
         assert_close(other.weights, done[0].weights, 0)
         assert other.norms == done[0].norms
@@ -117,7 +118,7 @@ def test_the_plain_loop_clips_and_warms_up(plain: Trained) -> None:
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_every_zero_stage_trains_as_plain_torch_does(
-    groups: dict[int, ActorGroup], wide_model: Path, plain: Trained, stage: int
+    groups: dict[int, Ranks], wide_model: Path, plain: Trained, stage: int
 ) -> None:
     cut = [[[0, 3, 4], [1, 2, 5, 6, 7]]]
     assert_same_training(trained(groups[1], wide_model, cut, zero_stage=stage, dtype="float32"), plain)
@@ -133,14 +134,14 @@ def test_every_zero_stage_trains_as_plain_torch_does(
     ids=["stage 2", "stage 3", "stage 3, split otherwise, with a dummy"],
 )
 def test_two_ranks_train_as_one_does(
-    groups: dict[int, ActorGroup], wide_model: Path, plain: Trained, stage: int, cut: list[list[list[int]]]
+    groups: dict[int, Ranks], wide_model: Path, plain: Trained, stage: int, cut: list[list[list[int]]]
 ) -> None:
     assert_same_training(trained(groups[2], wide_model, cut, zero_stage=stage, dtype="float32"), plain)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_two_ranks_that_share_sequences_train_as_one_does(
-    groups: dict[int, ActorGroup], wide_model: Path, plain: Trained, stage: int
+    groups: dict[int, Ranks], wide_model: Path, plain: Trained, stage: int
 ) -> None:
     both = [[7], [2, 0, 1], [4, 5, 6, 3], []]
     found = trained(groups[2], wide_model, [both] * 2, zero_stage=stage, dtype="float32", sequence_parallel=2)
@@ -148,17 +149,17 @@ def test_two_ranks_that_share_sequences_train_as_one_does(
 
 
 def test_ranks_that_share_a_long_sequence_need_about_half_the_memory(
-    groups: dict[int, ActorGroup], wide_model: Path
+    groups: dict[int, Ranks], wide_model: Path
 ) -> None:
     peaks = {}
     for ranks, group in groups.items():
-        run(group, "build", str(wide_model), TrainingEngine(dtype="float32", sequence_parallel=ranks))
-        peaks[ranks] = run(group, "peak_memory", 4096)
+        run(group, TrainingRank.build, str(wide_model), TrainingEngine(dtype="float32", sequence_parallel=ranks))
+        peaks[ranks] = run(group, TrainingRank.peak_memory, 4096)
     assert max(peaks[2]) < 0.6 * peaks[1][0]
 
 
 def test_adapters_and_recomputed_activations_go_with_shared_sequences(
-    groups: dict[int, ActorGroup], wide_model: Path, plain_lora: Trained
+    groups: dict[int, Ranks], wide_model: Path, plain_lora: Trained
 ) -> None:
     engine = {"zero_stage": 3, "dtype": "float32", "sequence_parallel": 2, "activation_checkpointing": True}
     assert_same_training(trained(groups[2], wide_model, [[ALL]] * 2, LORA, **engine), plain_lora)
@@ -175,7 +176,7 @@ def test_four_ranks_share_sequences_in_pairs(wide_model: Path, plain: Trained) -
 
 @pytest.mark.parametrize(("ranks", "stage"), [(1, 0), (1, 1), (2, 2), (2, 3)])
 def test_adapters_train_as_plain_torch_trains_them(
-    groups: dict[int, ActorGroup], wide_model: Path, plain_lora: Trained, ranks: int, stage: int
+    groups: dict[int, Ranks], wide_model: Path, plain_lora: Trained, ranks: int, stage: int
 ) -> None:
     cut = [[[7], [2, 0], [4, 5]], [[6, 1], [3], []]] if ranks == 2 else [[ALL]]
     found = trained(groups[ranks], wide_model, cut, LORA, zero_stage=stage, dtype="float32")
@@ -191,14 +192,14 @@ def test_adapters_move_the_weights_that_they_change_and_no_others(plain_lora: Tr
 
 
 def test_recomputed_activations_do_not_change_the_training(
-    groups: dict[int, ActorGroup], wide_model: Path, plain: Trained
+    groups: dict[int, Ranks], wide_model: Path, plain: Trained
 ) -> None:
     found = trained(groups[1], wide_model, [[ALL]], zero_stage=2, dtype="float32", activation_checkpointing=True)
     assert_same_training(found, plain)
 
 
 def test_parameters_kept_in_host_memory_do_not_change_the_training(
-    groups: dict[int, ActorGroup], wide_model: Path, plain: Trained
+    groups: dict[int, Ranks], wide_model: Path, plain: Trained
 ) -> None:
     cut = [[[0, 1, 2, 3]], [[4, 5, 6, 7]]]
     found = trained(groups[2], wide_model, cut, zero_stage=3, dtype="float32", offload_parameters="cpu")
@@ -207,7 +208,7 @@ def test_parameters_kept_in_host_memory_do_not_change_the_training(
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_an_optimizer_in_host_memory_does_not_change_the_training(
-    groups: dict[int, ActorGroup], wide_model: Path, plain: Trained, stage: int
+    groups: dict[int, Ranks], wide_model: Path, plain: Trained, stage: int
 ) -> None:
     """With several micro-batches, whose offloaded gradients older DeepSpeed lost after the first (its issue 7967)."""
     cut = [[[7], [2, 0], [4, 5]], [[6, 1], [3], []]]
@@ -217,7 +218,7 @@ def test_an_optimizer_in_host_memory_does_not_change_the_training(
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_bfloat16_trains_roughly_as_float32_does(
-    groups: dict[int, ActorGroup], wide_model: Path, plain: Trained, stage: int
+    groups: dict[int, Ranks], wide_model: Path, plain: Trained, stage: int
 ) -> None:
     found = trained(groups[1], wide_model, [[ALL]], zero_stage=stage, dtype="bfloat16")
     assert found.norms == pytest.approx(plain.norms, rel=0.05)
@@ -234,15 +235,15 @@ def test_bfloat16_trains_roughly_as_float32_does(
 
 @pytest.mark.parametrize("bucket_bytes", [1, 20_000, 2**30])
 def test_full_weights_are_whole_on_every_rank_of_zero_3(
-    groups: dict[int, ActorGroup], wide_model: Path, bucket_bytes: int
+    groups: dict[int, Ranks], wide_model: Path, bucket_bytes: int
 ) -> None:
-    run(groups[2], "build", str(wide_model), TrainingEngine(zero_stage=3, dtype="float32"))
-    assert run(groups[2], "is_sharded") == [True, True]
+    run(groups[2], TrainingRank.build, str(wide_model), TrainingEngine(zero_stage=3, dtype="float32"))
+    assert run(groups[2], TrainingRank.is_sharded) == [True, True]
     saved = load_causal(str(wide_model), dtype=torch.float32, vocab_chunk_tokens=16).model
     wanted = {name: parameter.detach().numpy() for name, parameter in saved.named_parameters()}
-    for weights in run(groups[2], "weights", bucket_bytes):
+    for weights in run(groups[2], TrainingRank.weights, bucket_bytes):
         assert_close(weights, wanted, 0)
-    assert run(groups[2], "is_sharded") == [True, True]
+    assert run(groups[2], TrainingRank.is_sharded) == [True, True]
 
 
 @pytest.mark.parametrize(
@@ -260,7 +261,7 @@ def test_full_weights_are_whole_on_every_rank_of_zero_3(
     ],
 )
 def test_a_loaded_checkpoint_goes_on_bit_for_bit(
-    groups: dict[int, ActorGroup],
+    groups: dict[int, Ranks],
     wide_model: Path,
     tmp_path: Path,
     ranks: int,
@@ -272,16 +273,16 @@ def test_a_loaded_checkpoint_goes_on_bit_for_bit(
     cut = [[ALL[rank::ranks]] for rank in range(ranks)]
 
     def train(steps: int) -> Trained:
-        done: list[Trained] = ray.get(group.call_each("train", [(steps, mine) for mine in cut]), timeout=120)
+        done: list[Trained] = run_each(group, TrainingRank.train, [(steps, mine) for mine in cut])
         return done[0]
 
-    run(group, "build", str(wide_model), config, lora)
+    run(group, TrainingRank.build, str(wide_model), config, lora)
     before = train(2)
-    run(group, "save", str(tmp_path / "checkpoint"))
+    run(group, TrainingRank.save, str(tmp_path / "checkpoint"))
     undisturbed = train(2)
-    run(group, "build", str(wide_model), config, lora)
-    run(group, "load", str(tmp_path / "checkpoint"))
-    assert_close(run(group, "weights")[0], before.weights, 0)
+    run(group, TrainingRank.build, str(wide_model), config, lora)
+    run(group, TrainingRank.load, str(tmp_path / "checkpoint"))
+    assert_close(run(group, TrainingRank.weights)[0], before.weights, 0)
     resumed = train(2)
     assert resumed.rates == undisturbed.rates
     assert resumed.norms == undisturbed.norms
@@ -290,12 +291,10 @@ def test_a_loaded_checkpoint_goes_on_bit_for_bit(
         assert_close(mine, theirs, 0)
 
 
-def test_a_folder_without_checkpoint_is_an_error(
-    groups: dict[int, ActorGroup], wide_model: Path, tmp_path: Path
-) -> None:
-    run(groups[1], "build", str(wide_model), TrainingEngine(zero_stage=2, dtype="float32"))
+def test_a_folder_without_checkpoint_is_an_error(groups: dict[int, Ranks], wide_model: Path, tmp_path: Path) -> None:
+    run(groups[1], TrainingRank.build, str(wide_model), TrainingEngine(zero_stage=2, dtype="float32"))
     with pytest.raises(TaskFailed, match="FileNotFoundError: .* holds no DeepSpeed checkpoint"):
-        run(groups[1], "load", str(tmp_path))
+        run(groups[1], TrainingRank.load, str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -314,7 +313,7 @@ def test_a_folder_without_checkpoint_is_an_error(
     ],
 )
 def test_an_engine_that_left_its_device_goes_on_as_if_it_had_stayed(
-    groups: dict[int, ActorGroup], wide_model: Path, stage: int, dtype: str, offload: str, lora: Lora | None
+    groups: dict[int, Ranks], wide_model: Path, stage: int, dtype: str, offload: str, lora: Lora | None
 ) -> None:
     halves = [[ALL[:4]], [ALL[4:]]]
     engine = {"zero_stage": stage, "dtype": dtype, "offload_optimizer": offload}
@@ -330,23 +329,23 @@ def test_an_engine_that_left_its_device_goes_on_as_if_it_had_stayed(
     [(1, 2, "bfloat16", LORA), (2, 1, "float32", LORA), (1, 3, "float32", LORA), (2, 3, "bfloat16", None)],
 )
 def test_nothing_holds_what_has_left_the_device(
-    groups: dict[int, ActorGroup], wide_model: Path, ranks: int, stage: int, dtype: str, lora: Lora | None
+    groups: dict[int, Ranks], wide_model: Path, ranks: int, stage: int, dtype: str, lora: Lora | None
 ) -> None:
     trained(
         groups[ranks], wide_model, [[ALL[rank::ranks]] for rank in range(ranks)], lora, zero_stage=stage, dtype=dtype
     )
-    for found in run(groups[ranks], "left_behind"):
+    for found in run(groups[ranks], TrainingRank.left_behind):
         assert {name for name, (_, size) in found.items() if size} == (
             ({"frozen"} if lora else set()) | ({"shards", "optimizer"} if stage == 3 else set())
         )
         assert {name: left for name, (left, _) in found.items()} == dict.fromkeys(found, 0)
 
 
-def test_an_engine_that_has_left_does_not_work(groups: dict[int, ActorGroup], wide_model: Path) -> None:
-    run(groups[1], "build", str(wide_model), TrainingEngine(zero_stage=2, dtype="float32"))
-    [[forward, backward, step]] = run(groups[1], "try_to_work", Level.WEIGHTS)
+def test_an_engine_that_has_left_does_not_work(groups: dict[int, Ranks], wide_model: Path) -> None:
+    run(groups[1], TrainingRank.build, str(wide_model), TrainingEngine(zero_stage=2, dtype="float32"))
+    [[forward, backward, step]] = run(groups[1], TrainingRank.try_to_work, Level.WEIGHTS)
     assert forward == ""
     assert backward.startswith("a backward pass needs full on the device, but the model has left it as far as weights")
     assert step.startswith("an optimizer step needs full")
-    [[forward, *_]] = run(groups[1], "try_to_work", Level.OUT)
+    [[forward, *_]] = run(groups[1], TrainingRank.try_to_work, Level.OUT)
     assert forward.startswith("a forward pass needs weights on the device")

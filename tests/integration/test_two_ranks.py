@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,16 +26,20 @@ from transformers import AutoModelForCausalLM
 from policy_surgery import change_weights, whole_weights
 from rlhf_ray.actors.columns import assemble
 from rlhf_ray.actors.group import ActorGroup
+from rlhf_ray.actors.policy import PolicyWorker
+from rlhf_ray.actors.reward import TextRewardGroup
 from rlhf_ray.actors.rollout import RolloutGroup
 from rlhf_ray.actors.waiting import ActorDied, TaskFailed, wait_all
 from rlhf_ray.config.jobs import PPOJob
 from rlhf_ray.config.number_formats import NumberFormats
 from rlhf_ray.config.rewards import FunctionReward
+from rlhf_ray.config.run import Limit, Timeouts
 from rlhf_ray.controllers.inputs import PPOInputs
 from rlhf_ray.controllers.job import check
 from rlhf_ray.controllers.ppo import PPOController
 from rlhf_ray.controllers.ppo_report import TrainingDiverged
-from rlhf_ray.controllers.ppo_roles import PPORoles, ppo_roles
+from rlhf_ray.controllers.ppo_roles import PPORoles, start_ppo_roles
+from rlhf_ray.controllers.roles import Actors
 from rlhf_ray.controllers.run_folder import Checkpointing, RunFolder
 from rlhf_ray.data.cursor import PromptCursor
 from rlhf_ray.data.requests import PromptRequest, requests_for
@@ -49,6 +52,7 @@ from sampling import as_shard, generated, greedy
 ENGINES = 2
 
 TOLD_WITHIN_S = 10.0
+LIMIT = Limit(60.0, "no setting: a test")
 
 # Together they are all weights of the model.
 PARTS = ("embed_tokens", "self_attn", "mlp", "layernorm", "model.norm")
@@ -107,7 +111,8 @@ def roles(config: PPOJob, inputs: PPOInputs) -> Iterator[PPORoles]:
     class Over(Exception):
         """Ends the actors as a failure does: after the last tests some would not answer."""
 
-    with suppress(Over), ppo_roles(config, inputs) as started:
+    with suppress(Over), Actors.of_job(config) as actors:
+        started = start_ppo_roles(config, inputs, actors)
         assert len(engine_processes()) >= ENGINES
         yield started
         raise Over
@@ -117,13 +122,16 @@ def roles(config: PPOJob, inputs: PPOInputs) -> Iterator[PPORoles]:
 def controller(config: PPOJob, inputs: PPOInputs, roles: PPORoles) -> PPOController:
     folder = RunFolder(config, config.run.steps, NumberFormats(config, ()))
     folder.start_progress()
+    assert roles.critic is not None
     trained = {"policy": roles.policy, "critic": roles.critic}
-    return PPOController(config, inputs, roles, folder, Checkpointing(folder, trained, 60.0))
+    return PPOController(config, inputs, roles, folder, Checkpointing(folder, trained, Timeouts(checkpoint_s=60.0)))
 
 
 def use_reward(roles: PPORoles, config: PPOJob, function: str) -> None:
     part = FunctionReward(name="letters", function=f"reward_functions:{function}")
-    roles.rewards[0].group.run("load_model", part, config.policy.model, False, timeout_s=60, setting="")
+    group = roles.rewards[0].group
+    assert isinstance(group, TextRewardGroup)
+    group.load_model(part, config.policy.model, False, ()).wait(LIMIT)
 
 
 def test_a_ppo_run_on_two_ranks_and_two_engines(config: PPOJob, inputs: PPOInputs, roles: PPORoles) -> None:
@@ -163,7 +171,7 @@ def test_after_a_sync_every_engine_samples_from_the_trainers_weights(
     for version, part in enumerate(PARTS, start=10):
         counts = [actor.__ray_call__.remote(change_weights, part, version) for actor in roles.policy.actors]
         changed += wait_all(counts, 60, "change", "")[0]
-        roles.policy.run("send_weights", version, timeout_s=60, setting="")
+        roles.policy.send_weights(version).wait(LIMIT)
         weights = whole(roles)
         responses.append(greedy(weights, model, requests))
         assert responses[-1] != responses[-2], f"{part}: the change must show, else the test proves nothing"
@@ -172,20 +180,21 @@ def test_after_a_sync_every_engine_samples_from_the_trainers_weights(
             found = [batch.response(sample).tolist() for sample in range(len(batch))]
             assert found == responses[-1], f"engine {engine} after {part}"
             assert set(batch.weight_versions.tolist()) == {version}
-            trainers = assemble(wait_all(roles.policy.call("logprobs", ray.put(batch)), 60, "", ""), batch).numpy()
+            trainers = assemble(roles.policy.call(PolicyWorker.logprobs, ray.put(batch)).wait(LIMIT), batch).numpy()
             gaps = np.abs(batch.engine_logprobs - trainers)
             assert gaps.mean() <= 1e-5, f"engine {engine} after {part}"
             assert gaps.max() <= 1e-4, f"engine {engine} after {part}"
     assert changed == len(weights), "every weight was changed"
-    assert roles.rollout.run("version", timeout_s=60, setting="") == [version] * ENGINES
+    assert roles.rollout.versions().wait(LIMIT) == [version] * ENGINES
 
 
 def test_one_rank_alone_finds_the_values_that_both_find_together(inputs: PPOInputs, roles: PPORoles) -> None:
     batch = generated(roles, 0, requests_of(inputs, 6), version=0)
-    together = roles.critic.call_on("values", as_shard(batch, number=1, shards=2))
-    alone = roles.critic.call_on("values", as_shard(batch, number=1, shards=100))
-    assert (len(together), len(alone)) == (2, 1)
-    found, wanted = (assemble(wait_all(refs, 60, "", ""), batch).numpy() for refs in (alone, together))
+    assert roles.critic is not None
+    together = roles.critic.values(as_shard(batch, number=1, shards=2))
+    alone = roles.critic.values(as_shard(batch, number=1, shards=100))
+    assert (len(together.refs), len(alone.refs)) == (2, 1)
+    found, wanted = (assemble(calls.wait(LIMIT), batch).numpy() for calls in (alone, together))
     np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5)
 
 
@@ -245,8 +254,12 @@ def test_a_refused_prompt_is_an_error_also_while_generation_is_held(
 ) -> None:
     good = requests_of(inputs, 3)
     overlong = replace(good[1], tokens=np.full(config.rollout.engine.max_model_len + 1, 5, np.int32))
-    held = RolloutGroup(roles.rollout.actors, config.rollout, deterministic=True, timeout_s=20.0)
-    go_on = partial(roles.rollout.run, "release", 0, 20.0, timeout_s=20, setting="")
+    timeouts = Timeouts(rollout_s=20.0)
+    held = RolloutGroup(roles.rollout.actors, config.rollout, deterministic=True, timeouts=timeouts)
+
+    def go_on() -> None:
+        held.release([0] * ENGINES).wait(timeouts.rollout)
+
     go_on()  # what was queued before does not count
     with pytest.raises(TaskFailed, match=r"rollout/1: generate failed: .*maximum context length is 64 tokens"):
         list(held.generate([[good[0]], [overlong], [good[2]]], version=0))
@@ -283,7 +296,8 @@ def test_an_engine_whose_own_process_dies_is_told_also_while_generation_is_held(
     config: PPOJob, inputs: PPOInputs, roles: PPORoles
 ) -> None:
     """vLLM never answers what its engine was asked before it died: here, to hold."""
-    left = RolloutGroup(roles.rollout.actors[:1], config.rollout, deterministic=True, timeout_s=60.0)
+    timeouts = Timeouts(rollout_s=60.0)
+    left = RolloutGroup(roles.rollout.actors[:1], config.rollout, deterministic=True, timeouts=timeouts)
     [process] = engine_processes()
     os.kill(process, signal.SIGSTOP)
     with ThreadPoolExecutor(1) as thread:
@@ -306,7 +320,7 @@ def test_a_death_is_told_while_others_are_waited_for(roles: PPORoles, dies: str)
     os.kill(waited_for, signal.SIGSTOP)
     try:
         with ThreadPoolExecutor(1) as thread:
-            waiting = thread.submit(roles.policy.run, "address", timeout_s=60, setting="")
+            waiting = thread.submit(roles.policy.call(PolicyWorker.address).wait, LIMIT)
             time.sleep(1.0)
             assert not waiting.done()
             os.kill(victim, signal.SIGKILL)

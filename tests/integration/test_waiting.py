@@ -5,7 +5,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -26,11 +26,14 @@ from rlhf_ray.actors.waiting import (
 )
 from rlhf_ray.actors.watched import Watched, actor_class
 from rlhf_ray.actors.weight_sync import EngineClient
+from rlhf_ray.config.run import Limit
 from rlhf_ray.rewards.errors import RewardError
 from rlhf_ray.telemetry.trace import SpanRecorder
 
+LIMIT = Limit(60.0, "no setting: a test")
 
-class Busy:
+
+class Busy(Watched):
     """An actor that answers, is late, raises or dies."""
 
     def answer(self, value: Any) -> Any:
@@ -63,54 +66,59 @@ def pair() -> Iterator[ActorGroup]:
     group.kill()
 
 
+def ref(group: ActorGroup, rank: int, method: Callable[..., Any], *arguments: Any) -> ray.ObjectRef:
+    """To what one rank's method gives."""
+    return group.call_rank(rank, method, *arguments).refs[0]
+
+
 def wait(refs: list[ray.ObjectRef], timeout_s: float = 30.0) -> list[Any]:
     return wait_all(refs, timeout_s, "busy: work", "run.timeouts.update_s")
 
 
 def test_results_come_in_rank_order(pair: ActorGroup) -> None:
-    late, early = pair.call_each("answer", [("first",), ("second",)])
+    late, early = pair.call_each(Busy.answer, [("first",), ("second",)]).refs
     assert wait([late, early, late]) == ["first", "second", "first"]
-    assert ray.get(pair.call_one(3, "answer", 7), timeout=30) == 7
+    assert pair.call_rank(3, Busy.answer, 7).wait(LIMIT) == [7]
 
 
 def test_a_limit_names_what_was_waited_for_and_the_setting(pair: ActorGroup) -> None:
     with pytest.raises(
         RoleTimeout, match=r"waited 0.3 s for busy: work in vain.*raise run.timeouts.update_s"
     ) as caught:
-        wait(pair.call("sleep", 2.0), timeout_s=0.3)
+        wait(pair.call(Busy.sleep, 2.0).refs, timeout_s=0.3)
     assert (caught.value.what, caught.value.seconds) == ("busy: work", 0.3)
 
 
 def test_an_unexpected_exception_is_named_with_its_traceback(pair: ActorGroup) -> None:
     with pytest.raises(TaskFailed, match=r"(?s)busy: work failed: ZeroDivisionError: a bug of ours.*in fail"):
-        wait(pair.call("fail"))
+        wait(pair.call(Busy.fail).refs)
 
 
 def test_this_packages_own_exceptions_come_as_they_were_raised(pair: ActorGroup) -> None:
     with pytest.raises(RewardError, match="it is down") as caught:
-        wait(pair.call("refuse"))
+        wait(pair.call(Busy.refuse).refs)
     assert (caught.value.part, caught.value.samples) == ("sentiment", ("u1", "u2"))
 
 
 def test_a_dead_process_is_a_failure_and_no_hang() -> None:
     with pytest.raises(ActorDied, match=r"died while this was waited for: busy: work\. The cause: its process died"):
-        wait(start(1).call("die"))
+        wait(start(1).call(Busy.die).refs)
 
 
 def test_the_first_failure_ends_the_wait_for_its_peers(pair: ActorGroup) -> None:
-    pair.run("answer", 0, timeout_s=60, setting="")
-    slow = pair.call_one(0, "sleep", 2.0)
+    pair.call(Busy.answer, 0).wait(LIMIT)
+    slow = ref(pair, 0, Busy.sleep, 2.0)
     with pytest.raises(TaskFailed, match="ZeroDivisionError"):
-        wait([slow, pair.call_one(1, "fail")])
+        wait([slow, ref(pair, 1, Busy.fail)])
     done, _ = ray.wait([slow], timeout=0)
     assert not done
 
 
 def test_a_failure_from_before_the_wait_ends_it_too(pair: ActorGroup) -> None:
-    pair.run("answer", 0, timeout_s=60, setting="")
-    failed = pair.call_one(1, "refuse")
+    pair.call(Busy.answer, 0).wait(LIMIT)
+    failed = ref(pair, 1, Busy.refuse)
     ray.wait([failed], timeout=30)
-    slow = pair.call_one(0, "sleep", 2.0)
+    slow = ref(pair, 0, Busy.sleep, 2.0)
     with pytest.raises(RewardError, match="it is down"):
         wait([slow, failed])
     done, _ = ray.wait([slow], timeout=0)
@@ -118,13 +126,13 @@ def test_a_failure_from_before_the_wait_ends_it_too(pair: ActorGroup) -> None:
 
 
 def test_actors_fetch_from_actors(pair: ActorGroup) -> None:
-    refs = [ray.put(np.ones(3)), pair.call_one(1, "answer", np.full(2, 2.0))]
-    assert wait([pair.call_one(0, "sum_of", refs)]) == [7.0]
+    refs = [ray.put(np.ones(3)), ref(pair, 1, Busy.answer, np.full(2, 2.0))]
+    assert wait([ref(pair, 0, Busy.sum_of, refs)]) == [7.0]
 
 
 def test_an_actor_whose_data_failed_says_so(pair: ActorGroup) -> None:
     with pytest.raises(RewardError, match="it is down"):
-        wait([pair.call_one(0, "sum_of", [pair.call_one(1, "refuse")])])
+        wait([ref(pair, 0, Busy.sum_of, [ref(pair, 1, Busy.refuse)])])
 
 
 class Receiver:
@@ -183,7 +191,7 @@ def _raise() -> None:
     raise AssertionError("weights came as float16, announced as float32")
 
 
-class Parent(Busy, Watched):
+class Parent(Busy):
     """An actor that is watched, with a process of its own that it can't work without."""
 
     def __init__(self) -> None:
@@ -211,14 +219,14 @@ def watched() -> Iterator[ActorGroup]:
     """Three actors that are to live."""
     group = ActorGroup("worker", [actor_class(Parent).options(num_cpus=0).remote() for _ in range(3)])
     liveness.watch("worker", group.actors)
-    group.run("answer", 0, timeout_s=60, setting="")
+    group.call(Busy.answer, 0).wait(LIMIT)
     yield group
     group.kill()
     assert not len(liveness)
 
 
 def pids_of(group: ActorGroup) -> list[tuple[int, int]]:
-    return group.run("pids", timeout_s=60, setting="")
+    return group.call(Parent.pids).wait(LIMIT)
 
 
 @pytest.mark.parametrize(
@@ -226,7 +234,7 @@ def pids_of(group: ActorGroup) -> list[tuple[int, int]]:
 )
 def test_a_death_is_told_whoever_is_waited_for(watched: ActorGroup, lost: str, wait_for: Any) -> None:
     actor, child = pids_of(watched)[1]
-    slow = watched.call_one(0, "sleep", 20.0)
+    slow = ref(watched, 0, Busy.sleep, 20.0)
     os.kill(actor if lost == "actor" else child, signal.SIGKILL)
     began = time.monotonic()
     with pytest.raises(ActorDied, match=r"^worker/1 died while this was waited for: somebody else") as caught:
@@ -235,11 +243,11 @@ def test_a_death_is_told_whoever_is_waited_for(watched: ActorGroup, lost: str, w
     assert (caught.value.role, caught.value.rank, caught.value.what) == ("worker", 1, "somebody else")
     assert ("its child died" in caught.value.reason) == (lost == "child")
     # It is told once: what follows is ending the others in order.
-    assert wait_all([watched.call_one(2, "answer", 5)], 30.0, "", "") == [5]
+    assert wait_all([ref(watched, 2, Busy.answer, 5)], 30.0, "", "") == [5]
 
 
 def test_a_wait_that_goes_on_for_several_looks_ends_with_its_results(watched: ActorGroup) -> None:
-    slow, quick = watched.call_one(0, "late", 2.5), watched.call_one(1, "answer", "quick")
+    slow, quick = ref(watched, 0, Parent.late, 2.5), ref(watched, 1, Busy.answer, "quick")
     assert wait([slow, quick, slow]) == ["late", "quick", "late"]
     wait_until_made([slow, quick, slow], 30.0, "", "")
 
@@ -247,12 +255,12 @@ def test_a_wait_that_goes_on_for_several_looks_ends_with_its_results(watched: Ac
 def test_what_peers_say_of_a_dead_rank_is_not_taken_for_the_cause(watched: ActorGroup) -> None:
     os.kill(pids_of(watched)[2][0], signal.SIGKILL)
     with pytest.raises(ActorDied, match="^worker/2 died"):
-        wait([watched.call_one(0, "collective")])
+        wait([ref(watched, 0, Parent.collective)])
 
 
 def test_a_failure_of_a_watched_actor_has_its_name(watched: ActorGroup) -> None:
     with pytest.raises(TaskFailed, match="busy: work failed in worker/1: ZeroDivisionError: a bug of ours") as caught:
-        wait([watched.call_one(1, "fail")])
+        wait([ref(watched, 1, Busy.fail)])
     assert (caught.value.role, caught.value.rank) == ("worker", 1)
     assert caught.value.cause == "ZeroDivisionError: a bug of ours"
     assert "in fail" in caught.value.trace
@@ -260,7 +268,7 @@ def test_a_failure_of_a_watched_actor_has_its_name(watched: ActorGroup) -> None:
 
 def test_a_death_that_another_actor_noticed_gets_its_name(watched: ActorGroup) -> None:
     pid = pids_of(watched)[1][0]
-    asking = watched.call_one(0, "sum_of", [watched.call_one(1, "sleep", 20.0)])
+    asking = ref(watched, 0, Busy.sum_of, [ref(watched, 1, Busy.sleep, 20.0)])
     os.kill(pid, signal.SIGKILL)
     with pytest.raises(ActorDied, match="^worker/1 died"):
         wait([asking])
@@ -269,4 +277,4 @@ def test_a_death_that_another_actor_noticed_gets_its_name(watched: ActorGroup) -
 def test_who_is_ended_as_planned_is_not_missed(watched: ActorGroup) -> None:
     ActorGroup("worker", watched.actors[1:]).kill()
     with pytest.raises(RoleTimeout):
-        wait([watched.call_one(0, "sleep", 20.0)], timeout_s=3.0)
+        wait([ref(watched, 0, Busy.sleep, 20.0)], timeout_s=3.0)

@@ -1,22 +1,21 @@
 """A rank that trains a tiny model on given sequences, with the training engine of the package."""
 
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
-import ray
 import torch
 from deepspeed.utils import safe_get_full_grad
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from rlhf_ray.actors.group import ActorGroup
 from rlhf_ray.actors.watched import actor_class
-from rlhf_ray.actors.worker import Worker
+from rlhf_ray.actors.worker import RankGroup, Worker, join_collectives_of
 from rlhf_ray.config.roles import Level
+from rlhf_ray.config.run import Limit, Timeouts
 from rlhf_ray.config.training import Lora, Optimizer, ScoringEngine, TrainingEngine
 from rlhf_ray.engines.device_states import frozen_tensors
 from rlhf_ray.engines.host_copies import HostCopies
@@ -29,6 +28,7 @@ from rlhf_ray.models.packed import PackedSequences
 from rlhf_ray.models.role_models import CausalModel, ScalarModel
 
 Weights = dict[str, np.ndarray]
+R = TypeVar("R")
 
 SEQUENCES = [np.random.default_rng(0).integers(3, 512, n).astype(np.int32) for n in (5, 9, 17, 32, 9, 11, 12, 30)]
 PREDICTED = sum(len(tokens) - 1 for tokens in SEQUENCES)
@@ -217,6 +217,9 @@ class TrainingRank(Worker):
         self.engine.load(Path(folder))
 
 
+Ranks = RankGroup[TrainingRank]
+
+
 def _status(name: str) -> int:
     """Memory of this process in bytes: `VmRSS` now, `VmHWM` at most."""
     [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{name}:")]
@@ -224,7 +227,7 @@ def _status(name: str) -> int:
 
 
 @contextmanager
-def started(*sizes: int) -> Iterator[dict[int, ActorGroup]]:
+def started(*sizes: int) -> Iterator[dict[int, Ranks]]:
     """Groups of ranks by their sizes."""
     made = {}
     for ranks in sizes:
@@ -233,17 +236,21 @@ def started(*sizes: int) -> Iterator[dict[int, ActorGroup]]:
             .remote("trainer", rank, ranks, seed=0, deterministic=False)
             for rank in range(ranks)
         ]  # fmt: skip
-        made[ranks] = ActorGroup("trainer", actors)
-    joined = []
-    for group in made.values():
-        host, port = ray.get(group.call_one(0, "address"), timeout=120)
-        joined += group.call("join", host, port, 120.0)
-    ray.get(joined, timeout=120)
+        made[ranks] = Ranks("trainer", actors)
+    join_collectives_of(list(made.values()), Timeouts(setup_s=120.0))
     yield made
     for group in made.values():
         group.kill()
 
 
-def run(group: ActorGroup, method: str, *args: object) -> list:  # type: ignore[type-arg]
+LIMIT = Limit(BUILD_S, "no setting: a test")
+
+
+def run(group: Ranks, method: Callable[..., R], *args: object) -> list[R]:
     """Call a method on every rank and wait."""
-    return group.run(method, *args, timeout_s=BUILD_S, setting="no setting: a test")
+    return group.call(method, *args).wait(LIMIT)
+
+
+def run_each(group: Ranks, method: Callable[..., R], per_rank: Sequence[tuple[Any, ...]]) -> list[R]:
+    """Call a method on every rank with arguments of its own and wait."""
+    return group.call_each(method, per_rank).wait(LIMIT)
