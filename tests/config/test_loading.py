@@ -147,8 +147,14 @@ def test_an_unknown_key_suggests_the_nearest(tmp_path: Path, override: str, prob
         ("placement.policy.env=x", "placement.policy.env: should be a section (got 'x')"),
         ("policy.model=", "policy.model: should be text, in quotes where it looks like something else (got None)"),
         ("policy={}", "policy.model: is required"),
-        ("job=pppo", "job: 'pppo' is not a job type; did you mean 'ppo'? (known: ppo, preference, reward_model, sft, or package.module:Class)"),
-        ("job=sleep", "job: 'sleep' is not a job type (known: ppo, preference, reward_model, sft, or package.module:Class)"),
+        (
+            "job=pppo",
+            "job: 'pppo' is not a job type; did you mean 'ppo'? (known: ppo, preference, reward_model, sft, or package.module:Class)",
+        ),
+        (
+            "job=sleep",
+            "job: 'sleep' is not a job type (known: ppo, preference, reward_model, sft, or package.module:Class)",
+        ),
         ("job=", "job: is missing (known: ppo, preference, reward_model, sft, or package.module:Class)"),
     ],
 )
