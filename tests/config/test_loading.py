@@ -45,6 +45,8 @@ data: {train: t.jsonl}
 run: {dir: runs/reward}
 """
 
+KNOWN = "known: ppo, preference, reward_model, sft, or package.module:Class"
+
 
 def load(tmp_path: Path, text: str, *overrides: str) -> Any:
     path = tmp_path / "job.yaml"
@@ -149,13 +151,13 @@ def test_an_unknown_key_suggests_the_nearest(tmp_path: Path, override: str, prob
         ("policy={}", "policy.model: is required"),
         (
             "job=pppo",
-            "job: 'pppo' is not a job type; did you mean 'ppo'? (known: ppo, preference, reward_model, sft, or package.module:Class)",
+            f"job: 'pppo' is not a job type; did you mean 'ppo'? ({KNOWN})",
         ),
         (
             "job=sleep",
-            "job: 'sleep' is not a job type (known: ppo, preference, reward_model, sft, or package.module:Class)",
+            f"job: 'sleep' is not a job type ({KNOWN})",
         ),
-        ("job=", "job: is missing (known: ppo, preference, reward_model, sft, or package.module:Class)"),
+        ("job=", f"job: is missing ({KNOWN})"),
     ],
 )
 def test_a_wrong_value_names_its_path_and_itself(tmp_path: Path, override: str, problem: str) -> None:
