@@ -161,9 +161,10 @@ class PPOJob(Job):
 
     @property
     def _policy_modules(self) -> dict[str, str]:
-        """That of a loss of one's own."""
-        module, own, _ = self.algorithm.policy_loss.partition(":")
-        return {"algorithm.policy_loss": module} if own else {}
+        """Those of a loss and of an estimator of one's own."""
+        plugs = {"policy_loss": self.algorithm.policy_loss, "advantage": self.algorithm.advantage}
+        parts = {key: plug.partition(":") for key, plug in plugs.items()}
+        return {f"algorithm.{key}": module for key, (module, own, _) in parts.items() if own}
 
     def _reward_role(self, index: int, part: RewardPart) -> RoleSpec:
         name, section = f"reward-{part_name(part)}", f"reward.{index}"
@@ -224,8 +225,8 @@ class PPOJob(Job):
             PhaseSpec("generate"),
             PhaseSpec("score"),
             PhaseSpec("update", after=("score",)),
-            PhaseSpec("sync", after=("update",)),
-            PhaseSpec("checkpoint", after=("sync",)),
+            PhaseSpec("checkpoint", after=("update",)),
+            PhaseSpec("sync", after=("checkpoint",)),  # engines that share devices leave them for a checkpoint
             PhaseSpec("export", after=("checkpoint",)),
         )
 
