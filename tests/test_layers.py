@@ -1,4 +1,4 @@
-"""What imports what: the layers of shared/design.md, read from the source alone."""
+"""What imports what: the layers of docs/architecture.md, read from the source alone."""
 
 import ast
 from collections.abc import Iterator

@@ -86,7 +86,7 @@ class ActorGroup(Generic[Worker]):
 
     def call(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Calls[Any]:
         """Call a method of the worker with the same arguments on every rank."""
-        return self._calls([_of(actor, method).remote(*args, **kwargs) for actor in self.actors], method)
+        return self._calls([method_of(actor, method).remote(*args, **kwargs) for actor in self.actors], method)
 
     @overload
     def call_each(
@@ -101,7 +101,7 @@ class ActorGroup(Generic[Worker]):
     def call_each(self, method: Callable[..., Any], per_dp_rank: Sequence[tuple[Any, ...]]) -> Calls[Any]:
         """Call a method on every rank with the arguments of its data-parallel rank."""
         per_rank = [arguments for arguments in per_dp_rank for _ in range(self.sp_size)]
-        refs = [_of(actor, method).remote(*args) for actor, args in zip(self.actors, per_rank, strict=True)]
+        refs = [method_of(actor, method).remote(*args) for actor, args in zip(self.actors, per_rank, strict=True)]
         return self._calls(refs, method)
 
     def call_shard(
@@ -111,10 +111,10 @@ class ActorGroup(Generic[Worker]):
 
         The method's arguments are the trajectories, the number of a slice of them, and how many slices there are.
         """
-        slices = slices_of(len(shard.facts.uids), shard.shards, self.dp_size, sharded=self._sharded)
+        slices = slicesmethod_of(len(shard.facts.uids), shard.shards, self.dp_size, sharded=self._sharded)
         work = range(self.dp_size) if self._sharded else range(shard.number * slices, (shard.number + 1) * slices)
         refs = [
-            _of(actor, method).remote(shard.trajectories, number % slices, slices)
+            method_of(actor, method).remote(shard.trajectories, number % slices, slices)
             for number in work
             for actor in self.actors[number % self.dp_size * self.sp_size :][: self.sp_size]
         ]
@@ -128,7 +128,7 @@ class ActorGroup(Generic[Worker]):
         **kwargs: Arguments.kwargs,
     ) -> Calls[Result]:
         """Call a method on one rank; they take turns by the number."""
-        return self._calls([_of(self.actors[rank % len(self)], method).remote(*args, **kwargs)], method)
+        return self._calls([method_of(self.actors[rank % len(self)], method).remote(*args, **kwargs)], method)
 
     def call_rank_for_two(
         self,
@@ -138,7 +138,7 @@ class ActorGroup(Generic[Worker]):
         **kwargs: Arguments.kwargs,
     ) -> tuple[ray.ObjectRef, ray.ObjectRef]:
         """The same of a method that gives two objects: a large one, which stays where it is, and what to know of it."""
-        called = _of(self.actors[rank % len(self)], method).options(num_returns=2)
+        called = method_of(self.actors[rank % len(self)], method).options(num_returns=2)
         first, second = called.remote(*args, **kwargs)
         return first, second
 
@@ -156,14 +156,15 @@ class ActorGroup(Generic[Worker]):
         return Calls(refs, f"{self.role}: {method.__name__}")
 
 
-def _of(actor: Any, method: Callable[..., Any]) -> Any:
+def method_of(actor: Any, method: Callable[..., Any]) -> Any:
+    """What calls a method of the actor's class on it."""
     return getattr(actor, method.__name__)
 
 
 _SLICES_PER_DP_RANK = 8
 
 
-def slices_of(samples: int, shards: int, dp_size: int, *, sharded: bool) -> int:
+def slicesmethod_of(samples: int, shards: int, dp_size: int, *, sharded: bool) -> int:
     """Slices that a shard of `samples` is cut into, when a step has so many shards.
 
     There are so many that each data-parallel rank gets some pieces of work, which evens out how long they take; but no

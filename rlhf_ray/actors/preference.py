@@ -170,7 +170,7 @@ class PreferenceWorker(EpochTrainedWorker):
                 losses = losses + self._linear.losses(rows, chosen, rejected)
             if self.algorithm.weighting == "wpo":
                 alignment = sampled_alignment(logprobs.detach(), collisions, pack.lengths)
-                losses = losses * wpo_weights(*alignment.unflatten(0, (-1, 2)).unbind(1))
+                losses = losses * wpo_weights(*alignment.reshape(-1, 2).unbind(1))
             stats = _pair_stats(chosen, rejected, with_reference=self.algorithm.needs_reference)
         weighted = (losses * weights).sum()
         return weighted, {"loss": DeviceMean(weighted.detach(), total_weight), **stats}
@@ -196,7 +196,7 @@ class PreferenceWorker(EpochTrainedWorker):
         reference = torch.zeros_like(logprobs) if self._reference is None else self._reference.take(candidates)
         reference = to_device(reference)
         if self.algorithm.length_desensitised is not None:
-            public = lengths.unflatten(0, (-1, 2)).amin(1).repeat_interleave(2)
+            public = lengths.reshape(-1, 2).amin(1).repeat_interleave(2)
             weights = to_device(length_desensitised_weights(lengths, public, self.algorithm.length_desensitised))
             logprobs, reference = logprobs * weights, reference * weights
         return Answers(sum_by_answer(logprobs, lengths), sum_by_answer(reference, lengths), to_device(lengths))
@@ -246,7 +246,7 @@ def _fetch(parts: Refs) -> AnswerLogProbs | None:
 def _halves(answers: Answers) -> tuple[Answers, Answers]:
     """Chosen and rejected answers of pairs that lie one after the other."""
     columns = (answers.logprobs, answers.reference, answers.lengths)
-    chosen, rejected = zip(*(column.unflatten(0, (-1, 2)).unbind(1) for column in columns), strict=True)
+    chosen, rejected = zip(*(column.reshape(-1, 2).unbind(1) for column in columns), strict=True)
     return Answers(*chosen), Answers(*rejected)
 
 

@@ -138,6 +138,7 @@ def wait_until_made(refs: Sequence[ray.ObjectRef], timeout_s: float, what: str, 
 def _ready(refs: Sequence[ray.ObjectRef], count: int, timeout_s: float, what: str, setting: str) -> list[ray.ObjectRef]:
     limit = _Limit(timeout_s, what, setting)
     while True:
+        ready: list[ray.ObjectRef]
         ready, _ = ray.wait(list(refs), num_returns=count, timeout=limit.next_look_s, fetch_local=False)
         if len(ready) >= count:
             return ready

@@ -2,8 +2,9 @@
 
 import os
 import time
+from collections.abc import Callable
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 
@@ -15,6 +16,13 @@ _GROUP = "status"
 _LIFE = "life"
 
 _LOOK_EVERY_S = 0.5
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def _in_thread(group: str) -> Callable[[_Method], _Method]:
+    """Have Ray run a method in a thread of a group, beside the other methods."""
+    decorate: Callable[[_Method], _Method] = ray.method(concurrency_group=group)
+    return decorate
 
 
 class Watched:
@@ -26,7 +34,7 @@ class Watched:
 
     recorder: SpanRecorder
 
-    @ray.method(concurrency_group=_GROUP)
+    @_in_thread(_GROUP)
     def activity(self) -> Activity:
         """What this process does right now; Ray runs it in a thread of its own, beside the role's work."""
         phase, since_s = phase_of(self.recorder.open(), self.recorder.idle_since_s)
@@ -45,7 +53,7 @@ class Watched:
             version=version,
         )
 
-    @ray.method(concurrency_group=_LIFE)
+    @_in_thread(_LIFE)
     def lost_process(self) -> str:
         """Which process died that this one can't work without, and how; there is no answer while all are well."""
         while (lost := self.find_lost_process()) is None:

@@ -4,15 +4,18 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, TypeVarTuple
 
 import ray
 from torch import nn
 
+from rlhf_ray.actors.group import method_of
+from rlhf_ray.actors.rollout import RolloutWorker
 from rlhf_ray.actors.waiting import wait_all
 from rlhf_ray.engines.training import full_adapter
 
 _T = TypeVar("_T")
+_Each = TypeVarTuple("_Each")
 
 _CAUSE_S = 10.0
 """How long a failure of the trainer's own side waits for the failure of an engine that may have caused it: a broken
@@ -59,7 +62,10 @@ class EngineClient:
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         """Have every engine join."""
-        self._each("init_transfer", [(self._of_engine(init_info, number),) for number in range(len(self._engines))])
+        self._each(
+            RolloutWorker.init_transfer,
+            [(self._of_engine(init_info, number),) for number in range(len(self._engines))],
+        )
 
     def _of_engine(self, init_info: dict[str, Any], number: int) -> dict[str, Any]:
         if "rank_offset" not in init_info:  # ipc: each worker finds the memory of its own device
@@ -68,23 +74,23 @@ class EngineClient:
 
     def start_weight_update(self) -> None:
         """Pause every engine."""
-        self._each("start_update", [()] * len(self._engines))
+        self._each(RolloutWorker.start_update, [()] * len(self._engines))
 
     def update_weights(self, update_info: Any) -> None:
         """Have every engine receive."""
-        self._each("update", [(update_info,)] * len(self._engines))
+        self._each(RolloutWorker.update, [(update_info,)] * len(self._engines))
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         """Resume every engine."""
-        self._each("finish_update", [(self.version,)] * len(self._engines))
+        self._each(RolloutWorker.finish_update, [(self.version,)] * len(self._engines))
 
-    def _each(self, method: str, arguments: list[tuple[Any, ...]]) -> None:
+    def _each(self, method: Callable[[RolloutWorker, *_Each], Any], arguments: list[tuple[*_Each]]) -> None:
         self._calling += 1
         try:
             refs: list[ray.ObjectRef] = [
-                getattr(engine, method).remote(*args) for engine, args in zip(self._engines, arguments, strict=True)
+                method_of(engine, method).remote(*args) for engine, args in zip(self._engines, arguments, strict=True)
             ]
-            wait_all(refs, self._timeout_s, f"rollout: {method}", "run.timeouts.sync_s")
+            wait_all(refs, self._timeout_s, f"rollout: {method.__name__}", "run.timeouts.sync_s")
         except BaseException as error:
             if not self._failed.done():  # of several failures the first is the cause
                 self._failed.set_exception(error)
@@ -133,5 +139,7 @@ class AdapterSync:
         if self.rank != 0:
             return
         shared = ray.put(adapter)
-        refs: list[ray.ObjectRef] = [engine.load_adapter.remote(shared, version) for engine in self.engines]
+        refs: list[ray.ObjectRef] = [
+            method_of(engine, RolloutWorker.load_adapter).remote(shared, version) for engine in self.engines
+        ]
         wait_all(refs, self.timeout_s, "rollout: load_adapter", "run.timeouts.sync_s")

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -70,6 +70,7 @@ def rlhf_ray(
 
     setup_logging(logging.DEBUG if verbose else logging.INFO)
     quiet_libraries(verbose)
+    _import_from_here()
 
 
 def _show_version(asked: bool) -> None:
@@ -158,7 +159,6 @@ def validate(
         from rlhf_ray.controllers.job import check
         from rlhf_ray.controllers.number_formats import choose_before_start
 
-        _import_from_here()
         with problems_of(config):
             inputs = check(job)
         formats = choose_before_start(job)
@@ -191,7 +191,6 @@ def train(config: Config, overrides: Overrides = None) -> None:
         # Within the try, since the imports take seconds in which Ctrl-C may come.
         from rlhf_ray.controllers.train import train as run
 
-        _import_from_here()
         with problems_of(config):
             folder = run(job, partial(_last_words, job))
     except KeyboardInterrupt as stop:
@@ -221,8 +220,12 @@ def export(
         typer.Argument(metavar="OUT", callback=checked_path, help="Folder to write, new or empty.", show_default=False),
     ],
     role: Annotated[
-        Literal["policy", "critic", "reward"] | None,
-        typer.Option(help="Whose model. By default the policy of a PPO run, the reward model of a reward-model run."),
+        str | None,
+        typer.Option(
+            metavar="ROLE",
+            help="Whose model: a role that the run trained. By default the policy, or the reward model of a "
+            "reward-model run.",
+        ),
     ] = None,
 ) -> None:
     """Make a Hugging Face folder of a checkpoint, of a finished or a stopped run. Needs no cluster.
@@ -253,7 +256,7 @@ def export(
 
 
 def _import_from_here() -> None:
-    """Find reward functions in the current folder, as Ray's workers do; an installed script has its own instead."""
+    """Find modules of one's own in the current folder, as Ray's workers do; an installed script has its own instead."""
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.append(here)

@@ -187,6 +187,7 @@ class PPOJob(Job):
                 score_passes=2 if self.policy_is_reference else 1,
                 entropy=self.algorithm.entropy_coef > 0,
                 sync_bytes=bucket,
+                modules=self._policy_modules,
             ),
         ]
         if self.critic is not None:
@@ -225,6 +226,12 @@ class PPOJob(Job):
             keeps_weights=self.sends_adapters,  # a base model for adapters is not sent again
         )
         return (*found, rollout)
+
+    @property
+    def _policy_modules(self) -> dict[str, str]:
+        """That of a loss of one's own."""
+        module, own, _ = self.algorithm.policy_loss.partition(":")
+        return {"algorithm.policy_loss": module} if own else {}
 
     def _reward_role(self, index: int, part: RewardPart) -> RoleSpec:
         name, section = f"reward-{part_name(part)}", f"reward.{index}"

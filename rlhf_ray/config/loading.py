@@ -9,7 +9,8 @@ from typing import Any, TypeVar, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from rlhf_ray.config.base import Section, nearest, shown
-from rlhf_ray.config.jobs import JOB_TYPES, JobConfig
+from rlhf_ray.config.jobs import JOB_TYPES, Job, JobConfig
+from rlhf_ray.config.plugs import import_named
 from rlhf_ray.config.yaml_text import MAX_DEPTH, YamlProblem, dump_yaml, parse_yaml, read_yaml
 
 SectionT = TypeVar("SectionT", bound=Section)
@@ -63,17 +64,36 @@ def parse_config(raw: dict[str, Any], *, source: str = "config") -> JobConfig:
     Raises:
         ConfigError: with every problem found, each naming its dotted path.
     """
-    job = raw.get("job")
-    if not isinstance(job, str) or job not in JOB_TYPES:
-        known = ", ".join(JOB_TYPES)
+    try:
+        job_type = _job_type(raw.get("job"))
+    except ValueError as error:
+        raise ConfigError(source, [str(error)]) from None
+    return _validated(job_type, raw, source)
+
+
+def _job_type(job: Any) -> type[Job]:
+    """One of ours by its name, or anybody's as `package.module:Class`. Raises ValueError."""
+    if isinstance(job, str) and job in JOB_TYPES:
+        return JOB_TYPES[job]
+    if not isinstance(job, str) or ":" not in job:
         close = nearest(job, JOB_TYPES) if isinstance(job, str) else None
         said = (
             "is missing"
             if job is None
             else f"{shown(job)} is not a job type" + (f"; did you mean {close!r}?" if close else "")
         )
-        raise ConfigError(source, [f"job: {said} (known: {known})"])
-    return _validated(JOB_TYPES[job], raw, source)
+        raise ValueError(f"job: {said} (known: {', '.join(JOB_TYPES)}, or package.module:Class)")
+    found = import_named("job", job)
+    if not isinstance(found, type) or not issubclass(found, Job):
+        raise ValueError(f"job: {shown(job)} is no class of jobs: it must be a subclass of rlhf_ray.config.jobs.Job")
+    lacking = sorted(
+        [name for name in ("job", "placement", "run") if name not in found.model_fields]
+        + [name for name in ("definition",) if not hasattr(found, name)]
+        + list(found.__abstractmethods__)
+    )
+    if lacking:
+        raise ValueError(f"job: {shown(job)} has no {', '.join(lacking)}, which every job has")
+    return found
 
 
 def load_section(path: Path, section: type[SectionT]) -> SectionT:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal, TypeVar
 
-from rlhf_ray.config.base import nearest
+from rlhf_ray.config.base import nearest, shown
 
 PlugT = TypeVar("PlugT")
 OptionalColumn = Literal["engine_logprobs", "reference_logprobs"]
@@ -76,13 +76,20 @@ def choose(key: str, name: str, own: Mapping[str, PlugT], kind: type[PlugT]) -> 
         close = nearest(name, own)
         hint = f"did you mean {close!r}?" if close else f"known: {', '.join(own)}, or package.module:NAME"
         raise ValueError(f"{key}: {name!r} is not known; {hint}")
-    try:
-        found = imported(name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"{key}: {name!r} can't be imported: {error}") from None
+    found = import_named(key, name)
     if not isinstance(found, kind):
         raise ValueError(f"{key}: {name!r} is of type {type(found).__name__}, not {kind.__name__}")
     return found
+
+
+def import_named(key: str, path: str) -> Any:
+    """The object that a setting names by its path. Raises ValueError: a module of somebody else's may fail in any
+    way."""
+    try:
+        return imported(path)
+    except Exception as error:
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{key}: {shown(path)} can't be imported: {said}") from None
 
 
 @cache

@@ -137,7 +137,7 @@ def check_ppo(config: PPOJob, problems: list[str]) -> PPOInputs | None:
                 f"rollout.engine.max_model_len ({config.rollout.engine.max_model_len}) is more than the {longest} "
                 f"positions of policy.model {policy.model!r}"
             )
-        _check_model(config.role("policy"), problems)
+        check_role_model(config.role("policy"), problems)
         _check_tensor_parallel(problems, config)
     if not config.policy_is_reference:
         with collect(problems, "reference.from"):
@@ -155,7 +155,7 @@ def check_ppo(config: PPOJob, problems: list[str]) -> PPOInputs | None:
                 check_tokenizer_matches(part.model, own, trust_remote_code=part.trust_remote_code)
                 role = config.role(f"reward-{part_name(part)}")
                 _check_room(role, f"reward.{index}.model", config, problems)
-                _check_model(role, problems)
+                check_role_model(role, problems)
                 if part.normalise and scale_of(part.model, trust_remote_code=part.trust_remote_code) is None:
                     problems.append(
                         f"reward.{index}.normalise: the config.json of {part.model!r} has no score_mean and score_std: "
@@ -196,7 +196,7 @@ def _check_vocabulary(
                 "tokens it reads"
             )
     _check_room(role, path, config, problems)
-    _check_model(role, problems)
+    check_role_model(role, problems)
 
 
 def check_sft(config: SFTJob, problems: list[str]) -> EpochInputs | None:
@@ -252,7 +252,7 @@ def _check_trained(config: EpochJob, max_tokens: int, problems: list[str]) -> Pr
         tokenizer = load_tokenizer(model.path, trust_remote_code=model.trust_remote_code)
         check_tokenizer_matches(model.path, tokenizer, trust_remote_code=model.trust_remote_code)
         _check_row_room(model, model.key, max_tokens, problems)
-        _check_model(config.trained, problems)
+        check_role_model(config.trained, problems)
     return tokenizer
 
 
@@ -278,7 +278,7 @@ def _check_reference(config: PreferenceJob, tokenizer: PreTrainedTokenizerBase, 
             )
         if model.path != config.policy.model:
             _check_row_room(model, "reference.from", config.data.max_tokens, problems)
-        _check_model(role, problems)
+        check_role_model(role, problems)
 
 
 def _streamed(config: SFTJob, tokenizer: PreTrainedTokenizerBase, problems: list[str]) -> ConversationStream:
@@ -294,7 +294,7 @@ def _source(role: RoleSpec) -> ModelSource:
     return role.model
 
 
-def _check_model(role: RoleSpec, problems: list[str]) -> None:
+def check_role_model(role: RoleSpec, problems: list[str]) -> None:
     """What is in the folder of a role's model, whether what is trained from it can be exported, whether it can have the
     role's adapters, and whether ranks can share its heads.
 
@@ -376,7 +376,25 @@ def _comparisons(
                     problems += unfit_rows(config, setting, rows)
                 rows = rows.first(limit)
         found.append(rows)
+    if found[0] is not None:
+        _tell_unused_margins(config, found[0])
     return found[0], found[1]
+
+
+def _tell_unused_margins(config: RewardModelJob | PreferenceJob, rows: ComparisonSet) -> None:
+    """Other systems add a margin to the loss wherever rows have one."""
+    stated = int((rows.margins > 0).sum())
+    if not stated:
+        return
+    if isinstance(config, PreferenceJob):
+        why = "no loss of job: preference reads one"
+    elif not isinstance(config.loss, BradleyTerry):
+        why = f"loss.type {config.loss.type!r} reads none; 'bradley_terry' does, by its margin"
+    elif config.loss.margin == 0:
+        why = "loss.margin is 0: set it to 1 for the loss of Llama 2"
+    else:
+        return
+    logger.info("data.train: %d of %d rows have a margin, which the loss leaves out: %s", stated, len(rows), why)
 
 
 def unfit_rows(config: RewardModelJob, setting: str, rows: ComparisonSet) -> Iterator[str]:

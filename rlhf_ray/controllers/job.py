@@ -13,7 +13,7 @@ from rlhf_ray.config.jobs import Job
 from rlhf_ray.config.loading import ConfigError
 from rlhf_ray.config.number_formats import NumberFormats
 from rlhf_ray.config.paths import why_not_writable
-from rlhf_ray.config.plugs import imported
+from rlhf_ray.config.plugs import import_named
 from rlhf_ray.controllers.descriptions import Line, role_lines
 from rlhf_ray.controllers.inputs import collect
 from rlhf_ray.controllers.inspection import SourceReport
@@ -88,13 +88,18 @@ class JobDefinition(ABC, Generic[ConfigT, InputsT]):
 
     def load_source(self, config: ConfigT, source: DataSource, report: SourceReport) -> None:
         """Read a source into a report on it. Raises `DataError`."""
-        raise NotImplementedError(f"job: {config.job} can't show what is in {source.key}")
+        raise ConfigError("inspect", [f"{source.key}: job: {config.job} has nothing that would show what is in it"])
 
 
 def definition_of(config: Job) -> JobDefinition[Any, Any]:
-    """Of the job type of a config."""
-    found = imported(type(config).definition)
-    assert isinstance(found, JobDefinition)
+    """Of the job type of a config. Raises ConfigError for a job of somebody else's that names none."""
+    path = type(config).definition
+    try:
+        found = import_named("job", path)
+    except ValueError as error:
+        raise ConfigError("preflight", [str(error)]) from None
+    if not isinstance(found, JobDefinition):
+        raise ConfigError("preflight", [f"job: {path!r} is of type {type(found).__name__}, not JobDefinition"])
     return found
 
 

@@ -1,6 +1,7 @@
 """The roles of a preference job, from its config."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from rlhf_ray.actors.devices import Devices
 from rlhf_ray.actors.preference import PreferenceGroup, PreferenceWorker
@@ -25,7 +26,7 @@ def start_preference_roles(
     """Start all actors of the job with their models."""
     policy = actors.ranks(config.role("policy"), PreferenceWorker, PreferenceGroup, config)
     loads = {"policy": lambda: [policy.load_model(config.policy, config.algorithm, total_steps)]}
-    started: list[RankGroup] = [policy]
+    started: list[RankGroup[Any]] = [policy]
     reference = None
     if with_reference:
         role, trusted = config.role("reference"), config.policy.trust_remote_code

@@ -13,8 +13,9 @@ class RowProblem(Exception):
     """What is wrong with one row; who knows its file and number makes a `DataError` of it. What is quoted of a row
     can be megabytes: a long reason is cut."""
 
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason if len(reason) <= _LONGEST else f"{reason[:_LONGEST]}… ({len(reason):,} characters)")
+    def __str__(self) -> str:
+        reason = super().__str__()
+        return reason if len(reason) <= _LONGEST else f"{reason[:_LONGEST]}… ({len(reason):,} characters)"
 
 
 class KnownProblem(RowProblem):

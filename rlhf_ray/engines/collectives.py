@@ -1,8 +1,10 @@
 """The process groups between the ranks of one role."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 
@@ -58,5 +60,6 @@ def share_sequences(ranks: int) -> SequenceParallel:
     """
     # Without it a new group has torch's own limit, of half an hour, and not the one of the role.
     timeout = dist.group.WORLD._get_backend(platform().device).options._timeout  # type: ignore[union-attr]
-    group, _ = dist.new_subgroups(ranks, timeout=timeout)
+    new_subgroups: Callable[..., tuple[dist.ProcessGroup, Any]] = dist.new_subgroups
+    group, _ = new_subgroups(ranks, timeout=timeout)
     return SequenceParallel(group, ranks, dist.get_rank(group))

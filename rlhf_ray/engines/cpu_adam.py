@@ -23,7 +23,8 @@ def cpu_adam(parameters: Sequence[nn.Parameter], settings: dict[str, Any]) -> to
         os.environ["OMP_NUM_THREADS"] = str(threads)  # for the kernel's own OpenMP, which is loaded with it
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-    return DeepSpeedCPUAdam(parameters, adamw_mode=True, **settings)
+    optimizer: torch.optim.Optimizer = DeepSpeedCPUAdam(parameters, adamw_mode=True, **settings)
+    return optimizer
 
 
 def step_threads(reserved: int, machine_cores: int, devices: int) -> int:

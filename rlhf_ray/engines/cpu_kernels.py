@@ -46,7 +46,8 @@ class _SiluAndMul(SiluAndMul):
     def forward_cpu(self, x: Tensor) -> Tensor:
         width = x.shape[-1] // 2
         if width % _VECTOR:
-            return self.forward_native(x)
+            native: Tensor = self.forward_native(x)
+            return native
         output = torch.empty((*x.shape[:-1], width), dtype=x.dtype)
         torch.ops._C.silu_and_mul(output, x.contiguous())
         return output

@@ -1,6 +1,6 @@
 """Tensors that leave their device for host memory and come back."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, MutableMapping
 
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
@@ -22,7 +22,7 @@ class HostCopies:
     def __init__(self, *, apart: bool | None = None) -> None:
         self._device = platform().device
         self._apart = self._device.type != "cpu" if apart is None else apart
-        self._buffers = WeakIdKeyDictionary()
+        self._buffers: MutableMapping[torch.Tensor, torch.Tensor] = WeakIdKeyDictionary()
 
     def leave(self, tensors: Iterable[torch.Tensor], *, unchanged: bool = False) -> None:
         """Have tensors go to host memory; those that are there stay.

@@ -54,19 +54,29 @@ class Exported:
 
 @dataclass(frozen=True)
 class _TrainedModel:
-    """A role's entry in the config: where its model came from and how it was held."""
+    """A role's entry in the config: where its model came from, how it was held, and whether it was trained to score,
+    so that the scale of its scores is known."""
 
     source: str
     dtype: Dtype
     scalar: bool
     trust_remote_code: bool
     lora: Lora | None
+    scored: bool
 
     @classmethod
     def of(cls, role: RoleSpec) -> Self:
         assert role.model is not None
         assert isinstance(role.engine, TrainingEngine)
-        return cls(role.model.path, role.engine.dtype, role.kind == "scalar", role.model.trust_remote_code, role.lora)
+        scalar = role.kind == "scalar"
+        return cls(
+            role.model.path,
+            role.engine.dtype,
+            scalar,
+            role.model.trust_remote_code,
+            role.lora,
+            scored=scalar and role.exported,
+        )
 
 
 def export_checkpoint(source: Path, out: Path, role: str | None = None) -> Exported:
@@ -96,7 +106,7 @@ def export_checkpoint(source: Path, out: Path, role: str | None = None) -> Expor
     if not (checkpoint / role).is_dir():
         raise CheckpointError(checkpoint, f"holds no {role}, although the run's config.yaml trains one")
     model, adapter = _rebuild(trained[role], checkpoint, role)
-    scale = ScoreScale.of_metrics(checkpoint_metrics(checkpoint)) if role == "reward" else None
+    scale = ScoreScale.of_metrics(checkpoint_metrics(checkpoint)) if trained[role].scored else None
     _write(model, adapter, scale, trained[role], out)
     written = None if adapter is None else out / ADAPTER_FOLDER
     return Exported(out, checkpoint, role, trained[role].scalar, written)

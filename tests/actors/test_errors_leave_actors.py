@@ -13,6 +13,7 @@ from rlhf_ray.actors.trained import NonFiniteLossError
 from rlhf_ray.actors.waiting import ActorDied, RoleTimeout, TaskFailed
 from rlhf_ray.algorithms.errors import OptionError, SampleError, TensorInputError
 from rlhf_ray.cluster.assignment import PlacementError
+from rlhf_ray.data.errors import RowProblem
 from rlhf_ray.models.heads import ModelError
 
 # What runs inside actors; errors of the controller and of `prepare` never leave their process.
@@ -42,6 +43,7 @@ def test_every_exception_with_arguments_of_its_own_can_be_pickled() -> None:
         TensorInputError("values", "shape (3,)", "[tokens]"),
         SampleError([1, 2], "are empty", "leave them out"),
         ModelError("models/x", "no such folder"),
+        RowProblem("is long " * 1000),
         NonFiniteLossError("policy", "loss", float("inf"), ["a#0"]),
         ActorDied("policy", 1, "policy: update", "its process died", "ab12"),
         TaskFailed("policy", 1, "policy: update", "ZeroDivisionError: 1 / 0", "ray::PolicyWorker.update()"),

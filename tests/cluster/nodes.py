@@ -68,12 +68,12 @@ def placements() -> dict[str, Any]:
     spread = reserve([Request("policy", 4, {"CPU": 1.0}, nodes=2, labels={"pool": "train"})], timeout_s=20)
     ran = ray.get(
         [
-            where.options(scheduling_strategy=PlacementGroupSchedulingStrategy(place.group, place.bundle)).remote()
-            for place in spread.of("policy")
+            where.options(scheduling_strategy=PlacementGroupSchedulingStrategy(bundle.group, bundle.index)).remote()
+            for bundle in spread.of("policy")
         ],
         timeout=60,
     )
-    chosen = [place.node.node_id for place in spread.of("policy")]
+    chosen = [bundle.node.node_id for bundle in spread.of("policy")]
     spread.release()
     disk = reserve([Request("critic", 1, {"CPU": 1.0, "fast_disk": 1.0})], timeout_s=20)
     has_disk = disk.of("critic")[0].node.resources.get("fast_disk")

@@ -56,10 +56,10 @@ def test_a_model_is_named_once_for_each_role_that_loads_it(model: str) -> None:
     named = [(each.setting, each.role) for each in named_in(ppo(model)) if each.kind == "model"]
     assert named == [
         ("policy.model", "policy"),
-        ("policy.model", "rollout"),
         ("reward.0.model", "critic"),
         ("policy.model", "reference"),
         ("reward.0.model", "reward"),
+        ("policy.model", "rollout"),
     ]
     own = ppo(model, critic={"init_from": "/c"}, reference={"from": "/r"})
     named = [(each.setting, each.role) for each in named_in(own) if each.kind == "model"]

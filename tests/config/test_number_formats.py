@@ -64,7 +64,7 @@ def test_every_job_is_covered(job: dict[str, Any]) -> None:
     config = parse_config({**job, "name": "a", "run": {"dir": "r"}})
     found = choose(config, everywhere(SLOW)).config
     assert set(dtypes(found).values()) == {"float32"}
-    assert len(dtypes(found)) == len(config.places)
+    assert len(dtypes(found)) == len(config.placements)
 
 
 def test_what_was_chosen_is_read_back_from_the_written_config(tmp_path: Path) -> None:

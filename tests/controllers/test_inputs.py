@@ -69,10 +69,12 @@ def problems_of(config: JobConfig) -> list[str]:
 
 
 def test_a_good_ppo_config_gives_what_the_controller_needs(ppo: MakeConfig, prepared: Path) -> None:
-    inputs = check(ppo())
+    config = ppo()
+    inputs = check(config)
     assert isinstance(inputs, PPOInputs)
+    assert inputs.steps == 3
     model = str(prepared / "models/tiny")
-    assert (inputs.steps, inputs.reference_model, inputs.critic_model) == (3, model, model)
+    assert [source.path for name in ("reference", "critic") if (source := config.role(name).model)] == [model, model]
     assert len(inputs.prompts) == 64
     assert inputs.same_tokens == [True]
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rlhf_ray.algorithms.aggregation import AggregationMode, token_weights
-from rlhf_ray.algorithms.policy_loss import PolicyLossInputs, clipped_policy_loss
+from rlhf_ray.algorithms.policy_loss import PolicyLossInputs, PolicyLossOptions, clipped_policy_loss
 from rlhf_ray.algorithms.value_loss import clipped_value_loss
 from rlhf_ray.data.minibatches import plan_update
 from rlhf_ray.data.trajectory import TrajectoryBatch, take_rows
@@ -48,7 +48,7 @@ def policy_gradient(
         rows = torch.from_numpy(take_rows(batch.response_offsets, samples))
         logprobs, entropy = model(pack.packed, pack.positions, pack.targets, 0.9)
         inputs = PolicyLossInputs(logprobs, old[rows], advantages[rows], entropy)
-        out = clipped_policy_loss(inputs, clip_low=0.2, clip_high=0.2, dual_clip=3.0, entropy_coef=0.01)
+        out = clipped_policy_loss(inputs, PolicyLossOptions(0.2, 0.2, dual_clip=3.0, entropy_coef=0.01))
         (out.loss * token_weights(pack.lengths, mode, TOKENS, SAMPLES)).sum().backward()
     return gradient_of(model)
 
@@ -79,9 +79,10 @@ def ways_to_cut(batch: TrajectoryBatch) -> dict[str, list[list[int]]]:
             plans = plan_update(
                 batch.prompt_lengths,
                 batch.response_lengths,
+                batch.action_lengths,
                 epochs=1,
                 optimizer_steps=1,
-                ranks=ranks,
+                dp_size=ranks,
                 max_tokens=max_tokens,
                 seed=0,
             )

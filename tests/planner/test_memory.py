@@ -273,7 +273,7 @@ def test_ranks_of_several_nodes_are_planned_where_they_would_be_placed(make_job:
 def test_two_roles_can_share_a_device(make_job: MakeJob) -> None:
     alone = "{ranks: 1, gpus: 0.5}"
     plan = plan_of(make_job("ppo", f"placement.policy={alone}", f"placement.critic={alone}"))
-    assert {"policy", "critic"} <= {tenant.role for tenant in device(plan).tenants}
+    assert {"policy", "critic"} <= {use.role for use in device(plan).uses}
 
 
 def test_a_job_without_a_place_is_told_which_role_lacks_what(make_job: MakeJob) -> None:

@@ -48,8 +48,11 @@ class Transfer:
 
 
 def modules_and_variables(config: Job) -> tuple[dict[str, str], dict[str, str]]:
-    """Modules of reward functions, and environment variables with the tokens of services, by their settings."""
+    """Modules of a job of one's own and of what its roles import, and environment variables with the tokens of
+    services, by their settings."""
     modules, variables = dict[str, str](), dict[str, str]()
+    if ":" in config.job:
+        modules["job"] = config.job.partition(":")[0]
     for role in config.roles:
         modules |= role.modules
         variables |= role.variables
