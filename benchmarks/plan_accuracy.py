@@ -83,7 +83,11 @@ def _memory(plan: MemoryPlan, peaks: dict[str, int], unwritten: dict[str, float]
 
 def _lengths(job: JobConfig) -> Lengths:
     """Rows of the cases are as long as they may be; those of pairs have hardly a prompt."""
-    return lengths_of(job) if isinstance(job, PPOJob) else lengths_of(job, 0, job.data.max_tokens)
+    return (
+        lengths_of(job)
+        if isinstance(job, PPOJob)
+        else lengths_of(job, 0, job.step_shape.prompt + job.step_shape.response)
+    )
 
 
 def _time(step: StepTime, rows: list[Metrics]) -> list[Measure]:
