@@ -14,7 +14,7 @@ from rlhf_ray.cli.failures import INTERRUPTED, how_stopped, say
 if TYPE_CHECKING:
     from rlhf_ray.cluster.jobs import Jobs
     from rlhf_ray.cluster.package import Package
-    from rlhf_ray.config.jobs import JobConfig
+    from rlhf_ray.config.jobs import Job
 
 logger = logging.getLogger("rlhf_ray")
 
@@ -169,7 +169,7 @@ def _within(config: Path, content: "Package") -> Path:
     return within
 
 
-def _results_within(job: "JobConfig", working_dir: Path) -> list[str]:
+def _results_within(job: "Job", working_dir: Path) -> list[str]:
     """The run folder is not to be sent, whatever it is called."""
     place, folder = (working_dir / job.run.dir).resolve(), working_dir.resolve()
     inside = place.is_relative_to(folder) and place != folder
