@@ -27,7 +27,7 @@ Address = Annotated[
         show_default=False,
     ),
 ]
-Job = Annotated[str, typer.Argument(metavar="JOB", help="Id that submit printed.", show_default=False)]
+JobId = Annotated[str, typer.Argument(metavar="JOB", help="Id that submit printed.", show_default=False)]
 
 
 def submit(
@@ -96,7 +96,7 @@ def submit(
     _follow(jobs, name)
 
 
-def stop(job: Job, address: Address) -> None:
+def stop(job: JobId, address: Address) -> None:
     """End a job in order, and wait until it has.
 
     The same command that started it goes on from its newest checkpoint.
@@ -112,7 +112,7 @@ def stop(job: Job, address: Address) -> None:
 
 
 def logs(
-    job: Job,
+    job: JobId,
     address: Address,
     follow: Annotated[
         bool, typer.Option("--follow", "-f", help="Go on until the job ends, and exit with its exit code.")
