@@ -13,9 +13,8 @@ from transformers import AutoModelForCausalLM
 from rlhf_ray.algorithms.moments import Moments, whiten
 from rlhf_ray.config.algorithm import PPO
 from rlhf_ray.config.training import Optimizer, Policy, TrainingEngine
-from rlhf_ray.data.columns import TrainingColumns
 from rlhf_ray.data.minibatches import OptimizerStep
-from rlhf_ray.data.trajectory import TrajectoryBatch, take_rows
+from rlhf_ray.data.trajectory import Floats, TrajectoryBatch, take_rows
 from rlhf_ray.engines.training import DTYPES
 from rlhf_ray.models.attention import PACKED_ATTENTION
 from rlhf_ray.models.heads import load_scalar
@@ -116,7 +115,8 @@ class BareLoop:
         policy: Policy,
         ppo: PPO,
         batch: TrajectoryBatch,
-        columns: TrainingColumns,
+        old_logprobs: Floats,
+        advantages: Floats,
         moments: Moments,
         plan: Sequence[OptimizerStep],
     ) -> None:
@@ -124,7 +124,7 @@ class BareLoop:
         self._ppo = ppo
         self._bare = BareModel(policy.model, policy.engine, policy.optimizer)
 
-        def column(values: np.ndarray, samples: Sequence[int]) -> torch.Tensor:
+        def column(values: Floats, samples: Sequence[int]) -> torch.Tensor:
             return torch.from_numpy(values[take_rows(batch.response_offsets, samples)]).to(device)
 
         self._steps = [
@@ -133,8 +133,8 @@ class BareLoop:
                 [
                     _MicroBatch(
                         ResponsePack.of(batch, micro, device),
-                        column(columns.old_logprobs, micro),
-                        whiten(column(columns.advantages, micro), moments),
+                        column(old_logprobs, micro),
+                        whiten(column(advantages, micro), moments),
                     )
                     for micro in step.micro_batches
                 ],

@@ -231,7 +231,7 @@ def say(message: str) -> None:
 def process_env(threads: int) -> dict[str, str]:
     """Environment of a process that a benchmark compares with an actor.
 
-    It is what `create_group` gives to actors, but for how threads wait: actors' spin briefly, because roles share
+    It is what `start_actors` gives to actors, but for how threads wait: actors' spin briefly, because roles share
     cores; these spin for long, as is OpenMP's default, which is faster for a process that has its cores for itself.
     """
     quieter = {"VLLM_LOGGING_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore"}

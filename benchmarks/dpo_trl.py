@@ -44,18 +44,18 @@ from benchmarks.common import (
     spread,
 )
 from rlhf_ray.actors.preference import StepContext
-from rlhf_ray.actors.waiting import wait_all
 from rlhf_ray.cluster.session import ray_session
 from rlhf_ray.config.jobs import PreferenceJob
 from rlhf_ray.config.loading import load_config
 from rlhf_ray.config.preference import Preference, SigmoidLoss
 from rlhf_ray.config.training import Policy
-from rlhf_ray.controllers.epochs import Split
 from rlhf_ray.controllers.inputs import PreferenceInputs
 from rlhf_ray.controllers.job import check
 from rlhf_ray.controllers.number_formats import choose_before_start
+from rlhf_ray.controllers.preference_roles import PreferenceRoles, start_preference_roles
 from rlhf_ray.controllers.reference_columns import LiveReference
-from rlhf_ray.controllers.roles import PreferenceRoles, preference_roles
+from rlhf_ray.controllers.roles import Actors
+from rlhf_ray.controllers.row_sources import Split
 from rlhf_ray.data.comparisons import ComparisonSet
 from rlhf_ray.data.packing import plan_micro_batches
 from rlhf_ray.models.answers import AnswerPack
@@ -87,8 +87,8 @@ def main(
         raise typer.BadParameter(f"policy.engine.dtype is {dtype}", param_hint="--trl-bfloat16-weights")
     threads = job.placement.policy.threads or max(1, int(job.placement.policy.cpus))
     turns = range(repeats + 1)  # the first is the warm-up
-    with ray_session(job.cluster, "benchmark"), preference_roles(job, len(turns), with_reference=True) as roles:
-        side = OurSide(job, data, roles)
+    with ray_session(job.cluster, "benchmark"), Actors.of_job(job) as actors:
+        side = OurSide(job, data, start_preference_roles(job, len(turns), actors, with_reference=True))
         ours = [_told("ours", number, side.step()) for number in turns]
     with FreshProcess(process_env(threads)) as process:
         settings = TRLSettings(_beta(job.algorithm), trl_pairs, trl_bfloat16_weights, trl_attention, len(turns))
@@ -192,8 +192,8 @@ class OurSide:
         data = self._split.rows
         [plan] = plan_micro_batches(data.lengths, 1, self._job.policy.engine.micro_batch_tokens)
         context = StepContext(reference=self._reference.of(self._split, self._rows))
-        steps = self._policy.call("step", self._split.ref, plan, float(data.weights.sum()), context)
-        [done] = wait_all(steps, self._job.run.timeouts.update_s, "step", "run.timeouts.update_s")
+        weight = float(data.weights.sum())
+        [done] = self._policy.step([(self._split.ref, plan)], weight, context).wait(self._job.run.timeouts.update)
         return BareReport(done.means["grad_norm"].value, perf_counter() - began)
 
 

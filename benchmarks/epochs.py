@@ -5,7 +5,8 @@ loop in plain torch over the same packed micro-batches, which are ready before i
 and take turns. The learning rate is so low that every repetition does the same.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -32,8 +33,9 @@ from benchmarks.common import (
     say,
     spread,
 )
-from rlhf_ray.actors.sft import pack_learnt
-from rlhf_ray.actors.waiting import wait_all
+from rlhf_ray.actors.reward_training import RewardTrainingGroup, RewardTrainingWorker
+from rlhf_ray.actors.sft import SFTGroup, SFTWorker, pack_learnt
+from rlhf_ray.actors.worker import join_collectives_of
 from rlhf_ray.cluster.session import ray_session
 from rlhf_ray.config.jobs import RewardModelJob, SFTJob
 from rlhf_ray.config.loading import load_config
@@ -42,7 +44,7 @@ from rlhf_ray.config.training import Optimizer, TrainingEngine
 from rlhf_ray.controllers.inputs import EpochInputs, RowSet
 from rlhf_ray.controllers.job import check
 from rlhf_ray.controllers.number_formats import choose_before_start
-from rlhf_ray.controllers.roles import epoch_role
+from rlhf_ray.controllers.roles import Actors
 from rlhf_ray.data.comparisons import ComparisonSet
 from rlhf_ray.data.conversations import ConversationSet
 from rlhf_ray.data.packing import plan_micro_batches
@@ -60,16 +62,16 @@ def main(
     """Tokens/s of an optimizer step, as a share of a bare torch loop's."""
     arguments, machine = dict(locals()), Machine.here()
     job, train, micro_batches = _first_step(config, overrides or [])
-    section = job.section
+    role, section = job.trained, job.section
     rows = [row for micro_batch in micro_batches for row in micro_batch]
     tokens, weight = int(train.lengths[rows].sum()), int(train.weights[rows].sum())
-    threads = job.role.placement.threads or max(1, int(job.role.placement.cpus))
-    limit = job.run.timeouts.update_s
+    assert role.placement is not None
+    threads = role.placement.threads or max(1, int(role.placement.cpus))
     ours: list[float] = []
     bare: list[float] = []
     with (
         ray_session(job.cluster, "benchmark"),
-        epoch_role(job, repeats + 1) as group,
+        _trained_role(job, repeats + 1) as group,
         FreshProcess(process_env(threads)) as process,
     ):
         process.call(
@@ -86,7 +88,7 @@ def main(
         data = [ray.put(train)]
         for number in range(repeats + 1):  # the first is the warm-up
             began = perf_counter()
-            [done] = wait_all(group.call("step", data, micro_batches, weight), limit, "step", "run.timeouts.update_s")
+            [done] = group.step([(data, micro_batches)], weight, None).wait(job.run.timeouts.update)
             ours.append(perf_counter() - began)
             reference = process.call(_step_bare)
             bare.append(reference.seconds)
@@ -113,6 +115,23 @@ def main(
     )
 
 
+@contextmanager
+def _trained_role(job: SFTJob | RewardModelJob, steps: int) -> Iterator[SFTGroup | RewardTrainingGroup]:
+    """The ranks of the job's model, ready to train."""
+    with Actors.of_job(job) as actors:
+        group: SFTGroup | RewardTrainingGroup
+        if isinstance(job, SFTJob):
+            group = actors.ranks(job.trained, SFTWorker, SFTGroup, job)
+            join_collectives_of([group], job.run.timeouts)
+            loading = group.load_model(job.policy, steps)
+        else:
+            group = actors.ranks(job.trained, RewardTrainingWorker, RewardTrainingGroup, job)
+            join_collectives_of([group], job.run.timeouts)
+            loading = group.load_model(job.reward, job.loss, steps, job.seed)
+        loading.wait(job.run.timeouts.setup)
+        yield group
+
+
 def _first_step(config: Path, overrides: Sequence[str]) -> tuple[SFTJob | RewardModelJob, RowSet, list[list[int]]]:
     """The job with one rank and a low learning rate, its data, and the micro-batches of its first rows."""
     job = load_config(config, overrides)
@@ -127,7 +146,7 @@ def _first_step(config: Path, overrides: Sequence[str]) -> tuple[SFTJob | Reward
     inputs = check(job)
     assert isinstance(inputs, EpochInputs)
     assert not isinstance(inputs.train, ConversationStream)
-    lengths = inputs.train.lengths[: job.role.rows_per_step]
+    lengths = inputs.train.lengths[: job.rows_per_step]
     [plan] = plan_micro_batches(lengths, 1, job.section.engine.micro_batch_tokens)
     return job, inputs.train, plan
 

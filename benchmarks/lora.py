@@ -30,10 +30,10 @@ from benchmarks.common import (
     say,
 )
 from benchmarks.roles import TEMPERATURE, cluster, connect, policy_role, prompt_batches, rollout_role, send_weights
-from rlhf_ray.actors.group import ActorGroup
-from rlhf_ray.actors.policy import PolicyWorker
+from rlhf_ray.actors.policy import PolicyGroup, PolicyWorker
 from rlhf_ray.actors.rollout import RolloutGroup
 from rlhf_ray.config.rollout import LoraSync, Rollout, RolloutEngine, Sampling
+from rlhf_ray.config.run import Limit
 from rlhf_ray.config.training import Lora, Policy, TrainingEngine
 from rlhf_ray.data.requests import PromptRequest, cut_into_shards
 
@@ -99,7 +99,7 @@ def main(
     )
 
 
-def _counts(trainer: ActorGroup) -> list[tuple[int, int]]:
+def _counts(trainer: PolicyGroup) -> list[tuple[int, int]]:
     def counts(worker: PolicyWorker) -> tuple[int, int]:
         parameters = list(worker.engine.model.parameters())
         trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
@@ -110,14 +110,14 @@ def _counts(trainer: ActorGroup) -> list[tuple[int, int]]:
     return ray.get([actor.__ray_call__.remote(counts) for actor in trainer.actors], timeout=60)
 
 
-def _checkpoint_bytes(trainer: ActorGroup) -> int:
+def _checkpoint_bytes(trainer: PolicyGroup) -> int:
     with tempfile.TemporaryDirectory() as folder:
-        trainer.run("save", folder, timeout_s=300, setting="")
+        trainer.save(Path(folder)).wait(Limit(300.0, "the limit in benchmarks/lora.py"))
         return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
 
 
 def _measure(
-    trainer: ActorGroup, engines: RolloutGroup, batches: list[list[PromptRequest]], rollout: Rollout
+    trainer: PolicyGroup, engines: RolloutGroup, batches: list[list[PromptRequest]], rollout: Rollout
 ) -> tuple[list[float], list[float]]:
     """Seconds of each sync, and of the generation after it; the first of both is the warm-up."""
     syncs, generations = [], []

@@ -1,11 +1,10 @@
 """Single roles as real actors, made and called as a PPO run makes and calls them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import ray
@@ -13,26 +12,25 @@ import torch
 
 from benchmarks.common import Dtype
 from rlhf_ray.actors.columns import assemble
-from rlhf_ray.actors.group import ActorGroup, Seating, create_group
-from rlhf_ray.actors.policy import PolicyWorker
-from rlhf_ray.actors.rollout import RolloutGroup, RolloutWorker
+from rlhf_ray.actors.policy import PolicyGroup, PolicyWorker
+from rlhf_ray.actors.rollout import RolloutGroup
 from rlhf_ray.actors.trained import UpdateReport
-from rlhf_ray.actors.waiting import wait_all
+from rlhf_ray.actors.worker import join_collectives_of
 from rlhf_ray.algorithms.moments import Moments
 from rlhf_ray.cluster.session import ray_session
 from rlhf_ray.config.algorithm import PPO
 from rlhf_ray.config.data import PromptData
-from rlhf_ray.config.placement import Cluster, Placed, RolePlacement, RolloutPlacement
+from rlhf_ray.config.placement import Cluster, RolePlacement, RolloutPlacement
 from rlhf_ray.config.rollout import LoraSync, Rollout
 from rlhf_ray.config.run import Timeouts
 from rlhf_ray.config.training import Policy
-from rlhf_ray.controllers.roles import join_collectives
-from rlhf_ray.data.columns import TrainingColumns
+from rlhf_ray.controllers.roles import Actors, identities
+from rlhf_ray.data.columns import Columns, TrainingShard
 from rlhf_ray.data.cursor import PromptCursor
 from rlhf_ray.data.minibatches import OptimizerStep, plan_update
 from rlhf_ray.data.prompts import load_prompts
 from rlhf_ray.data.requests import PromptRequest, requests_for
-from rlhf_ray.data.trajectory import Trajectory, TrajectoryBatch
+from rlhf_ray.data.trajectory import Floats, Trajectory, TrajectoryBatch
 from rlhf_ray.engines.rollout_setup import RolloutSetup
 from rlhf_ray.models.heads import load_tokenizer
 
@@ -54,50 +52,32 @@ def rollout_role(
 ) -> Iterator[RolloutGroup]:
     """Rollout engines that are ready to generate."""
     placement = RolloutPlacement(engines=engines, cpus=0, threads=threads)
-    seating = Seating({"rollout": Placed(placement, 1)}, _TIMEOUTS.setup_s, autoscaling=False)
-    actors = create_group("rollout", RolloutWorker, seating.seats["rollout"], engines, lambda rank: {"rank": rank})
-    group = RolloutGroup(actors.actors, rollout, deterministic=False, timeout_s=_TIMEOUTS.rollout_s)
-    try:
+    with Actors({"rollout": placement}, _TIMEOUTS.setup_s) as actors:
+        group = actors.engines(placement, rollout, _TIMEOUTS, deterministic=False)
         setup = RolloutSetup(str(model), rollout.engine, dtype, 1, SEED, adapter_rank=adapter_rank)
-        _wait(group.start_engines(setup, _TIMEOUTS.setup_s), "rollout: load_model")
+        group.load_model(setup).wait(_TIMEOUTS.setup)
         yield group
-        group.end_engines(_TIMEOUTS.setup_s)
-    finally:
-        group.kill()
-        seating.release()
 
 
 @contextmanager
-def policy_role(policy: Policy, *, threads: int, lora_sync: LoraSync = "merged") -> Iterator[ActorGroup]:
+def policy_role(policy: Policy, *, threads: int, lora_sync: LoraSync = "merged") -> Iterator[PolicyGroup]:
     """One rank of the policy, ready to score and train."""
-    seating = Seating(
-        {"policy": Placed(RolePlacement(cpus=0, threads=threads), 1)}, _TIMEOUTS.setup_s, autoscaling=False
-    )
-    group = create_group(
-        "policy",
-        PolicyWorker,
-        seating.seats["policy"],
-        1,
-        lambda rank: {"role": "policy", "rank": rank, "world_size": 1, "seed": SEED, "deterministic": False},
-    )
-    try:
-        join_collectives([group], _TIMEOUTS)
-        _wait(group.call("load_model", policy, PPO(), TEMPERATURE, 1, lora_sync), "policy: load_model")
+    with Actors({"policy": RolePlacement(cpus=0, threads=threads)}, _TIMEOUTS.setup_s) as actors:
+        identity = identities("policy", 1, SEED, deterministic=False)
+        group = actors.own(PolicyGroup[PolicyWorker]("policy", actors.start(PolicyWorker, "policy", 1, identity)))
+        join_collectives_of([group], _TIMEOUTS)
+        group.load_model(policy, PPO(), TEMPERATURE, 1, lora_sync).wait(_TIMEOUTS.setup)
         yield group
-    finally:
-        group.kill()
-        seating.release()
 
 
-def connect(policy: ActorGroup, rollout: RolloutGroup, bucket_bytes: int) -> None:
+def connect(policy: PolicyGroup, rollout: RolloutGroup, bucket_bytes: int) -> None:
     """Have policy and engines meet for weight transfer."""
-    [(host, port)] = _wait([policy.call_one(0, "address")], "policy: address")
-    _wait(policy.call("connect", rollout.actors, 1, host, port, bucket_bytes, _TIMEOUTS.sync_s), "policy: connect")
+    policy.connect(rollout.actors, 1, bucket_bytes, _TIMEOUTS, same_devices=False).wait(_TIMEOUTS.setup)
 
 
-def send_weights(policy: ActorGroup, version: int) -> None:
+def send_weights(policy: PolicyGroup, version: int) -> None:
     """One weight sync: engines pause, receive and go on."""
-    _wait(policy.call("send_weights", version), "policy: send_weights")
+    policy.send_weights(version).wait(_TIMEOUTS.sync)
 
 
 @dataclass(frozen=True)
@@ -105,61 +85,60 @@ class UpdateBatch:
     """A batch that is ready to train on.
 
     Attributes:
-        batch, columns: of all samples together.
-        portions: references to the same, some samples each.
-        starts: number of each portion's first sample.
+        batch: all samples.
+        old_logprobs: of the policy, float32 `[response tokens]`.
+        advantages: before whitening, float32 `[response tokens]`.
+        shards: reference to the list of references to each `TrainingShard`.
+        starts: number of each shard's first sample.
     """
 
     batch: TrajectoryBatch
-    columns: TrainingColumns
-    portions: list[ray.ObjectRef]
+    old_logprobs: Floats
+    advantages: Floats
+    shards: ray.ObjectRef
     starts: list[int]
 
     @classmethod
-    def of(cls, policy: ActorGroup, batch: TrajectoryBatch, shard_samples: int) -> "UpdateBatch":
-        """Score a batch with the policy, draw random advantages, and put portions of it into Ray's object store."""
+    def of(cls, policy: PolicyGroup, batch: TrajectoryBatch, shard_samples: int) -> "UpdateBatch":
+        """Score a batch with the policy, draw random advantages, and put it into Ray's object store in shards."""
         old = policy_logprobs(policy, batch)
         random = np.random.default_rng(SEED)
         advantages = random.standard_normal(len(old)).astype(np.float32)
-        nothing = np.zeros_like(old)
-        columns = TrainingColumns(old, nothing, advantages, nothing)
+        whole = TrainingShard(batch, Columns(old_logprobs=old, advantages=advantages))
         starts = list(range(0, len(batch), shard_samples))
-        portions = []
-        for start in starts:
-            end = min(start + shard_samples, len(batch))
-            places = np.arange(batch.response_offsets[start], batch.response_offsets[end])
-            portions.append(ray.put((batch.select(range(start, end)), columns.take(places))))
-        return cls(batch, columns, portions, starts)
+        shards = [ray.put(whole.select(range(start, min(start + shard_samples, len(batch))))) for start in starts]
+        return cls(batch, old, advantages, ray.put(shards), starts)
 
     @property
     def moments(self) -> Moments:
         """Of the advantages, for whitening."""
-        return Moments.of(torch.from_numpy(self.columns.advantages))
+        return Moments.of(torch.from_numpy(self.advantages))
 
     def plan(self, optimizer_steps: int, micro_batch_tokens: int) -> list[OptimizerStep]:
         """One pass over the batch by one rank."""
         [plan] = plan_update(
             self.batch.prompt_lengths,
             self.batch.response_lengths,
+            self.batch.action_lengths,
             epochs=1,
             optimizer_steps=optimizer_steps,
-            ranks=1,
+            dp_size=1,
             max_tokens=micro_batch_tokens,
             seed=SEED,
         )
         return plan
 
 
-def update(policy: ActorGroup, data: UpdateBatch, optimizer_steps: int, micro_batch_tokens: int) -> UpdateReport:
+def update(policy: PolicyGroup, data: UpdateBatch, optimizer_steps: int, micro_batch_tokens: int) -> UpdateReport:
     """One PPO update, planned here and done by the policy."""
     plan = data.plan(optimizer_steps, micro_batch_tokens)
-    [report] = _wait(policy.call("update", data.portions, data.starts, plan, data.moments), "policy: update")
+    [report] = policy.update(data.shards, data.starts, [plan], None, data.moments).wait(_TIMEOUTS.update)
     return report
 
 
-def policy_logprobs(policy: ActorGroup, batch: TrajectoryBatch) -> np.ndarray:
+def policy_logprobs(policy: PolicyGroup, batch: TrajectoryBatch) -> Floats:
     """The trainer's log-probs, float32 `[response tokens]`."""
-    return assemble(_wait(policy.call("logprobs", ray.put(batch)), "policy: log-probs"), batch).numpy()
+    return assemble(policy.call(PolicyWorker.logprobs, ray.put(batch)).wait(_TIMEOUTS.score), batch).numpy()
 
 
 def prompt_batches(
@@ -196,7 +175,3 @@ def random_batch(vocabulary: int, samples: int, prompt_tokens: int, response_tok
             for number, (prompt, response) in enumerate(sizes)
         ]
     )
-
-
-def _wait(refs: Sequence[ray.ObjectRef], what: str) -> list[Any]:
-    return wait_all(refs, _TIMEOUTS.setup_s, what, "the limit in benchmarks/roles.py")

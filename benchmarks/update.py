@@ -72,7 +72,17 @@ def main(
     with cluster(), policy_role(policy, threads=threads) as group, FreshProcess(process_env(threads)) as process:
         data = UpdateBatch.of(group, batch, shard_samples)
         plan = data.plan(optimizer_steps, micro_batch_tokens)
-        process.call(_start_bare, threads, policy, PPO(), data.batch, data.columns, data.moments, plan)
+        process.call(
+            _start_bare,
+            threads,
+            policy,
+            PPO(),
+            data.batch,
+            data.old_logprobs,
+            data.advantages,
+            data.moments,
+            plan,
+        )
         for number in range(repeats + 1):  # the first is the warm-up
             began = perf_counter()
             done = update(group, data, optimizer_steps, micro_batch_tokens)

@@ -26,14 +26,16 @@ def score_part(samples: tuple[int, ...], scores: np.ndarray) -> Any:
     return ScorePart(samples, scores)
 
 
-def portion_report(tokens: int, kl: np.ndarray) -> Any:
-    """A `PortionReport` of advantages, values and returns that are all 0."""
-    from rlhf_ray.actors.columns import PortionReport
+def training_shard_report(tokens: int, kl: np.ndarray) -> Any:
+    """A `TrainingShardReport` of advantages, values and returns that are all 0."""
+    from rlhf_ray.actors.training_shards import TrainingShardReport
     from rlhf_ray.algorithms.moments import Moments
     from rlhf_ray.algorithms.value_loss import ExplainedVariance
 
     zeros = Moments(float(tokens), 0.0, 0.0)
-    return PortionReport(zeros, ExplainedVariance(zeros, zeros), kl, mismatch=0.0)
+    return TrainingShardReport(
+        kl, penalty=kl, mismatch=0.0, advantages=zeros, explained_variance=ExplainedVariance(zeros, zeros)
+    )
 
 
 def update_report(names: tuple[str, ...], steps: int, samples: int, seconds: float) -> Any:

@@ -21,8 +21,11 @@ from benchmarks.simulation.workers import (
     SimulatedReference,
     SimulatedRewardModel,
 )
+from rlhf_ray.actors.critic import CriticGroup
 from rlhf_ray.actors.devices import Devices
-from rlhf_ray.actors.group import ActorGroup
+from rlhf_ray.actors.policy import PolicyGroup, PolicyWorker
+from rlhf_ray.actors.reference import ReferenceGroup
+from rlhf_ray.actors.reward import RewardModelGroup
 from rlhf_ray.actors.rollout import RolloutGroup
 from rlhf_ray.actors.waiting import wait_all
 from rlhf_ray.cluster.session import ray_session
@@ -32,7 +35,7 @@ from rlhf_ray.config.placement import Cluster
 from rlhf_ray.controllers.inputs import PPOInputs
 from rlhf_ray.controllers.ppo import PPOController
 from rlhf_ray.controllers.ppo_roles import PPORoles, RewardPart
-from rlhf_ray.controllers.run_folder import Checkpointing, RunFolder
+from rlhf_ray.controllers.run_folder import Checkpointed, Checkpointing, RunFolder
 from rlhf_ray.data.prompts import PromptSet
 from rlhf_ray.data.trajectory import offsets_of
 from rlhf_ray.planner.calibration import defaults
@@ -122,24 +125,22 @@ class SimulatedActors:
         """The roles of a run that works at a pace."""
         ranks, engines = config.placement.ranks_of("policy"), config.placement.rollout.engines
         self._start(ranks, engines)
-        groups = {role: ActorGroup(role, self._actors[role][:ranks]) for role in RANKED}
+        ranked = {role: self._actors[role][:ranks] for role in RANKED}
+        policy = PolicyGroup[PolicyWorker]("policy", ranked["policy"])
+        critic, reference = CriticGroup("critic", ranked["critic"]), ReferenceGroup("reference", ranked["reference"])
+        reward = RewardModelGroup("reward", ranked["reward"])
         rollout = RolloutGroup(
             self._actors["rollout"][:engines],
             config.rollout,
             deterministic=False,
-            timeout_s=config.run.timeouts.rollout_s,
+            timeouts=config.run.timeouts,
         )
-        _wait([ref for group in (*groups.values(), rollout) for ref in group.call("keep", pace)], "keep")
-        connected = groups["policy"].call("connect", rollout.actors, 1, "", 0, 0, config.run.timeouts.sync_s)
-        _wait(connected, "policy: connect")
-        return PPORoles(
-            groups["policy"],
-            groups["critic"],
-            groups["reference"],
-            (RewardPart("score", 1.0, groups["reward"], is_model=True),),
-            rollout,
-            Devices(config.places, {}, config.run.timeouts, offload_idle=False),
-        )
+        everyone = [actor for group in (policy, critic, reference, reward, rollout) for actor in group.actors]
+        _wait([actor.keep.remote(pace) for actor in everyone], "keep")
+        sync_s = config.run.timeouts.sync_s
+        _wait([rank.connect.remote(rollout.actors, 1, "", 0, 0, sync_s) for rank in policy.actors], "policy: connect")
+        parts = (RewardPart("score", 1.0, reward),)
+        return PPORoles(policy, critic, reference, parts, rollout, Devices(config, {}))
 
     def _start(self, ranks: int, engines: int) -> None:
         """Those that are missing, so that a run with few actors and many samples has the memory for itself."""
@@ -201,14 +202,13 @@ def run(setup: Setup, actors: SimulatedActors, speed: float, folder: Path) -> li
         steps=STEPS,
         tokenizer=NumbersAsText(),
         prompts=_prompts(setup.samples),
-        reference_model=MODEL,
-        critic_model=MODEL,
         same_tokens=[True],
     )
     roles = actors.roles(config, Pace.of(setup.step, config, LENGTHS, speed))
     with RunFolder(config, STEPS, NumberFormats(config, ())) as run_folder:
-        trained = {"policy": roles.policy, "critic": roles.critic}
-        checkpointing = Checkpointing(run_folder, trained, config.run.timeouts.checkpoint_s)
+        assert roles.critic is not None
+        trained: dict[str, Checkpointed] = {"policy": roles.policy, "critic": roles.critic}
+        checkpointing = Checkpointing(run_folder, trained, config.run.timeouts)
         controller = MeasuredController(config, inputs, roles, run_folder, checkpointing)
         controller.train()
     return [

@@ -18,10 +18,10 @@ import ray
 from benchmarks.simulation import records
 from benchmarks.simulation.pace import Pace
 from benchmarks.simulation.records import MadeThere
-from rlhf_ray.actors.rollout import ShardFacts
+from rlhf_ray.actors.shards import ScoredColumns, ShardFacts
 from rlhf_ray.actors.waiting import fetch_data
 from rlhf_ray.config.rollout import Sampling
-from rlhf_ray.data.columns import ColumnPart, TrainingColumns
+from rlhf_ray.data.columns import ColumnPart, Columns, TrainingShard
 from rlhf_ray.data.minibatches import OptimizerStep
 from rlhf_ray.data.prompt_rows import PromptRows
 from rlhf_ray.data.requests import PromptRequest
@@ -54,9 +54,9 @@ class SimulatedRank(_Actor):
             yield
             time.sleep(max(0.0, seconds - (time.perf_counter() - began)))
 
-    def _forward(self, name: str, batch: TrajectoryBatch, part: int, parts: int) -> ColumnPart:
+    def _forward(self, name: str, batch: TrajectoryBatch, index: int, count: int) -> ColumnPart:
         """A pass over a part of a shard."""
-        mine = range(part, len(batch), parts)
+        mine = range(index, len(batch), count)
         tokens = int(batch.prompt_lengths[mine].sum() + batch.response_lengths[mine].sum())
         with self._work(name, tokens * self.pace.forward_s):
             return ColumnPart(tuple(mine), np.zeros(int(batch.response_lengths[mine].sum()), np.float32))
@@ -68,12 +68,16 @@ class SimulatedTrainedRank(SimulatedRank):
     statistics: tuple[str, ...]
 
     def optimize(
-        self, portions: Sequence[ray.ObjectRef], starts: Sequence[int], plan: Sequence[OptimizerStep]
+        self,
+        shards: Sequence[ray.ObjectRef],
+        starts: Sequence[int],
+        plan: Sequence[OptimizerStep],
+        advantages: Floats | None = None,
     ) -> MadeThere:
-        """Fetch all portions, as the real ranks do, and take the steps of the plan."""
+        """Fetch all shards, as the real ranks do, and take the steps of the plan."""
         began = time.perf_counter()
-        data = fetch_data(portions, "samples to train on")
-        lengths = np.concatenate([batch.prompt_lengths + batch.response_lengths for batch, _ in data])
+        data: list[TrainingShard] = fetch_data(shards, "samples to train on")
+        lengths = np.concatenate([shard.batch.prompt_lengths + shard.batch.response_lengths for shard in data])
         mine = [sample for step in plan for micro_batch in step.micro_batches for sample in micro_batch]
         with self._work("update", float(lengths[mine].sum()) * self.pace.update_s):
             pass
@@ -104,13 +108,13 @@ class SimulatedPolicy(SimulatedTrainedRank):
         """Meet the rollout engines; rank 0 sends."""
         self._engines, self._timeout_s = engines, timeout_s
 
-    def logprobs(self, batch: TrajectoryBatch, part: int = 0, parts: int = 1) -> ColumnPart:
+    def logprobs(self, batch: TrajectoryBatch, index: int = 0, count: int = 1) -> ColumnPart:
         """Log-probs of a part of the responses."""
-        return self._forward("log-probs", batch, part, parts)
+        return self._forward("log-probs", batch, index, count)
 
-    def update(self, portions: Any, starts: Any, plan: Any, whitening: Any) -> MadeThere:
-        """One PPO update."""
-        return self.optimize(portions, starts, plan)
+    def update(self, shards: Any, starts: Any, plan: Any, advantages: Any, whitening: Any) -> MadeThere:
+        """The optimizer steps of a batch."""
+        return self.optimize(shards, starts, plan, advantages)
 
     def send_weights(self, version: int) -> None:
         """Give every engine the version."""
@@ -126,48 +130,44 @@ class SimulatedCritic(SimulatedTrainedRank):
 
     statistics = ("loss", "clip_fraction", "grad_norm")
 
-    def values(self, batch: TrajectoryBatch, part: int = 0, parts: int = 1) -> ColumnPart:
+    def values(self, batch: TrajectoryBatch, index: int = 0, count: int = 1) -> ColumnPart:
         """Values of a part of the responses."""
-        return self._forward("values", batch, part, parts)
+        return self._forward("values", batch, index, count)
 
-    def advantages(
-        self,
-        trajectories: Sequence[ray.ObjectRef],
-        scores: Floats,
-        kl_coef: float,
-        old_logprobs: Sequence[Sequence[ray.ObjectRef]],
-        reference_logprobs: Sequence[Sequence[ray.ObjectRef]],
-        values: Sequence[Sequence[ray.ObjectRef]],
-    ) -> tuple[tuple[TrajectoryBatch, TrainingColumns], MadeThere]:
+    def make_training_shard(
+        self, scored: ScoredColumns, scores: Floats, kl_coef: float
+    ) -> tuple[TrainingShard, MadeThere]:
         """Fetch shards and all parts of their columns, and return what is trained on."""
-        batch = TrajectoryBatch.concat(fetch_data(trajectories, "shards"))
-        for column in (old_logprobs, reference_logprobs, values):
+        batch = TrajectoryBatch.concat(fetch_data(scored.trajectories, "shards"))
+        for column in (scored.old_logprobs, scored.reference_logprobs, scored.values or ()):
             for parts in column:
                 fetch_data(parts, "columns of a shard")
         tokens = len(batch.response_tokens)
         with self._work("advantages", 0.0):
-            columns = TrainingColumns(*(np.zeros(tokens, np.float32) for _ in range(4)))
-        return (batch, columns), MadeThere(records.portion_report, tokens, np.zeros(len(batch), np.float32))
+            old, values, advantages, returns = (np.zeros(tokens, np.float32) for _ in range(4))
+            columns = Columns(old_logprobs=old, values=values, advantages=advantages, returns=returns)
+        report = MadeThere(records.training_shard_report, tokens, np.zeros(len(batch), np.float32))
+        return TrainingShard(batch, columns), report
 
-    def update(self, portions: Any, starts: Any, plan: Any) -> MadeThere:
-        """One PPO update."""
-        return self.optimize(portions, starts, plan)
+    def update(self, shards: Any, starts: Any, plan: Any) -> MadeThere:
+        """The optimizer steps of a batch."""
+        return self.optimize(shards, starts, plan)
 
 
 class SimulatedReference(SimulatedRank):
     """One rank of the reference."""
 
-    def logprobs(self, batch: TrajectoryBatch, part: int = 0, parts: int = 1) -> ColumnPart:
+    def logprobs(self, batch: TrajectoryBatch, index: int = 0, count: int = 1) -> ColumnPart:
         """Log-probs of a part of the responses."""
-        return self._forward("log-probs", batch, part, parts)
+        return self._forward("log-probs", batch, index, count)
 
 
 class SimulatedRewardModel(SimulatedRank):
     """One rank of a reward model."""
 
-    def score(self, batch: TrajectoryBatch, part: int = 0, parts: int = 1) -> MadeThere:
+    def score(self, batch: TrajectoryBatch, index: int = 0, count: int = 1) -> MadeThere:
         """Scores of a part of the samples."""
-        found = self._forward("score", batch, part, parts)
+        found = self._forward("score", batch, index, count)
         return MadeThere(records.score_part, found.samples, np.zeros(len(found.samples), np.float32))
 
 
@@ -233,5 +233,6 @@ def _responses(prompts: Sequence[PromptRequest], max_new_tokens: int, version: i
         engine_logprobs=np.zeros(tokens, np.float32),
         weight_versions=np.full(tokens, version, np.int32),
         truncated=lengths == max_new_tokens,
+        loss_mask=np.ones(tokens, np.bool_),
         rows=PromptRows.of([prompt.row for prompt in prompts]),
     )

@@ -11,8 +11,9 @@ import torch
 
 from rlhf_ray.actors.columns import RankBatch
 from rlhf_ray.actors.device_means import DeviceMean, MicroStats, StepNumbers
+from rlhf_ray.actors.shards import ScoredColumns
 from rlhf_ray.actors.trained import Stats, Stopwatch, TrainedGroup, TrainedWorker, UpdateReport
-from rlhf_ray.actors.training_shards import ScoredColumns, TrainingShardReport, make_training_shard
+from rlhf_ray.actors.training_shards import TrainingShardReport, make_training_shard
 from rlhf_ray.actors.waiting import fetch_data
 from rlhf_ray.algorithms.aggregation import token_weights
 from rlhf_ray.config.algorithm import PPO

@@ -293,10 +293,14 @@ class RolloutGroup(ActorGroup[RolloutWorker]):
         """Each shard when it is complete, until none is left.
 
         Raises:
-            RoleTimeout, ActorDied, TaskFailed: as `wait_all`.
+            RoleTimeout, ActorDied, TaskFailed: as `wait_all`. All other shards are given up then.
         """
         while self._waiting or self._running:
-            facts, queued, trajectories = self._next()
+            try:
+                facts, queued, trajectories = self._next()
+            except Exception:
+                self._give_up()
+                raise
             self._dispatch()
             self._count()
             yield GeneratedShard(queued.number, queued.shards, trajectories, facts)
@@ -339,10 +343,19 @@ class RolloutGroup(ActorGroup[RolloutWorker]):
             self._released.remove(done)
             fetch(done, "rollout: release")
         queued, trajectories = self._running.pop(done)
+        self._balancer.done(queued.engine, queued.tokens, len(queued.requests))
         facts: ShardFacts = fetch(done, f"rollout/{queued.engine}: generate")
         self._generated += 1
-        self._balancer.done(queued.engine, queued.tokens, len(queued.requests))
         return facts, queued, trajectories
+
+    def _give_up(self) -> None:
+        """Forget all shards, which else would come with those that are submitted next."""
+        for queued, _ in self._running.values():
+            self._balancer.done(queued.engine, queued.tokens, len(queued.requests))
+        self._waiting.clear()
+        self._running.clear()
+        self._released.clear()
+        self._count()
 
     def _count(self) -> None:
         self.shards = Shards(len(self._waiting), len(self._running), self._generated)

@@ -1,5 +1,9 @@
-"""A shard: samples that move together from the engine that drew them to the roles that score them."""
+"""A shard: samples that move together from the engine that drew them to the roles that score them.
 
+Nothing here needs torch: what is sent to an actor is not to import it there.
+"""
+
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -7,6 +11,8 @@ import ray
 from numpy.typing import NDArray
 
 from rlhf_ray.data.trajectory import TrajectoryBatch
+
+Refs = Sequence[ray.ObjectRef]
 
 
 @dataclass(frozen=True)
@@ -59,3 +65,19 @@ class GeneratedShard:
     shards: int
     trajectories: ray.ObjectRef
     facts: ShardFacts
+
+
+@dataclass(frozen=True)
+class ScoredColumns:
+    """References to what roles made of some generated shards in a row: for each shard, the parts of a column.
+
+    Attributes:
+        trajectories: one for each shard.
+        old_logprobs, reference_logprobs: of policy and reference.
+        values: of the critic; None without one.
+    """
+
+    trajectories: Refs
+    old_logprobs: Sequence[Refs]
+    reference_logprobs: Sequence[Refs]
+    values: Sequence[Refs] | None

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import ray
 import torch
 
 from rlhf_ray.actors.columns import assemble
+from rlhf_ray.actors.shards import Refs, ScoredColumns
 from rlhf_ray.actors.waiting import fetch_data
 from rlhf_ray.algorithms.advantages import shaped_rewards
 from rlhf_ray.algorithms.estimators import TokenInputs
@@ -18,24 +18,6 @@ from rlhf_ray.config.algorithm import PPO
 from rlhf_ray.config.plugs import imported
 from rlhf_ray.data.columns import Columns, TrainingShard
 from rlhf_ray.data.trajectory import Floats, TrajectoryBatch, offsets_of
-
-Refs = Sequence[ray.ObjectRef]
-
-
-@dataclass(frozen=True)
-class ScoredColumns:
-    """References to what roles made of some generated shards in a row: for each shard, the parts of a column.
-
-    Attributes:
-        trajectories: one for each shard.
-        old_logprobs, reference_logprobs: of policy and reference.
-        values: of the critic; None without one.
-    """
-
-    trajectories: Refs
-    old_logprobs: Sequence[Refs]
-    reference_logprobs: Sequence[Refs]
-    values: Sequence[Refs] | None
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from rlhf_ray.actors.group import Calls
 from rlhf_ray.actors.reward import ScorePart
-from rlhf_ray.actors.shards import GeneratedShard, ShardFacts
-from rlhf_ray.actors.training_shards import ScoredColumns, TrainingShardReport
+from rlhf_ray.actors.shards import GeneratedShard, ScoredColumns, ShardFacts
+from rlhf_ray.actors.training_shards import TrainingShardReport
 from rlhf_ray.actors.waiting import wait_all
 from rlhf_ray.algorithms.estimators import SampleInputs, groups_of, spread_fraction
 from rlhf_ray.algorithms.moments import Moments

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from rlhf_ray.actors import training_shards
-from rlhf_ray.actors.training_shards import ScoredColumns, TrainingShardReport, make_training_shard
+from rlhf_ray.actors.shards import ScoredColumns
+from rlhf_ray.actors.training_shards import TrainingShardReport, make_training_shard
 from rlhf_ray.algorithms.moments import Moments
 from rlhf_ray.algorithms.value_loss import ExplainedVariance
 from rlhf_ray.config.algorithm import KL, PPO

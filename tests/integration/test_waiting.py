@@ -56,7 +56,7 @@ class Busy(Watched):
 
 
 def start(actors: int) -> ActorGroup:
-    return ActorGroup("busy", [ray.remote(Busy).options(num_cpus=0).remote() for _ in range(actors)])
+    return ActorGroup("busy", [actor_class(Busy).options(num_cpus=0).remote() for _ in range(actors)])
 
 
 @pytest.fixture(scope="module")
