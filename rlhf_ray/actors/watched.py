@@ -107,14 +107,18 @@ def _light(worker: type) -> type:
 
         self._worker = getattr(importlib.import_module(module), name)(*args, **kwargs)
 
-    methods = {each: _handing_on(method) for each, method in inspect.getmembers(worker, inspect.isfunction)}
-    constructor = _described_as(worker.__init__, __init__)  # type: ignore[misc]
-    return type(name, (), {**methods, "__init__": constructor, "__module__": module, "__doc__": worker.__doc__})
+    own = dict(inspect.getmembers(worker, inspect.isfunction))
+    constructor = own.pop("__init__", _without_arguments)
+    methods = {each: _handing_on(each, method) for each, method in own.items()}
+    methods["__init__"] = _described_as(constructor, __init__)
+    return type(name, (), {**methods, "__module__": module, "__doc__": worker.__doc__})
 
 
-def _handing_on(method: Any) -> Any:
-    name = method.__name__
+def _without_arguments(self: Any) -> None:
+    """The constructor of a class that has none of its own."""
 
+
+def _handing_on(name: str, method: Any) -> Any:
     async def call_async(self: Any, *args: Any, **kwargs: Any) -> Any:
         return await getattr(self._worker, name)(*args, **kwargs)
 

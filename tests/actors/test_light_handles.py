@@ -11,7 +11,12 @@ import ray.cloudpickle
 from rlhf_ray.actors.critic import CriticWorker
 from rlhf_ray.actors.policy import PolicyWorker
 from rlhf_ray.actors.rollout import RolloutWorker
-from rlhf_ray.actors.watched import actor_class
+from rlhf_ray.actors.watched import Watched, actor_class
+
+
+class Plain(Watched):
+    """An actor without a constructor of its own."""
+
 
 _LOAD = """
 import sys, ray.cloudpickle
@@ -48,3 +53,8 @@ def test_a_handle_has_the_actors_methods_with_their_arguments_and_kinds(worker: 
         assert inspect.iscoroutinefunction(own) == inspect.iscoroutinefunction(method), name
         group = "__ray_concurrency_group__"
         assert getattr(own, group, None) == getattr(method, group, None), name
+
+
+def test_a_class_without_a_constructor_takes_no_arguments() -> None:
+    taken = [name for name in inspect.signature(shown(Plain).__init__).parameters if name != "_ray_trace_ctx"]  # type: ignore[misc]
+    assert taken == ["self"]
