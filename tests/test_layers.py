@@ -2,6 +2,7 @@
 
 import ast
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,56 @@ def test_imports_point_downwards() -> None:
             elif target != PLATFORM and HEIGHT[target] > HEIGHT[own]:
                 wrong.append(f"{path} imports {module}, which is above it")
     assert not wrong, "\n".join(wrong)
+
+
+def at_import(node: ast.AST, *, typing: bool) -> Iterator[ast.AST]:
+    """What runs when a module is imported; with `typing` also what a type checker alone reads."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            continue
+        yield child
+        if isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING" and not typing:
+            yield from child.orelse
+        else:
+            yield from at_import(child, typing=typing)
+
+
+def import_graph(modules: dict[str, ast.Module], *, typing: bool) -> dict[str, set[str]]:
+    """Modules of the package that each imports."""
+    found = {}
+    for own, tree in modules.items():
+        names = set[str]()
+        for node in at_import(tree, typing=typing):
+            if isinstance(node, ast.Import):
+                names |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                inner = {f"{node.module}.{alias.name}" for alias in node.names}
+                names |= inner if inner <= modules.keys() else inner | {str(node.module)}
+        found[own] = names & modules.keys() - {own}
+    return found
+
+
+def find_cycle(graph: dict[str, set[str]]) -> list[str]:
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+@pytest.mark.parametrize("typing", [False, True])
+def test_no_modules_import_each_other_in_a_circle(typing: bool) -> None:
+    modules = {
+        ".".join(("rlhf_ray", *path.with_suffix("").parts)).removesuffix(".__init__"): tree for path, tree in trees()
+    }
+    assert find_cycle(import_graph(modules, typing=typing)) == []
+
+
+def test_a_circle_is_found() -> None:
+    sources = {"a": "import b", "b": "from c import x", "c": "if TYPE_CHECKING:\n    import a\ndef f():\n    import a"}
+    modules = {name: ast.parse(text) for name, text in sources.items()}
+    assert not find_cycle(import_graph(modules, typing=False))
+    assert set(find_cycle(import_graph(modules, typing=True))) == {"a", "b", "c"}
 
 
 @pytest.mark.parametrize("library", ["deepspeed", "vllm"])

@@ -111,7 +111,7 @@ class ActorGroup(Generic[Worker]):
 
         The method's arguments are the trajectories, the number of a slice of them, and how many slices there are.
         """
-        slices = slicesmethod_of(len(shard.facts.uids), shard.shards, self.dp_size, sharded=self._sharded)
+        slices = slices_of(len(shard.facts.uids), shard.shards, self.dp_size, sharded=self._sharded)
         work = range(self.dp_size) if self._sharded else range(shard.number * slices, (shard.number + 1) * slices)
         refs = [
             method_of(actor, method).remote(shard.trajectories, number % slices, slices)
@@ -164,7 +164,7 @@ def method_of(actor: Any, method: Callable[..., Any]) -> Any:
 _SLICES_PER_DP_RANK = 8
 
 
-def slicesmethod_of(samples: int, shards: int, dp_size: int, *, sharded: bool) -> int:
+def slices_of(samples: int, shards: int, dp_size: int, *, sharded: bool) -> int:
     """Slices that a shard of `samples` is cut into, when a step has so many shards.
 
     There are so many that each data-parallel rank gets some pieces of work, which evens out how long they take; but no

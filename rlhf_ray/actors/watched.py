@@ -1,5 +1,6 @@
 """The base of all actors: while its role's work runs, it tells from another thread what it does and that it lives."""
 
+import inspect
 import os
 import time
 from collections.abc import Callable
@@ -87,4 +88,53 @@ def actor_class(worker: type) -> Any:
     With groups there, Ray runs the other methods in one thread beside the main one: still one at a time, and in order.
     The constructor runs in the main thread.
     """
-    return ray.remote(concurrency_groups={_GROUP: 1, _LIFE: 1})(worker)
+    return ray.remote(concurrency_groups={_GROUP: 1, _LIFE: 1})(_light(worker))
+
+
+def _light(worker: type) -> type:
+    """A class of the same name and methods whose instances make a `worker` and hand each call on to it.
+
+    Who gets an actor's handle gets its class from Ray, and imports what that imports. With this one it is nothing: the
+    status actor, which has the handles of all, would else spend seconds and 400 MB on torch and DeepSpeed.
+    A class that its actor can't import by name, as it is local or the script's own, stays as it is.
+    """
+    module, name = worker.__module__, worker.__qualname__
+    if module == "__main__" or "." in name:
+        return worker
+
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        import importlib
+
+        self._worker = getattr(importlib.import_module(module), name)(*args, **kwargs)
+
+    methods = {each: _handing_on(method) for each, method in inspect.getmembers(worker, inspect.isfunction)}
+    constructor = _described_as(worker.__init__, __init__)  # type: ignore[misc]
+    return type(name, (), {**methods, "__init__": constructor, "__module__": module, "__doc__": worker.__doc__})
+
+
+def _handing_on(method: Any) -> Any:
+    name = method.__name__
+
+    async def call_async(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return await getattr(self._worker, name)(*args, **kwargs)
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self._worker, name)(*args, **kwargs)
+
+    return _described_as(method, call_async if inspect.iscoroutinefunction(method) else call)
+
+
+def _described_as(original: Any, function: Any) -> Any:
+    """Give a function the name and arguments of another and what Ray noted on it, but no types, which would be imported
+    with it."""
+    signature = inspect.signature(original)
+    untyped = [each.replace(annotation=inspect.Parameter.empty) for each in signature.parameters.values()]
+    function.__signature__ = inspect.Signature(untyped)
+    function.__annotations__ = {}
+    function.__name__, function.__qualname__, function.__doc__ = (
+        original.__name__,
+        original.__qualname__,
+        original.__doc__,
+    )
+    vars(function).update({name: value for name, value in vars(original).items() if name.startswith("__ray_")})
+    return function

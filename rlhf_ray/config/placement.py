@@ -52,7 +52,7 @@ class _RankPlacement(Section):
     env: dict[str, str] = Field(default_factory=dict)
     """Environment variables of these processes."""
     colocate: Host | None = None
-    """Sit on the places of this role, rank by rank (an engine on those of `tensor_parallel` ranks), instead of on own
+    """Sit in the bundles of this role, rank by rank (an engine in those of `tensor_parallel` ranks), instead of in own
     ones."""
 
     @model_validator(mode="after")

@@ -73,7 +73,7 @@ def _default(field: FieldInfo) -> str:
         return f"`{value}`" if value else '`""`'
     if isinstance(value, tuple):
         value = [entry.model_dump(exclude_unset=True) if isinstance(entry, BaseModel) else entry for entry in value]
-    return f"`{str(value).lower() if isinstance(value, bool) else value!r}`"
+    return f"`{repr(value).lower() if isinstance(value, bool) else repr(value)}`"
 
 
 def _type(field: FieldInfo) -> str:

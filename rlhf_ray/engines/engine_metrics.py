@@ -1,12 +1,22 @@
 """What a vLLM engine tells of itself: its metrics to Prometheus, through Ray, and its queue's length to its owner."""
 
+import sys
 from statistics import median
 from typing import Any
 
 import ray.util.metrics
-from vllm.v1.metrics import ray_wrappers
 from vllm.v1.metrics.loggers import StatLoggerBase, StatLoggerFactory
 from vllm.v1.metrics.stats import IterationStats, SchedulerStats
+
+# vLLM asks Ray Serve for a replica's name, which an engine here has not. Serve takes a second and pandas to import.
+_serve = sys.modules.get("ray.serve")
+sys.modules["ray.serve"] = None  # type: ignore[assignment]
+try:
+    from vllm.v1.metrics import ray_wrappers
+finally:
+    del sys.modules["ray.serve"]
+    if _serve is not None:
+        sys.modules["ray.serve"] = _serve
 
 
 class EngineLoad(StatLoggerBase):
@@ -53,7 +63,7 @@ class EngineSeries(ray_wrappers.RayPrometheusStatLogger):
 
 def stat_loggers(load: EngineLoad) -> list[StatLoggerFactory]:
     """For `AsyncLLM`: vLLM's series (`vllm_num_requests_running` and so on), and `load`."""
-    # vLLM takes Ray's metrics for missing where Ray Serve is not installed, which is not needed for them.
+    # vLLM takes Ray's metrics for missing where it can't import Ray Serve, which is not needed for them.
     if ray_wrappers.ray_metrics is None:
         ray_wrappers.ray_metrics = ray.util.metrics
     return [EngineSeries, lambda config, index: load]

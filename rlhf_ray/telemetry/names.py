@@ -25,6 +25,10 @@ _ALL = (
     MetricName("reward/mean", "score of a sample: weighted sum of the parts, before shaping; mean over the batch"),
     MetricName("reward/std", "standard deviation of the score over the batch"),
     MetricName("reward/<part>", "unweighted score by one part of the reward, mean over the batch"),
+    MetricName(
+        "group/spread_fraction",
+        "without a critic: share of prompts whose samples differ in their return; the others teach nothing",
+    ),
     MetricName("kl/mean", "KL from policy to reference in nats per response (sum over tokens), mean over the batch"),
     MetricName("kl/coef", "β, the weight of the KL in the reward of this step"),
     MetricName("policy/loss", "clipped policy loss, mean over the optimizer steps"),

@@ -89,7 +89,7 @@ def test_commands_know_it_by_its_tables(
         ("toy.config:", "can't be imported"),
         (":ToyJob", "can't be imported"),
         ("toy.config:Texts", "is no class of jobs"),
-        ("rlhf_ray.config.jobs:MAX_ENGINE_RANK", "is no class of jobs"),
+        ("rlhf_ray.config.jobs:JOB_TYPES", "is no class of jobs"),
         ("rlhf_ray.config.jobs:EpochJob", "has no data_files, definition, job, placement,"),
     ],
 )

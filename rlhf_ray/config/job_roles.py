@@ -1,0 +1,90 @@
+"""Rows of the role table that several jobs have, and what they check of them."""
+
+from rlhf_ray.config.placement import (
+    PPOPlacement,
+    RolePlacement,
+)
+from rlhf_ray.config.reward_model import RewardModel
+from rlhf_ray.config.roles import Level, ModelSource, RoleKind, RoleSpec
+from rlhf_ray.config.training import (
+    Policy,
+    Reference,
+    ScoringEngine,
+)
+
+
+def trained_role(
+    kind: RoleKind, name: str, section: RewardModel | Policy, placement: RolePlacement, *, passes: int = 0
+) -> RoleSpec:
+    """The model that learns from the rows of a data set."""
+    return RoleSpec(
+        name=name,
+        kind=kind,
+        section=name,
+        model=ModelSource(f"{name}.model", section.model, section.trust_remote_code),
+        engine=section.engine,
+        placed_as=name,
+        placement=placement,
+        ranks=placement.ranks or 1,
+        needs={
+            "score": Level.WEIGHTS,
+            "update": Level.FULL,
+            "checkpoint": Level.FULL,
+            "export": Level.WEIGHTS,
+        },
+        lora=section.lora,
+        trained=True,
+        checkpointed=True,
+        exported=True,
+        score_passes=passes,
+    )
+
+
+def reference_role(
+    reference: Reference,
+    policy: ModelSource,
+    placement: RolePlacement,
+    ranks: int,
+    *,
+    passes: int,
+    updated: bool = False,
+) -> RoleSpec:
+    """The model that the policy is held close to or compared with, in so many passes over a step; `updated` where it
+    follows the policy."""
+    own = reference.from_model != "policy"
+    return RoleSpec(
+        name="reference",
+        kind="causal",
+        section="reference",
+        model=ModelSource("reference.from", reference.from_model, policy.trust_remote_code) if own else policy,
+        engine=reference.engine,
+        placed_as="reference",
+        placement=placement,
+        ranks=ranks,
+        needs={"score": Level.WEIGHTS, "checkpoint": Level.WEIGHTS},
+        checkpointed=updated,
+        score_passes=passes,
+    )
+
+
+def check_unused_reference(reference: Reference, placement: RolePlacement) -> None:
+    """With LoRA the policy is the reference too, which then has no engine and no place of its own."""
+    unused = {
+        "reference.engine": reference.engine != ScoringEngine(),
+        "placement.reference": placement != PPOPlacement().reference,
+    }
+    for path in (path for path, is_set in unused.items() if is_set):
+        raise ValueError(
+            f"{path} has no effect beside policy.lora: the policy with its adapters off is the reference. Leave it "
+            "out, or name a model folder in reference.from"
+        )
+
+
+def check_lora(role: RoleSpec, gpus: float) -> None:
+    if role.lora is None or role.lora.base == "as_model":
+        return
+    base, name = f"{role.section}.lora.base is {role.lora.base!r}", role.section
+    if role.model_engine is not None and role.model_engine.zero_stage == 3:
+        raise ValueError(f"{base}, which ZeRO can't shard, but {name}.engine.zero_stage is 3")
+    if not gpus:
+        raise ValueError(f"{base}, which needs a GPU, but placement.{role.placed_as}.gpus is 0")
