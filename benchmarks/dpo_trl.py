@@ -49,13 +49,13 @@ from rlhf_ray.config.jobs import PreferenceJob
 from rlhf_ray.config.loading import load_config
 from rlhf_ray.config.preference import Preference, SigmoidLoss
 from rlhf_ray.config.training import Policy
-from rlhf_ray.controllers.epochs import Split
 from rlhf_ray.controllers.inputs import PreferenceInputs
 from rlhf_ray.controllers.job import check
 from rlhf_ray.controllers.number_formats import choose_before_start
 from rlhf_ray.controllers.preference_roles import PreferenceRoles, start_preference_roles
 from rlhf_ray.controllers.reference_columns import LiveReference
 from rlhf_ray.controllers.roles import Actors
+from rlhf_ray.controllers.row_sources import Split
 from rlhf_ray.data.comparisons import ComparisonSet
 from rlhf_ray.data.packing import plan_micro_batches
 from rlhf_ray.models.answers import AnswerPack

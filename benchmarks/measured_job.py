@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 
 from rlhf_ray.actors.host_memory import sum_of_held_bytes
-from rlhf_ray.config.jobs import JobConfig
+from rlhf_ray.config.jobs import Job
 from rlhf_ray.telemetry.metrics import Metrics
 
 _ROLES = {
@@ -46,7 +46,7 @@ class MeasuredJob:
     peaks: dict[str, int]
 
 
-def measured_job(job: JobConfig) -> MeasuredJob:
+def measured_job(job: Job) -> MeasuredJob:
     """Run a job from its start in its own folder, with more than `WATCHED_STEPS` steps."""
     from rlhf_ray.controllers.train import train
 

@@ -15,7 +15,7 @@ import typer
 from benchmarks.common import RESULTS, Machine, Measure, ResultsOption, report, run_command, say, spread
 from benchmarks.measured_job import WATCHED_STEPS, measured_job
 from benchmarks.plan_cases import CASES
-from rlhf_ray.config.jobs import JobConfig, PPOJob
+from rlhf_ray.config.jobs import Job, PPOJob
 from rlhf_ray.planner.calibration import constants
 from rlhf_ray.planner.hardware import this_machine
 from rlhf_ray.planner.jobs import lengths_of
@@ -58,7 +58,7 @@ def main(
         report("plan_accuracy", name, {"steps": steps}, measures, machine, results)
 
 
-def _unwritten(job: JobConfig, plan: MemoryPlan) -> dict[str, float]:
+def _unwritten(job: Job, plan: MemoryPlan) -> dict[str, float]:
     """Bytes of the KV cache of an engine on a CPU that so few steps don't write to: until then the kernel gives no
     memory for them."""
     if not isinstance(job, PPOJob) or plan.engine is None:
@@ -81,7 +81,7 @@ def _memory(plan: MemoryPlan, peaks: dict[str, int], unwritten: dict[str, float]
     return measures
 
 
-def _lengths(job: JobConfig) -> Lengths:
+def _lengths(job: Job) -> Lengths:
     """Rows of the cases are as long as they may be; those of pairs have hardly a prompt."""
     return (
         lengths_of(job)

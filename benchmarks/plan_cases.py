@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.common import CORES, ROOT
 from benchmarks.random_model import main as write_random_model
-from rlhf_ray.config.jobs import JobConfig
+from rlhf_ray.config.jobs import Job
 from rlhf_ray.config.loading import parse_config
 from rlhf_ray.controllers.number_formats import choose_before_start
 
@@ -33,7 +33,7 @@ class Case:
     model: str
     raw: Raw
 
-    def job(self, folder: Path, steps: int) -> JobConfig:
+    def job(self, folder: Path, steps: int) -> Job:
         """The job, with its model and as much data as `steps` need, all of the longest that it allows."""
         raw = json.loads(json.dumps(self.raw))
         model = str(_model(self.model, folder))

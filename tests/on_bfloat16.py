@@ -2,11 +2,11 @@
 
 from typing import TypeVar, cast
 
-from rlhf_ray.config.jobs import JobConfig
+from rlhf_ray.config.jobs import Job
 from rlhf_ray.config.number_formats import choose
 from rlhf_ray.platform import CpuProducts
 
-JobT = TypeVar("JobT", bound=JobConfig)
+JobT = TypeVar("JobT", bound=Job)
 
 
 def on_bfloat16(config: JobT) -> JobT:

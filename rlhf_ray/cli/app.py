@@ -27,7 +27,7 @@ from rlhf_ray.cli.preflight import preflight
 from rlhf_ray.cli.status import status
 
 if TYPE_CHECKING:
-    from rlhf_ray.config.jobs import JobConfig
+    from rlhf_ray.config.jobs import Job
 
 logger = logging.getLogger("rlhf_ray")
 
@@ -262,7 +262,7 @@ def _import_from_here() -> None:
         sys.path.append(here)
 
 
-def _last_words(job: "JobConfig", error: BaseException) -> int:
+def _last_words(job: "Job", error: BaseException) -> int:
     """Say why a run ends before its end and how to go on; the exit code. Needs no cluster."""
     if isinstance(error, KeyboardInterrupt):
         what, code = how_stopped(error)
@@ -272,7 +272,7 @@ def _last_words(job: "JobConfig", error: BaseException) -> int:
     return exit_code(error)
 
 
-def _how_to_resume(job: "JobConfig") -> str:
+def _how_to_resume(job: "Job") -> str:
     from rlhf_ray.cli.results import checkpointed_steps
 
     steps: Sequence[int] = checkpointed_steps(job)

@@ -14,7 +14,7 @@ from rlhf_ray.cli.failures import INTERRUPTED, how_stopped, say
 if TYPE_CHECKING:
     from rlhf_ray.cluster.jobs import Jobs
     from rlhf_ray.cluster.package import Package
-    from rlhf_ray.config.jobs import JobConfig
+    from rlhf_ray.config.jobs import Job
 
 logger = logging.getLogger("rlhf_ray")
 
@@ -27,7 +27,7 @@ Address = Annotated[
         show_default=False,
     ),
 ]
-Job = Annotated[str, typer.Argument(metavar="JOB", help="Id that submit printed.", show_default=False)]
+JobId = Annotated[str, typer.Argument(metavar="JOB", help="Id that submit printed.", show_default=False)]
 
 
 def submit(
@@ -96,7 +96,7 @@ def submit(
     _follow(jobs, name)
 
 
-def stop(job: Job, address: Address) -> None:
+def stop(job: JobId, address: Address) -> None:
     """End a job in order, and wait until it has.
 
     The same command that started it goes on from its newest checkpoint.
@@ -112,7 +112,7 @@ def stop(job: Job, address: Address) -> None:
 
 
 def logs(
-    job: Job,
+    job: JobId,
     address: Address,
     follow: Annotated[
         bool, typer.Option("--follow", "-f", help="Go on until the job ends, and exit with its exit code.")
@@ -169,7 +169,7 @@ def _within(config: Path, content: "Package") -> Path:
     return within
 
 
-def _results_within(job: "JobConfig", working_dir: Path) -> list[str]:
+def _results_within(job: "Job", working_dir: Path) -> list[str]:
     """The run folder is not to be sent, whatever it is called."""
     place, folder = (working_dir / job.run.dir).resolve(), working_dir.resolve()
     inside = place.is_relative_to(folder) and place != folder

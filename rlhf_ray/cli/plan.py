@@ -12,7 +12,7 @@ from rlhf_ray.cli.arguments import Config, Overrides, checked_path
 from rlhf_ray.cli.failures import FAILED
 
 if TYPE_CHECKING:
-    from rlhf_ray.config.jobs import JobConfig
+    from rlhf_ray.config.jobs import Job
     from rlhf_ray.config.number_formats import NumberFormats
     from rlhf_ray.planner.calibration import Calibration, Device
     from rlhf_ray.planner.hardware import Hardware
@@ -129,7 +129,7 @@ def _constants(hardware: "Hardware", path: Path | None, cluster: str | None) -> 
 
 
 def _number_formats(
-    job: "JobConfig",
+    job: "Job",
     hardware: "Hardware",
     known: "Mapping[Device, Calibration]",
     calibration: Path | None,
@@ -152,7 +152,7 @@ def _number_formats(
 
 
 @contextmanager
-def _hardware(job: "JobConfig", cluster: str | None, nodes: int) -> Iterator["Hardware"]:
+def _hardware(job: "Job", cluster: str | None, nodes: int) -> Iterator["Hardware"]:
     import os
 
     from rlhf_ray.planner.hardware import load_hardware, this_machine

@@ -15,7 +15,7 @@ from zipfile import ZIP_DEFLATED, ZipFile, ZipInfo
 from ray._private.runtime_env.packaging import GCS_STORAGE_MAX_SIZE, _dir_travel, _get_excludes
 
 from rlhf_ray.cluster.named_paths import local_path, named_in
-from rlhf_ray.config.jobs import JobConfig
+from rlhf_ray.config.jobs import Job
 from rlhf_ray.config.yaml_text import word_in_yaml
 
 LEFT_OUT = (
@@ -128,7 +128,7 @@ class Pinned:
         return f"{self.setting}={word_in_yaml(self.path)}"
 
 
-def pinned_paths(config: JobConfig, content: Package) -> list[Pinned]:
+def pinned_paths(config: Job, content: Package) -> list[Pinned]:
     """Relative paths that a job must not look for in its copy of the working directory: files and folders that are here
     but are not sent, and what the run writes, since Ray removes the copy some time after the job.
 

@@ -12,15 +12,12 @@ __all__ = [
     "JOB_TYPES",
     "EpochJob",
     "Job",
-    "JobConfig",
     "PPOJob",
     "PreferenceJob",
     "RewardModel",
     "RewardModelJob",
     "SFTJob",
 ]
-
-JobConfig = Job
 
 JOB_TYPES: dict[str, type[Job]] = {
     "ppo": PPOJob,

@@ -9,7 +9,7 @@ from typing import Any, TypeVar, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from rlhf_ray.config.base import Section, nearest, shown
-from rlhf_ray.config.jobs import JOB_TYPES, Job, JobConfig
+from rlhf_ray.config.jobs import JOB_TYPES, Job
 from rlhf_ray.config.plugs import import_named
 from rlhf_ray.config.yaml_text import MAX_DEPTH, YamlProblem, dump_yaml, parse_yaml, read_yaml
 
@@ -46,7 +46,7 @@ class ConfigError(Exception):
         return type(self), (self.source, self.problems)
 
 
-def load_config(path: Path, overrides: Sequence[str] = ()) -> JobConfig:
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Job:
     """Read `path`, apply `key.path=value` overrides and check the whole.
 
     Raises:
@@ -58,7 +58,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> JobConfig:
     return parse_config(raw, source=str(path))
 
 
-def parse_config(raw: dict[str, Any], *, source: str = "config") -> JobConfig:
+def parse_config(raw: dict[str, Any], *, source: str = "config") -> Job:
     """Check a nested dictionary as read from YAML.
 
     Raises:
@@ -151,7 +151,7 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
             raise ConfigError("override", [f"{where}: {before} is a value, not a section"])
 
 
-def dump_config(config: JobConfig) -> str:
+def dump_config(config: Job) -> str:
     """The resolved config as YAML that `load_config` reads back to the same object."""
     raw = config.model_dump(mode="json", by_alias=True)
     return dump_yaml(raw)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rlhf_ray.cluster.processors import look_at_cluster, look_here
 from rlhf_ray.cluster.session import joined_address
-from rlhf_ray.config.jobs import JobConfig
+from rlhf_ray.config.jobs import Job
 from rlhf_ray.config.loading import load_config
 from rlhf_ray.config.number_formats import NumberFormats, choose, engines_of
 from rlhf_ray.config.training import Dtype
@@ -15,7 +15,7 @@ from rlhf_ray.recovery.checkpoints import CheckpointStore
 logger = logging.getLogger("rlhf_ray")
 
 
-def choose_on_cluster(config: JobConfig) -> NumberFormats:
+def choose_on_cluster(config: Job) -> NumberFormats:
     """For the cluster that this process is connected to; told in the log.
 
     Raises:
@@ -29,7 +29,7 @@ def choose_on_cluster(config: JobConfig) -> NumberFormats:
     return found
 
 
-def choose_before_start(config: JobConfig) -> NumberFormats:
+def choose_before_start(config: Job) -> NumberFormats:
     """What is known without a cluster: all of a job for this machine, of another what does not depend on its CPUs.
 
     Raises:
@@ -39,11 +39,11 @@ def choose_before_start(config: JobConfig) -> NumberFormats:
     return choose(config, look, kept=_kept(config), source=_source(config))
 
 
-def _source(config: JobConfig) -> str:
+def _source(config: Job) -> str:
     return str(Path(config.run.dir) / "config.yaml")
 
 
-def _kept(config: JobConfig) -> Mapping[str, Dtype]:
+def _kept(config: Job) -> Mapping[str, Dtype]:
     """What the run computes in that this one goes on with."""
     folder, path = Path(config.run.dir), Path(_source(config))
     store = CheckpointStore(folder, config.run.keep_last, config.run.keep_best)

@@ -19,7 +19,7 @@ from rlhf_ray.actors.rollout import RolloutGroup
 from rlhf_ray.actors.trained import TrainedGroup
 from rlhf_ray.cluster.daemons import Terminated
 from rlhf_ray.cluster.session import cluster_facts
-from rlhf_ray.config.jobs import JobConfig
+from rlhf_ray.config.jobs import Job
 from rlhf_ray.config.loading import dump_config
 from rlhf_ray.config.number_formats import NumberFormats
 from rlhf_ray.config.run import Limit, Timeouts
@@ -46,7 +46,7 @@ class RunFolder:
         formats: what was chosen for `dtype: auto`, for the manifest; `config` has it in.
     """
 
-    def __init__(self, config: JobConfig, steps: int, formats: NumberFormats) -> None:
+    def __init__(self, config: Job, steps: int, formats: NumberFormats) -> None:
         self.path = Path(config.run.dir)
         self.path.mkdir(parents=True, exist_ok=True)
         self._config = config

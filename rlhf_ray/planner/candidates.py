@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any, Literal
 
-from rlhf_ray.config.jobs import JobConfig
+from rlhf_ray.config.jobs import Job
 from rlhf_ray.config.placement import RolloutPlacement
 from rlhf_ray.planner.hardware import Hardware
 from rlhf_ray.planner.workload import ModelRole, RolloutRole, ScoredRole, TrainedRole
@@ -51,7 +51,7 @@ class Layout:
         return found | ({"placement.offload_idle": self.offload_idle} if len(self.sections) > 1 else {})
 
 
-def layouts(job: JobConfig, hardware: Hardware, heads: int) -> Iterator[Layout]:
+def layouts(job: Job, hardware: Hardware, heads: int) -> Iterator[Layout]:
     """All that are tried; some may have no place after all.
 
     Args:
@@ -64,7 +64,7 @@ def layouts(job: JobConfig, hardware: Hardware, heads: int) -> Iterator[Layout]:
         yield from _on_cores(job, hardware)
 
 
-def _on_devices(job: JobConfig, hardware: Hardware, heads: int, devices: int) -> Iterator[Layout]:
+def _on_devices(job: Job, hardware: Hardware, heads: int, devices: int) -> Iterator[Layout]:
     nodes = [machine for machine in hardware.machines if machine.devices]
     each = min(machine.devices for machine in nodes)
     cpus = min(_MOST_CPUS, min(machine.cpus / machine.devices for machine in nodes))
@@ -86,7 +86,7 @@ def _on_devices(job: JobConfig, hardware: Hardware, heads: int, devices: int) ->
                 yield _layout(job, groups, counts, tensor_parallel, leave, [place] * len(groups))
 
 
-def _on_cores(job: JobConfig, hardware: Hardware) -> Iterator[Layout]:
+def _on_cores(job: Job, hardware: Hardware) -> Iterator[Layout]:
     """One rank of each role on each node; groups have a part of the cores each, or take turns on all of them."""
     cores = int(min(machine.cpus for machine in hardware.machines))
     for groups, leave in _groupings(job):
@@ -97,7 +97,7 @@ def _on_cores(job: JobConfig, hardware: Hardware) -> Iterator[Layout]:
             yield _layout(job, groups, (nodes,) * len(groups), 1, False, [place] * len(groups))
 
 
-def _groupings(job: JobConfig) -> Iterator[tuple[Groups, bool]]:
+def _groupings(job: Job) -> Iterator[tuple[Groups, bool]]:
     """Roles that share devices, the engines last, and whether they leave them to each other."""
     roles = list(job.placements)
     pairs = {"policy": ("policy", "reference"), "critic": ("critic", "reward")}
@@ -138,7 +138,7 @@ def _sizes(most: int, each: int) -> list[int]:
 
 
 def _layout(
-    job: JobConfig,
+    job: Job,
     groups: Groups,
     counts: tuple[int, ...],
     tensor_parallel: int,

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import rlhf_ray
 from rlhf_ray.cluster.libraries import LIBRARIES
-from rlhf_ray.config.jobs import JobConfig
+from rlhf_ray.config.jobs import Job
 from rlhf_ray.config.regular_files import read_regular
 from rlhf_ray.recovery.files import replace_file
 from rlhf_ray.telemetry.errors import DamagedFileError
@@ -68,7 +68,7 @@ class Session:
 
 def write_manifest(
     run_dir: Path,
-    config: JobConfig,
+    config: Job,
     cluster: Mapping[str, Any],
     command: Sequence[str],
     status_actor: str = "",

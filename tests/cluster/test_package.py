@@ -6,7 +6,7 @@ from zipfile import ZipFile
 import pytest
 
 from rlhf_ray.cluster.package import LEFT_OUT, Package, PackageTooLarge, package, pinned_paths
-from rlhf_ray.config.jobs import JobConfig
+from rlhf_ray.config.jobs import Job
 from rlhf_ray.config.loading import parse_config
 
 
@@ -21,7 +21,7 @@ def sent(content: Package) -> set[str]:
     return {str(file) for file in content.files}
 
 
-def sft(**paths: str) -> JobConfig:
+def sft(**paths: str) -> Job:
     return parse_config(
         {
             "job": "sft",

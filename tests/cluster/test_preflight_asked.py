@@ -16,7 +16,7 @@ from rlhf_ray.cluster.preflight.asked import (
     modules_and_variables,
     transfers,
 )
-from rlhf_ray.config.jobs import JobConfig
+from rlhf_ray.config.jobs import Job
 from rlhf_ray.config.loading import parse_config
 from rlhf_ray.models.config_json import read_shape
 
@@ -37,7 +37,7 @@ def model(tmp_path: Path) -> str:
     return str(tmp_path)
 
 
-def ppo(model: str, **sections: Any) -> JobConfig:
+def ppo(model: str, **sections: Any) -> Job:
     config = {
         "job": "ppo",
         "name": "a",

@@ -4,7 +4,7 @@ from typing import Any
 
 from rlhf_ray.cluster.preflight.placing import check_placement
 from rlhf_ray.cluster.topology import Node
-from rlhf_ray.config.jobs import JobConfig
+from rlhf_ray.config.jobs import Job
 from rlhf_ray.config.loading import parse_config
 
 
@@ -12,7 +12,7 @@ def node(name: str, cpus: float = 4.0, free: float | None = None, **labels: str)
     return Node(name, {"CPU": cpus}, {"CPU": cpus if free is None else free}, labels, f"id-{name}")
 
 
-def ppo(cluster: dict[str, Any] | None = None, **placement: Any) -> JobConfig:
+def ppo(cluster: dict[str, Any] | None = None, **placement: Any) -> Job:
     return parse_config(
         {
             "job": "ppo",

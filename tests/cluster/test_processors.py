@@ -11,7 +11,7 @@ import pytest
 
 from rlhf_ray.cluster.processors import Processor, look_at
 from rlhf_ray.cluster.topology import Node
-from rlhf_ray.config.jobs import JobConfig
+from rlhf_ray.config.jobs import Job
 from rlhf_ray.config.loading import parse_config
 from rlhf_ray.config.number_formats import choose
 
@@ -24,7 +24,7 @@ def node(name: str, cpus: float = 4.0, **labels: str) -> Node:
     return Node(name, {"CPU": cpus}, {"CPU": cpus}, labels, name)
 
 
-def ppo(**placement: Any) -> JobConfig:
+def ppo(**placement: Any) -> Job:
     return parse_config(
         {
             "job": "ppo",
@@ -38,7 +38,7 @@ def ppo(**placement: Any) -> JobConfig:
     )
 
 
-def chosen(config: JobConfig, nodes: list[Node], processors: dict[str, Processor]) -> tuple[set[str], str]:
+def chosen(config: Job, nodes: list[Node], processors: dict[str, Processor]) -> tuple[set[str], str]:
     found = choose(config, look_at(config, nodes, processors))
     assert {one.key for one in found.chosen} == {
         "policy.engine",

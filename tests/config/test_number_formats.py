@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from rlhf_ray.config.jobs import JobConfig
+from rlhf_ray.config.jobs import Job
 from rlhf_ray.config.loading import ConfigError, dump_config, load_config, parse_config
 from rlhf_ray.config.number_formats import Look, choose, engines_of
 from rlhf_ray.config.training import UndecidedDtype
@@ -16,7 +16,7 @@ FAST = CpuProducts(True, "has AMX_BF16")
 SLOW = CpuProducts(False, "has neither AVX512_BF16 nor AMX", "9 times as long")
 
 
-def ppo(**sections: Any) -> JobConfig:
+def ppo(**sections: Any) -> Job:
     config: dict[str, Any] = {
         "job": "ppo",
         "name": "a",
@@ -32,7 +32,7 @@ def everywhere(products: CpuProducts) -> Look:
     return lambda role: {"this machine": products}
 
 
-def dtypes(config: JobConfig) -> dict[str, str]:
+def dtypes(config: Job) -> dict[str, str]:
     return {key.removesuffix(".engine"): engine.dtype for key, engine in engines_of(config).items()}
 
 

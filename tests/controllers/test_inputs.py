@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rlhf_ray.config.jobs import JobConfig, PPOJob, RewardModelJob, SFTJob
+from rlhf_ray.config.jobs import Job, PPOJob, RewardModelJob, SFTJob
 from rlhf_ray.config.loading import ConfigError, parse_config
 from rlhf_ray.controllers.inputs import EpochInputs, PPOInputs
 from rlhf_ray.controllers.job import check
@@ -62,7 +62,7 @@ def pairs(prepared: Path) -> MakeConfig:
     return make
 
 
-def problems_of(config: JobConfig) -> list[str]:
+def problems_of(config: Job) -> list[str]:
     with pytest.raises(ConfigError) as caught:
         check(config)
     return caught.value.problems

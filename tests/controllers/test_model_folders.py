@@ -16,18 +16,18 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from rlhf_ray.config.jobs import JobConfig
+from rlhf_ray.config.jobs import Job
 from rlhf_ray.config.loading import ConfigError, parse_config
 from rlhf_ray.controllers.job import check
 from rlhf_ray.models.tiny import build_tiny_model
 
-MakeConfig = Callable[..., JobConfig]
+MakeConfig = Callable[..., Job]
 
 
 def of_kind(job: str, sections: dict[str, Any]) -> MakeConfig:
     """Makes configs of a job; a keyword replaces a section."""
 
-    def make(**changes: Any) -> JobConfig:
+    def make(**changes: Any) -> Job:
         return parse_config({"job": job, "name": "x"} | sections | changes)
 
     return make
@@ -76,7 +76,7 @@ def other_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_tiny_model(tmp_path_factory.mktemp("other") / "model", vocab=400)
 
 
-def problems_of(config: JobConfig) -> list[str]:
+def problems_of(config: Job) -> list[str]:
     with pytest.raises(ConfigError) as caught:
         check(config)
     return caught.value.problems

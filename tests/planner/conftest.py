@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from on_bfloat16 import on_bfloat16
-from rlhf_ray.config.jobs import JobConfig
+from rlhf_ray.config.jobs import Job
 from rlhf_ray.config.loading import apply_override, parse_config
 
 MakeJob = Callable[..., Any]
@@ -64,7 +64,7 @@ JOBS = {"ppo": PPO, "sft": SFT, "reward_model": REWARD, "preference": PREFERENCE
 def make_job() -> MakeJob:
     """A job of this type with these overrides, each `key=value`."""
 
-    def make(kind: str, *overrides: str) -> JobConfig:
+    def make(kind: str, *overrides: str) -> Job:
         raw = copy.deepcopy(JOBS[kind])
         for override in overrides:
             apply_override(raw, override)

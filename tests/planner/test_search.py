@@ -11,7 +11,7 @@ import yaml
 
 from on_bfloat16 import on_bfloat16
 from rlhf_ray.cluster.assignment import PlacementError, assign, requests_of
-from rlhf_ray.config.jobs import JobConfig
+from rlhf_ray.config.jobs import Job
 from rlhf_ray.config.loading import ConfigError, apply_override, parse_config
 from rlhf_ray.planner.calibration import ProcessMemory, defaults
 from rlhf_ray.planner.candidates import Setting, layouts, settings
@@ -37,7 +37,7 @@ LENGTHS = Lengths(prompt=256, response=384, longest=512)
 CONSTANTS = {"cpu": defaults("cpu"), "gpu": defaults("gpu")}
 
 
-def ppo(folder: Path, **sections: Any) -> JobConfig:
+def ppo(folder: Path, **sections: Any) -> Job:
     model = folder / "config.json"
     model.write_text(json.dumps(SMALL))
     raw = {
@@ -66,11 +66,11 @@ def cluster(folder: Path, devices: int, memory_gib: float) -> Hardware:
     return load_hardware(str(path))
 
 
-def search(job: JobConfig, hardware: Hardware, most: int = 5) -> list[Proposal]:
+def search(job: Job, hardware: Hardware, most: int = 5) -> list[Proposal]:
     return best_placements(job, hardware, CONSTANTS, ProcessMemory(), LENGTHS, most)  # type: ignore[arg-type]
 
 
-def everything(job: JobConfig, hardware: Hardware) -> list[float]:
+def everything(job: Job, hardware: Hardware) -> list[float]:
     """Seconds of a step in every layout with every setting of every group that fits."""
     raw = job.model_dump(mode="json", by_alias=True)
     roles = workload_of(job).roles

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from rlhf_ray.config.data import ComparisonData
-from rlhf_ray.config.jobs import JobConfig, RewardModel, RewardModelJob
+from rlhf_ray.config.jobs import Job, RewardModel, RewardModelJob
 from rlhf_ray.config.run import EpochRun
 from rlhf_ray.telemetry.errors import DamagedFileError
 from rlhf_ray.telemetry.manifest import git_state, redact, write_manifest
 
 
-def _config() -> JobConfig:
+def _config() -> Job:
     return RewardModelJob(
         job="reward_model",
         name="demo",

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from rlhf_ray.config.data import ComparisonData
-from rlhf_ray.config.jobs import JobConfig, RewardModel, RewardModelJob
+from rlhf_ray.config.jobs import Job, RewardModel, RewardModelJob
 from rlhf_ray.config.run import EpochRun
 from rlhf_ray.recovery.checkpoints import CheckpointStore
 from rlhf_ray.telemetry.errors import DamagedFileError
@@ -20,7 +20,7 @@ from rlhf_ray.telemetry.record import read_record
 CLUSTER = {"gcs_address": "10.0.0.1:6379", "nodes": []}
 
 
-def _config(folder: Path) -> JobConfig:
+def _config(folder: Path) -> Job:
     return RewardModelJob(
         job="reward_model",
         name="demo",

@@ -13,7 +13,7 @@ from rlhf_ray.cluster.preflight.probing import Deadline, Probes, probes
 from rlhf_ray.cluster.preflight.report import Broadcast, Check
 from rlhf_ray.cluster.preflight.view import View
 from rlhf_ray.cluster.topology import Node
-from rlhf_ray.config.jobs import JobConfig
+from rlhf_ray.config.jobs import Job
 from rlhf_ray.config.placement import RolePlacement, RolloutPlacement
 from rlhf_ray.models.shapes import ShapeError
 
@@ -70,7 +70,7 @@ def check_ports(view: View) -> Check:
 
 
 @contextmanager
-def link_probes(config: JobConfig, seats: Mapping[str, Sequence[Node]], limit_s: float) -> Iterator[Links]:
+def link_probes(config: Job, seats: Mapping[str, Sequence[Node]], limit_s: float) -> Iterator[Links]:
     """Start the groups of processes that will measure, one for each backend whose roles are on several nodes. Where one
     needs longer to meet than gloo does, so much is added to the limit."""
     with ExitStack() as stack:
@@ -140,7 +140,7 @@ def _broadcast(
     return None, [problem]
 
 
-def _on_gpus(config: JobConfig, role: str) -> bool:
+def _on_gpus(config: Job, role: str) -> bool:
     return bool(config.placements[config.placements[role].colocate or role].gpus)
 
 

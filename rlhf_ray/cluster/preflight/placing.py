@@ -6,12 +6,12 @@ from dataclasses import replace
 from rlhf_ray.cluster.assignment import Assignment, PlacementError, Request, assign, requests_of
 from rlhf_ray.cluster.preflight.report import Check
 from rlhf_ray.cluster.topology import Node
-from rlhf_ray.config.jobs import JobConfig
+from rlhf_ray.config.jobs import Job
 
 Seats = dict[str, tuple[Node, ...]]
 
 
-def check_placement(config: JobConfig, nodes: Sequence[Node]) -> tuple[Check, Seats]:
+def check_placement(config: Job, nodes: Sequence[Node]) -> tuple[Check, Seats]:
     """The check, and the nodes of each role, as `View.seats`."""
     requests = requests_of(config.placements)
     whole = [replace(node, free=node.resources) for node in nodes]

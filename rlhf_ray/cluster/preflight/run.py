@@ -19,13 +19,13 @@ from rlhf_ray.cluster.preflight.report import Check, Report
 from rlhf_ray.cluster.preflight.storage import check_storage
 from rlhf_ray.cluster.preflight.view import View
 from rlhf_ray.cluster.topology import live_nodes
-from rlhf_ray.config.jobs import JobConfig
+from rlhf_ray.config.jobs import Job
 
 LIMIT_S = 28.0
 """Of all checks together, on CPU."""
 
 
-def preflight(config: JobConfig) -> Report:
+def preflight(config: Job) -> Report:
     """Look at every node of the cluster that this process is connected to. Loads no model and leaves nothing behind."""
     began, deadline = time.monotonic(), Deadline(LIMIT_S)
     nodes = live_nodes()

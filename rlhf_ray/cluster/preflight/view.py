@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from rlhf_ray.cluster.preflight.probing import Probes
 from rlhf_ray.cluster.topology import Node
-from rlhf_ray.config.jobs import JobConfig
+from rlhf_ray.config.jobs import Job
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class View:
         probes: one on each node.
     """
 
-    config: JobConfig
+    config: Job
     nodes: tuple[Node, ...]
     home: Node
     addresses: Mapping[str, str]
