@@ -213,7 +213,7 @@ class SimulatedEngine(_Actor):
         """Go on with the new weights."""
         self._version = version
 
-    async def drain_spans(self) -> list[Span]:
+    def drain_spans(self) -> list[Span]:
         """What this engine did since the last call."""
         return self.recorder.drain()
 
