@@ -95,7 +95,7 @@ def _light(worker: type) -> type:
     """A class of the same name and methods whose instances make a `worker` and hand each call on to it.
 
     Who gets an actor's handle gets its class from Ray, and imports what that imports. With this one it is nothing: the
-    status actor, which has the handles of all, would else spend seconds and 400 MB on torch and DeepSpeed.
+    status actor, which has the handles of all, would else import torch and DeepSpeed.
     A class that its actor can't import by name, as it is local or the script's own, stays as it is.
     """
     module, name = worker.__module__, worker.__qualname__
