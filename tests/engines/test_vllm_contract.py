@@ -6,6 +6,7 @@ The GPU itself is all that is replaced: memory that is allocated there, its hand
 import asyncio
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args
 
@@ -182,10 +183,11 @@ def test_an_update_gets_to_the_engines_process_with_the_settings_that_the_engine
     engines: list[Engine],
     gpu: None,
     environment: dict[str, str],
+    tiny_model_dir: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(rollout, "transfer_backend", lambda _: backend)
-    setup = RolloutSetup("models/tiny", EngineSection(), "bfloat16", 1, seed=0, beside_policy=backend == "ipc")
+    setup = RolloutSetup(str(tiny_model_dir), EngineSection(), "bfloat16", 1, seed=0, beside_policy=backend == "ipc")
     rollout._engine_args(setup, None)
     for update in updates_of(backend, engines):
         arrived = on_the_wire(update)
@@ -205,7 +207,7 @@ def refused(update: dict[str, Any]) -> bool:
 
 
 def test_pickles_are_allowed_for_the_backends_alone_that_need_them(
-    gpu: None, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    gpu: None, environment: dict[str, str], tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for backend in BACKENDS:
         environment.pop(INSECURE, None)
@@ -213,7 +215,7 @@ def test_pickles_are_allowed_for_the_backends_alone_that_need_them(
         needed = any(refused(update) for update in updates)
         assert (backend in rollout.PICKLED) == needed, backend
         monkeypatch.setattr(rollout, "transfer_backend", lambda _, backend=backend: backend)
-        rollout._engine_args(RolloutSetup("models/tiny", EngineSection(), "bfloat16", 1, seed=0), None)
+        rollout._engine_args(RolloutSetup(str(tiny_model_dir), EngineSection(), "bfloat16", 1, seed=0), None)
         assert (INSECURE in environment) == needed, backend
 
 
