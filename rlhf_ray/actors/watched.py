@@ -92,7 +92,7 @@ def actor_class(worker: type) -> Any:
 
 
 def _light(worker: type) -> type:
-    """A class of the same name and methods whose instances make a `worker` and hand each call on to it.
+    """A class of the same name and methods whose instances become a `worker` when they are made.
 
     Who gets an actor's handle gets its class from Ray, and imports what that imports. With this one it is nothing: the
     status actor, which has the handles of all, would else import torch and DeepSpeed.
@@ -105,11 +105,12 @@ def _light(worker: type) -> type:
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         import importlib
 
-        self._worker = getattr(importlib.import_module(module), name)(*args, **kwargs)
+        self.__class__ = getattr(importlib.import_module(module), name)
+        self.__init__(*args, **kwargs)
 
     own = dict(inspect.getmembers(worker, inspect.isfunction))
     constructor = own.pop("__init__", _without_arguments)
-    methods = {each: _handing_on(each, method) for each, method in own.items()}
+    methods = {each: _of_what_it_became(each, method) for each, method in own.items()}
     methods["__init__"] = _described_as(constructor, __init__)
     return type(name, (), {**methods, "__module__": module, "__doc__": worker.__doc__})
 
@@ -118,12 +119,14 @@ def _without_arguments(self: Any) -> None:
     """The constructor of a class that has none of its own."""
 
 
-def _handing_on(name: str, method: Any) -> Any:
+def _of_what_it_became(name: str, method: Any) -> Any:
+    """Ray calls the functions of the class that it was given."""
+
     async def call_async(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return await getattr(self._worker, name)(*args, **kwargs)
+        return await getattr(self, name)(*args, **kwargs)
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return getattr(self._worker, name)(*args, **kwargs)
+        return getattr(self, name)(*args, **kwargs)
 
     return _described_as(method, call_async if inspect.iscoroutinefunction(method) else call)
 
