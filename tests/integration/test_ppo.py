@@ -40,8 +40,8 @@ def test_every_step_has_a_row_with_every_metric(rows: list[Metrics]) -> None:
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     unknown = {name for row in rows for name in row if find_metric(name) is None}
     assert not unknown
-    of_other_jobs = ("train/", "eval/", "data/", "score/", "epoch", "reward/<")
-    wanted = {name for name in METRICS if not name.startswith(of_other_jobs)}
+    of_others = ("train/", "eval/", "data/", "score/", "epoch", "reward/<", "group/")
+    wanted = {name for name in METRICS if not name.startswith(of_others)}
     for row in rows:
         missing = wanted - row.keys() - ({"time/checkpoint_s"} if row["step"] % 2 else set())
         assert not missing, f"step {row['step']}"
