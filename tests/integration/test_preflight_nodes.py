@@ -18,6 +18,7 @@ from rlhf_ray.cluster.preflight.run import preflight
 from rlhf_ray.cluster.topology import Node, live_nodes
 from rlhf_ray.config.jobs import SFTJob
 from rlhf_ray.controllers import train as train_module
+from rlhf_ray.controllers.inputs import EpochInputs
 
 REPOSITORY = Path(__file__).parents[2]
 GONE = "ab" * 28
@@ -84,19 +85,19 @@ def test_nodes_that_can_run_the_job_pass_and_keep_no_trace(
     assert rows["nodes"][:2] == ["ok", "3"]
     assert rows["ports"][:2] == ["ok", "6"], "each to both others"
     assert rows["links"][:2] == ["ok", "gloo:"]
+    assert rows.pop("dtype")[0] == "auto"
     assert {status for status, *_ in rows.values()} == {"ok"}
     assert [path.name for path in tmp_path.iterdir()] == ["my.yaml"]
 
 
 def test_all_that_is_wrong_is_told_at_once(look: Callable[..., subprocess.CompletedProcess[str]]) -> None:
-    done = look("placement.rollout.labels.zone=nowhere", "critic.init_from=/nowhere/model", "run.dir=/proc/runs")
+    done = look("placement.rollout.labels.zone=nowhere", "critic.init_from=/nowhere/model")
     assert done.returncode == 1
-    assert "error: preflight: 3 problems" in done.stderr
+    assert "error: preflight: 2 problems" in done.stderr
     assert "placement.rollout: bundle 0 of 2" in done.stderr
     assert "has train as zone" in done.stderr
     assert "critic.init_from: node" in done.stderr
     assert "can't read /nowhere/model (No such file or directory)" in done.stderr
-    assert "can't write to /proc/runs" in done.stderr
 
 
 def test_a_node_that_is_gone_is_told_apart_from_those_that_answer() -> None:
@@ -116,7 +117,7 @@ def test_one_node_is_looked_at_and_the_findings_are_kept(
     assert not report.problems
     assert {check.name for check in report.checks if check.skipped} == {"clocks", "links"}
     config = sft_config(tmp_path / "run", "policy.model=/nowhere")
-    monkeypatch.setattr(train_module, "check", lambda config: train_module.EpochInputs(1, None, None))  # type: ignore[arg-type]
+    monkeypatch.setattr(train_module, "check", lambda config: EpochInputs(1, None, None))  # type: ignore[arg-type]
     with pytest.raises(PreflightError, match="policy.model: node .* can't read /nowhere"):
         train_module.train(config)
 
