@@ -219,7 +219,8 @@ def run(setup: Setup, actors: SimulatedActors, speed: float, folder: Path) -> li
 
 def ppo_config(setup: Setup, folder: Path) -> PPOJob:
     """The config of a run."""
-    engine = {"micro_batch_tokens": 16384}
+    dtype = {"dtype": "bfloat16"}  # as on the GPUs that these actors stand for
+    engine = dtype | {"micro_batch_tokens": 16384}
     shard_samples = max(16, setup.samples // (SHARDS_PER_ENGINE * setup.engines))
     return PPOJob.model_validate(
         {
@@ -227,10 +228,11 @@ def ppo_config(setup: Setup, folder: Path) -> PPOJob:
             "name": "simulation",
             "policy": {"model": MODEL, "engine": engine},
             "critic": {"init_from": MODEL, "engine": engine},
-            "reward": [{"model": MODEL, "name": "score"}],
+            "reference": {"engine": dtype},
+            "reward": [{"model": MODEL, "name": "score", "engine": dtype}],
             "rollout": {
                 "sampling": {"max_new_tokens": LENGTHS.longest},
-                "engine": {"max_model_len": int(LENGTHS.prompt) + LENGTHS.longest, "max_num_seqs": 256},
+                "engine": dtype | {"max_model_len": int(LENGTHS.prompt) + LENGTHS.longest, "max_num_seqs": 256},
                 "shard_samples": shard_samples,
             },
             "data": {"prompts": "simulated", "prompts_per_step": setup.samples},
