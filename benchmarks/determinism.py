@@ -9,7 +9,6 @@ from statistics import median
 from benchmarks.common import (
     RESULTS,
     ConfigArgument,
-    FreshProcess,
     Machine,
     Measure,
     OverridesArgument,
@@ -17,10 +16,9 @@ from benchmarks.common import (
     RoundsOption,
     report,
     run_command,
-    say,
     spread,
 )
-from benchmarks.runs import MeasuredRun, load_ppo, measured_run
+from benchmarks.runs import load_ppo, phase_seconds, runs_in_turns
 
 
 def main(
@@ -32,19 +30,16 @@ def main(
     """Steps/s with `run.deterministic`, as a share of those without."""
     arguments, machine = dict(locals()), Machine.here()
     load_ppo(config, overrides or ())
-    runs: dict[bool, list[MeasuredRun]] = {False: [], True: []}
-    for number in range(rounds):
-        for deterministic in (False, True) if number % 2 == 0 else (True, False):
-            with FreshProcess({}) as process:
-                setting = f"run.deterministic={str(deterministic).lower()}"
-                run = process.call(measured_run, config, [*(overrides or ()), setting])
-            runs[deterministic].append(run)
-            say(f"round {number + 1}/{rounds}, {setting}: {run.mean('time/step_s'):.2f} s a step")
+    settings = {
+        name: [*(overrides or ()), f"run.deterministic={value}"]
+        for name, value in (("free", "false"), ("deterministic", "true"))
+    }
+    runs = runs_in_turns(config, settings, rounds)
 
-    def seconds(deterministic: bool, phase: str) -> list[float]:
-        return [row[f"time/{phase}_s"] for run in runs[deterministic] for row in run.rows if f"time/{phase}_s" in row]
+    def seconds(name: str, phase: str) -> list[float]:
+        return phase_seconds(runs[name], phase)
 
-    free, bound = (1 / median(seconds(deterministic, "step")) for deterministic in (False, True))
+    free, bound = (1 / median(seconds(name, "step")) for name in ("free", "deterministic"))
     report(
         "determinism",
         config.name,
@@ -54,11 +49,11 @@ def main(
             Measure(name="with run.deterministic", value=bound, unit="steps/s"),
             Measure(name="without", value=free, unit="steps/s"),
             *(
-                Measure(name=f"{phase}, {name}", value=median(seconds(deterministic, phase)), unit="s")
+                Measure(name=f"{phase}, {name}", value=median(seconds(name, phase)), unit="s")
                 for phase in ("generate", "score", "critic_update")
-                for deterministic, name in ((True, "deterministic"), (False, "free"))
+                for name in ("deterministic", "free")
             ),
-            spread(seconds(False, "step"), seconds(True, "step")),
+            spread(seconds("free", "step"), seconds("deterministic", "step")),
         ],
         machine,
         results,

@@ -11,7 +11,6 @@ from statistics import median
 from benchmarks.common import (
     RESULTS,
     ConfigArgument,
-    FreshProcess,
     Machine,
     Measure,
     OverridesArgument,
@@ -19,10 +18,9 @@ from benchmarks.common import (
     RoundsOption,
     report,
     run_command,
-    say,
     spread,
 )
-from benchmarks.runs import MeasuredRun, load_ppo, measured_run
+from benchmarks.runs import load_ppo, phase_seconds, runs_in_turns
 from rlhf_ray.config.jobs import PPOJob
 
 _SAMPLES_OF_A_PROMPT = 4
@@ -38,16 +36,10 @@ def main(
     arguments, machine = dict(locals()), Machine.here()
     settings = {"ppo": list(overrides or ()), "grpo": []}
     settings["grpo"] = [*settings["ppo"], *_as_grpo(load_ppo(config, settings["ppo"]))]
-    runs: dict[str, list[MeasuredRun]] = {"ppo": [], "grpo": []}
-    for number in range(rounds):
-        for algorithm in ("ppo", "grpo") if number % 2 == 0 else ("grpo", "ppo"):
-            with FreshProcess({}) as process:
-                run = process.call(measured_run, config, settings[algorithm])
-            runs[algorithm].append(run)
-            say(f"round {number + 1}/{rounds}, {algorithm}: {run.mean('time/step_s'):.2f} s a step")
+    runs = runs_in_turns(config, settings, rounds)
 
     def seconds(algorithm: str, phase: str) -> list[float]:
-        return [row[f"time/{phase}_s"] for run in runs[algorithm] for row in run.rows if f"time/{phase}_s" in row]
+        return phase_seconds(runs[algorithm], phase)
 
     grpo, ppo = median(seconds("grpo", "step")), median(seconds("ppo", "step"))
     report(

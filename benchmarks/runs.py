@@ -1,11 +1,12 @@
 """PPO runs whose step times are measured."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from benchmarks.common import FreshProcess, say
 from rlhf_ray.config.jobs import PPOJob
 from rlhf_ray.config.loading import load_config
 from rlhf_ray.telemetry.metrics import Metrics
@@ -51,6 +52,24 @@ def measured_run(config: Path, overrides: Sequence[str]) -> MeasuredRun:
         folder = Path(made)
         train(load_ppo(config, [*overrides, f"run.dir={folder}"]))
         return MeasuredRun(read_metrics(folder)[1:], _idle_share(folder / "timeline.json"))
+
+
+def runs_in_turns(config: Path, settings: Mapping[str, Sequence[str]], rounds: int) -> dict[str, list[MeasuredRun]]:
+    """Runs of a config by the name of their overrides, every other round in the opposite order, each run in a process
+    of its own."""
+    runs: dict[str, list[MeasuredRun]] = {name: [] for name in settings}
+    for number in range(rounds):
+        for name in settings if number % 2 == 0 else reversed(list(settings)):
+            with FreshProcess({}) as process:
+                run = process.call(measured_run, config, settings[name])
+            runs[name].append(run)
+            say(f"round {number + 1}/{rounds}, {name}: {run.mean('time/step_s'):.2f} s a step")
+    return runs
+
+
+def phase_seconds(runs: Sequence[MeasuredRun], phase: str) -> list[float]:
+    """How long each step took for a phase, or all of `step`, if it had it."""
+    return [row[f"time/{phase}_s"] for run in runs for row in run.rows if f"time/{phase}_s" in row]
 
 
 def _idle_share(timeline: Path) -> float | None:

@@ -3,14 +3,13 @@
 from abc import abstractmethod
 from typing import TYPE_CHECKING
 
+from rlhf_ray.config.data import ComparisonData, ConversationData
 from rlhf_ray.config.job import Job
 from rlhf_ray.config.job_roles import check_lora
 from rlhf_ray.config.reward_model import RewardModel
 from rlhf_ray.config.roles import PhaseSpec, RoleSpec
 from rlhf_ray.config.run import EpochRun
-from rlhf_ray.config.training import (
-    Policy,
-)
+from rlhf_ray.config.training import Policy
 
 
 def train_and_eval(train: str, held_out: str | None) -> dict[str, str]:
@@ -21,6 +20,7 @@ class EpochJob(Job):
     """A job that goes over a data set in epochs."""
 
     if TYPE_CHECKING:
+        data: ComparisonData | ConversationData
         run: EpochRun
 
     @property
@@ -29,9 +29,9 @@ class EpochJob(Job):
         """The section of the model that learns."""
 
     @property
-    @abstractmethod
     def rows_per_step(self) -> int:
         """Rows of the data set in one optimizer step."""
+        return self.data.rows_per_step
 
     @property
     def trained(self) -> RoleSpec:

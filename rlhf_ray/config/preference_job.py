@@ -46,11 +46,6 @@ class PreferenceJob(EpochJob):
         return self.policy
 
     @property
-    def rows_per_step(self) -> int:
-        """Rows of the data set in one optimizer step."""
-        return self.data.rows_per_step
-
-    @property
     def roles(self) -> tuple[RoleSpec, ...]:
         """The policy, and the reference where a loss needs one of its own."""
         # KTO compares with mismatched answers too; where a loss couples the rows of a step, it takes all as given.

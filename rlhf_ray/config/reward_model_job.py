@@ -40,11 +40,6 @@ class RewardModelJob(EpochJob):
         return self.reward
 
     @property
-    def rows_per_step(self) -> int:
-        """Rows of the data set in one optimizer step."""
-        return self.data.rows_per_step
-
-    @property
     def roles(self) -> tuple[RoleSpec, ...]:
         """The reward model alone."""
         return (trained_role("scalar", "reward", self.reward, self.placement.reward),)

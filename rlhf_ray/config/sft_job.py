@@ -39,11 +39,6 @@ class SFTJob(EpochJob):
         return self.policy
 
     @property
-    def rows_per_step(self) -> int:
-        """Rows of the data set in one optimizer step."""
-        return self.data.rows_per_step
-
-    @property
     def roles(self) -> tuple[RoleSpec, ...]:
         """The language model alone."""
         return (trained_role("causal", "policy", self.policy, self.placement.policy),)
