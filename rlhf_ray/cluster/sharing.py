@@ -6,7 +6,7 @@ A pure state machine. It says who must go and who may come; `actors/devices.py` 
 from collections.abc import Collection, Mapping, Sequence
 
 from rlhf_ray.config.roles import Level
-from rlhf_ray.engines.held_weights import SYNC_FIRST, WeightsMissing
+from rlhf_ray.engines.held_weights import DROPPED, SYNC_FIRST, WeightsMissing
 
 # Who gets new weights in a phase, and so need have none before it.
 RECEIVES = {"sync": "rollout"}
@@ -54,9 +54,7 @@ class DeviceSharing:
         needs = {role: level for role, level in self._needs[phase].items() if only is None or role in only}
         for role in sorted(self.empty & needs.keys()):
             if RECEIVES.get(phase) != role:
-                raise WeightsMissing(
-                    role, phase, "it left its devices to other roles and dropped its weights", SYNC_FIRST
-                )
+                raise WeightsMissing(role, phase, DROPPED, SYNC_FIRST)
         going: Moves = {}
         coming: Moves = {}
         for roles in self._together:

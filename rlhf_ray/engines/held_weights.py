@@ -21,6 +21,7 @@ class WeightsMissing(Exception):
         return type(self), (self.role, self.work, self.reason, self.cure)
 
 
+DROPPED = "it left its devices to other roles and dropped its weights"
 SYNC_FIRST = "A weight sync has to come first: PolicyWorker.send_weights, with the engines at level WEIGHTS or above"
 
 
@@ -60,7 +61,7 @@ class HeldWeights:
         loses = level < self.level and not self._keeps
         self.level = level
         if loses:
-            self.lost("it left its devices to other roles and dropped its weights")
+            self.lost(DROPPED)
         return loses
 
     def arriving(self) -> None:

@@ -29,7 +29,6 @@ MOMENTS = 2 * FLOAT32
 """Adam's, of one weight."""
 SWAPPED = 4 * FLOAT32
 """Of one weight whose state is on a disk, while it is in host memory: gradient, master weight and moments."""
-UPDATE: tuple[Moment, ...] = ("backward", "reduce", "step")
 
 
 GIB = 2**30
