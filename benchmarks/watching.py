@@ -4,7 +4,7 @@ Engines: response tokens/s of `RolloutEngine` with vLLM's metrics, which go thro
 same without. Each side has a process of its own, and they take turns.
 
 Everything else is so little that only its pieces can be timed: what the training loop does for a step (spans, series,
-phases), what the driver's thread does when it tells the status_actor, and what an actor does when it is asked.
+phases), what the driver's thread does when it tells the status actor, and what an actor does when it is asked.
 """
 
 import asyncio
@@ -73,7 +73,7 @@ class Pieces:
         step: what the training loop does beside a step of PPO with `_ACTORS` actors that record `_SPANS` spans each.
         tell: one message of the driver's thread.
         answer: of one actor to the question what it does, in its own process.
-        status: of all `_ACTORS` actors, as the status_actor gathers it.
+        status: of all `_ACTORS` actors, as the status actor gathers it.
     """
 
     step: float

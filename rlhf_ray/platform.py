@@ -118,8 +118,8 @@ def cpu_products(cpuinfo: str, environ: Mapping[str, str]) -> CpuProducts:
     """What PyTorch makes of bfloat16 on a CPU.
 
     With AVX512_BF16 or AMX, oneDNN multiplies in bfloat16. With AVX-512 alone it converts to float32 first, which takes
-    a little longer than products of float32. With less, most products fall to a reference kernel.
-    `ATEN_CPU_CAPABILITY` changes PyTorch's own kernels and none of the products.
+    a little longer than products of float32. With less, a product takes 4 to 60 times as long, by the layout of its
+    factors. `ATEN_CPU_CAPABILITY` changes PyTorch's own kernels and none of the products.
 
     Args:
         cpuinfo: text of the CPU's /proc/cpuinfo.

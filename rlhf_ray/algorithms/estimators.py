@@ -1,4 +1,4 @@
-"""Advantage estimators: what an entry of `ESTIMATORS` (config/algorithm.py) names.
+"""Advantage estimators: what an entry of `ESTIMATORS` (config/plugs.py) names.
 
 An estimator of tokens turns rewards and values per token into advantages and returns; ranks that hold these columns
 call it. An estimator of samples turns the return of each whole sample into one advantage for all of its tokens; the

@@ -1,4 +1,4 @@
-"""Where the status of runs comes from: the status_actors of a cluster while they go on, their folders afterwards."""
+"""Where the status of runs comes from: the status actors of a cluster while they go on, their folders afterwards."""
 
 import logging
 from contextlib import ExitStack
@@ -17,13 +17,13 @@ logger = logging.getLogger("rlhf_ray")
 
 Snapshot = RunStatus | RunRecord
 
-# A status_actor that is there answers within seconds, of which an actor that doesn't costs it two.
+# A status actor that is there answers within seconds, of which an actor that doesn't costs it two.
 _ANSWER_S = 20.0
 _LOOK_S = 60.0
 
 
 class FolderSight:
-    """One run: through its status_actor as long as there is one, else as its folder tells.
+    """One run: through its status actor as long as there is one, else as its folder tells.
 
     Args:
         folder: of the run.

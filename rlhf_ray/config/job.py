@@ -67,5 +67,5 @@ class Job(Section):
 
     @property
     def placements(self) -> dict[str, RolePlacement | RolloutPlacement]:
-        """The sections of the roles that take places in the cluster, by the name that `placement` has for them."""
+        """The sections of the roles that reserve bundles, by the name that `placement` has for them."""
         return {role.placed_as: role.placement for role in self.roles if role.placement is not None}

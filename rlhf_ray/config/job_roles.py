@@ -68,7 +68,7 @@ def reference_role(
 
 
 def check_unused_reference(reference: Reference, placement: RolePlacement) -> None:
-    """With LoRA the policy is the reference too, which then has no engine and no place of its own."""
+    """With LoRA the policy is the reference too, which then has no engine and no bundles of its own."""
     unused = {
         "reference.engine": reference.engine != ScoringEngine(),
         "placement.reference": placement != PPOPlacement().reference,

@@ -142,7 +142,7 @@ def _of_trained_model(config: Job) -> tuple[str, frozenset[str]]:
 
 
 def on_gpus(config: Job, role: str) -> bool:
-    """Whether a role computes on GPUs: those of its own place, or of the role that it sits with."""
+    """Whether a role computes on GPUs: those of its own bundles, or of the role that it sits with."""
     return config.placements[config.placements[role].colocate or role].gpus > 0
 
 

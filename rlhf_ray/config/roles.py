@@ -107,8 +107,7 @@ class RoleSpec:
         model: that it loads; None for a scorer of texts.
         engine: how that is held; None for a scorer of texts.
         placed_as: name under which `placement` has it; roles of one name sit on the same bundles.
-        placement: its own section there; None for roles without a place of their own in the cluster, which take no
-            resources.
+        placement: its own section there; None for roles that take no resources, and so have no bundles.
         ranks: how many processes it has: ranks of a model, engines, or workers that score texts.
         needs: phases in which it works, and how much of it must be on its devices then.
         lora: its adapters.
@@ -180,8 +179,7 @@ class RoleSpec:
 
 
 def needs_by_phase(roles: Iterable[RoleSpec]) -> dict[str, dict[str, Level]]:
-    """For each phase, the roles with places of their own that work in it, as `placement` names them, and how much of
-    them."""
+    """For each phase, the roles with bundles that work in it, as `placement` names them, and how much of them."""
     needs: dict[str, dict[str, Level]] = {}
     for role in roles:
         if role.placement is not None:

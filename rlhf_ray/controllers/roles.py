@@ -38,8 +38,8 @@ class Actors:
     """Actors of a job, on bundles that are reserved for all of its roles together; ended on the way out.
 
     Args:
-        placements: of the roles that take places in the cluster, by name.
-        timeout_s: that they may wait for their places.
+        placements: of the roles that reserve bundles, by name.
+        timeout_s: that they may wait for them.
         groups: how many groups of actors a role has, where that is not one.
         watch: gets each group as soon as its actors are started, before they load anything.
     """
@@ -90,7 +90,7 @@ class Actors:
         return self.own(group(role.name, actors, engine.sequence_parallel, sharded=engine.zero_stage == 3))
 
     def unplaced(self, role: RoleSpec, worker: type[Worker], group: type[GroupT]) -> GroupT:
-        """The workers of a role that takes no resources, and so has no place of its own."""
+        """The workers of a role that takes no resources, and so has no bundles."""
         anywhere = actor_class(worker).options(num_cpus=0)
         identity = identities(role.name, role.ranks, seed=0, deterministic=False)
         return self.own(group(role.name, [anywhere.remote(**identity(rank)) for rank in range(role.ranks)]))

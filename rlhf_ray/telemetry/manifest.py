@@ -49,7 +49,7 @@ class Session:
 
     Attributes:
         address: of the Ray cluster.
-        status_actor: name of the session's status_actor in that cluster.
+        status_actor: name of the session's status actor in that cluster.
         host, pid: of the driver.
         steps: of the whole run.
         end: None while it runs, and when it was killed.
@@ -82,7 +82,7 @@ def write_manifest(
         config: of the job.
         cluster: what the cluster has, for JSON.
         command: command line; values of arguments that look like secrets are not written.
-        status_actor: name of the session's status_actor.
+        status_actor: name of the session's status actor.
         steps: of the whole run.
         number_formats: what `dtype: auto` became and why, by key of the config.
 

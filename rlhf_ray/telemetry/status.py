@@ -82,7 +82,7 @@ class About:
     """Which run it is.
 
     Attributes:
-        status_actor: name of the run's status_actor, a word of its own for each session.
+        status_actor: name of the run's status actor, a word of its own for each session.
         run_dir: folder of the run, absolute.
         address: of the Ray cluster.
         node, pid: of the driver.

@@ -107,7 +107,7 @@ def create_status_actor(about: About) -> Any:
 
 
 def status_actors() -> list[str]:
-    """Names of all status_actors in the cluster."""
+    """Names of all status actors in the cluster."""
     import ray
 
     named = ray.util.list_named_actors(all_namespaces=True)

@@ -1,4 +1,4 @@
-"""A status_actor asks each actor one question at a time, and knows the dead from the silent."""
+"""A status actor asks each actor one question at a time, and knows the dead from the silent."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -17,7 +17,7 @@ Answer = Callable[[], Awaitable[Activity]]
 
 
 class Actor:
-    """What a status_actor sees of an actor: it gives answers one after the other."""
+    """What a status actor sees of an actor: it gives answers one after the other."""
 
     def __init__(self, *answers: Answer) -> None:
         self.asked = 0

@@ -1,4 +1,4 @@
-"""What a config asks of the nodes, beside places for its actors."""
+"""What a config asks of the nodes, beside bundles for its actors."""
 
 import math
 from collections.abc import Iterator, Mapping

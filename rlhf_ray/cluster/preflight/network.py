@@ -52,7 +52,7 @@ def check_ports(view: View) -> Check:
     """Have every node of a role open a port, and every other connect to it."""
     names = [node.name for node in view.of(view.seats)]
     if not names:
-        return Check("ports", "no role has a place", skipped=True)
+        return Check("ports", "no role has bundles", skipped=True)
     ports, closed = view.probes.ask("listen", {name: (view.addresses[name],) for name in names}, _ANSWER_S)
     problems = [
         f"node {name}: can't open a port at its own address {view.addresses[name]} ({reason}): start Ray there with "

@@ -1,4 +1,4 @@
-"""Whether all roles have places, and where."""
+"""Whether all roles have bundles, and on which nodes."""
 
 from collections.abc import Sequence
 from dataclasses import replace

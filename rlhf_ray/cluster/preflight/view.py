@@ -17,7 +17,7 @@ class View:
         nodes: all of the cluster.
         home: node of this process, the controller's.
         addresses: of the nodes, by name.
-        seats: nodes of each role that has actors; for one without a place those that could take a part of it.
+        seats: nodes of each role that has actors; of one that fits nowhere, those that could take a bundle of it.
         probes: one on each node.
     """
 
