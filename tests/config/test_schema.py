@@ -333,7 +333,8 @@ CONFLICTS: list[tuple[dict[str, Any], str]] = [
     ),
     (
         ppo(placement={"rollout": {"labels": {"a": "b"}, "colocate": "policy"}}),
-        "placement.rollout.labels has no effect beside placement.rollout.colocate: it sits on placement.policy's bundles",
+        "placement.rollout.labels has no effect beside placement.rollout.colocate: it sits on "
+        "placement.policy's bundles",
     ),
     (
         ppo(
