@@ -1,6 +1,6 @@
-"""The driver's side of the status: a thread that tells the run's status actor how far the driver is.
+"""The driver's side of the status: a thread that tells the run's status_actor how far the driver is.
 
-The training loop only sets attributes here. Whatever happens to the status actor, the loop neither waits nor fails.
+The training loop only sets attributes here. Whatever happens to the status_actor, the loop neither waits nor fails.
 """
 
 import logging
@@ -21,14 +21,14 @@ HEARTBEAT_S = 5.0
 
 
 class StatusReporter:
-    """Tells the status actor what changed, at most once in `interval_s`.
+    """Tells the status_actor what changed, at most once in `interval_s`.
 
     Args:
         about: the run.
         recorder: of the driver's spans, which are its phases.
         shards: counts the shards of the step that goes on, None while there are none.
         export: gets what the status actor is told, for other watchers.
-        create: starts the status actor.
+        create: starts the status_actor.
         interval_s: seconds between two looks at what changed.
     """
 
@@ -91,7 +91,7 @@ class StatusReporter:
             if answer is not None:
                 ready, _ = ray.wait([answer], timeout=0)
                 if not ready:
-                    continue  # a slow status actor gets the newest when it is done with the last
+                    continue  # a slow status_actor gets the newest when it is done with the last
                 ray.get(ready[0], timeout=60)  # raises when it is dead
             answer, told, told_s = self._board.tell.remote(progress), progress, time.monotonic()
 
