@@ -139,7 +139,7 @@ class JobPlacement(Section):
     """What the placement of every job has."""
 
     placement_timeout_s: Seconds = 60.0
-    """Seconds that the roles may wait for their bundles."""
+    """Seconds that the roles may wait for their places in the cluster."""
 
     @property
     def leaves_idle(self) -> bool:
@@ -149,7 +149,7 @@ class JobPlacement(Section):
 
 class _SharedPlacement(JobPlacement):
     offload_idle: bool = False
-    """Roles on the same bundles leave their devices while another needs them: weights and optimizer state go to host
+    """Roles that share places leave their devices while another needs them: weights and optimizer state go to host
     memory, engines drop their weights and KV cache."""
 
     @property
@@ -248,23 +248,23 @@ class SFTPlacement(JobPlacement):
 
 
 def _check_colocated(placement: PPOPlacement | PreferencePlacement, guest: str) -> None:
-    """A role that sits with another has as many ranks, and no bundles of its own."""
+    """A role that sits with another has as many ranks, and no place of its own."""
     role: RolePlacement | RolloutPlacement = getattr(placement, guest)
     if role.colocate is None:
         return
     host: RolePlacement = getattr(placement, role.colocate)
     if role.colocate == guest or host.colocate is not None:
-        raise ValueError(f".{guest}.colocate: {role.colocate!r} must name a role that has its own bundles")
+        raise ValueError(f".{guest}.colocate: {role.colocate!r} must name a role that has its own place")
     for key in (key for key in _PLACING if key in type(role).model_fields):
         if getattr(role, key) != type(role).model_fields[key].get_default(call_default_factory=True):
             raise ValueError(
-                f".{guest}.{key} has no effect beside .{guest}.colocate: it sits on .{role.colocate}'s bundles"
+                f".{guest}.{key} has no effect beside .{guest}.colocate: it sits in .{role.colocate}'s place"
             )
     ranks = host.ranks or 1
     if isinstance(role, RolloutPlacement) and role.workers != ranks:
         raise ValueError(
             f".{guest}.engines ({role.engines}) x .{guest}.tensor_parallel ({role.tensor_parallel}) differs from "
-            f".{role.colocate}.ranks ({ranks}), but .{guest}.colocate puts each worker on the bundle of one rank"
+            f".{role.colocate}.ranks ({ranks}), but .{guest}.colocate puts each worker on the place of one rank"
         )
     if isinstance(role, RolloutPlacement) and role.tensor_parallel > 1:
         on_one_node = {"STRICT_SPREAD": 1}.get(host.strategy, ranks // (host.nodes or 1))

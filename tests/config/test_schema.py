@@ -276,11 +276,11 @@ CONFLICTS: list[tuple[dict[str, Any], str]] = [
     ),
     (
         ppo(placement={"policy": {"colocate": "policy"}}),
-        "placement.policy.colocate: 'policy' must name a role that has its own bundles",
+        "placement.policy.colocate: 'policy' must name a role that has its own place",
     ),
     (
         ppo(placement={"policy": {"colocate": "critic"}, "critic": {"colocate": "policy"}}),
-        "placement.policy.colocate: 'critic' must name a role that has its own bundles",
+        "placement.policy.colocate: 'critic' must name a role that has its own place",
     ),
     (
         ppo(placement={"policy": {"labels": {"zone": "in(a"}}}),
@@ -319,7 +319,7 @@ CONFLICTS: list[tuple[dict[str, Any], str]] = [
     (
         ppo(placement={"rollout": {"engines": 2, "colocate": "policy"}}),
         "placement.rollout.engines (2) x placement.rollout.tensor_parallel (1) differs from placement.policy.ranks "
-        "(1), but placement.rollout.colocate puts each worker on the bundle of one rank",
+        "(1), but placement.rollout.colocate puts each worker on the place of one rank",
     ),
     (
         ppo(
@@ -333,8 +333,7 @@ CONFLICTS: list[tuple[dict[str, Any], str]] = [
     ),
     (
         ppo(placement={"rollout": {"labels": {"a": "b"}, "colocate": "policy"}}),
-        "placement.rollout.labels has no effect beside placement.rollout.colocate: it sits on "
-        "placement.policy's bundles",
+        "placement.rollout.labels has no effect beside placement.rollout.colocate: it sits in placement.policy's place",
     ),
     (
         ppo(
