@@ -166,11 +166,12 @@ def _beta(algorithm: Preference) -> float:
 
 def _our_steps(job: PreferenceJob, data: ComparisonSet, steps: int) -> list[BareReport]:
     """Steps of the job on all pairs, as the controller does them."""
-    split, rows, found = Split("train", data), np.arange(len(data)), []
+    rows, found = np.arange(len(data)), []
     with ray_session(job.cluster, "benchmark"), Actors.of_job(job) as actors:
         roles = start_preference_roles(job, steps, actors, with_reference=True)
         reference = LiveReference.with_roles(job, roles)
         assert reference is not None
+        split = Split("train", data)
         for number in range(steps):
             began = perf_counter()
             [plan] = plan_micro_batches(data.lengths, 1, job.policy.engine.micro_batch_tokens)

@@ -164,7 +164,7 @@ def _pieces() -> Pieces:
         row = {name: 1.0 for name in METRICS if name != "step"}
         recorder, series = SpanRecorder(), RayMetrics("benchmark", "ppo")
         actors = [actor_class(Idle).options(num_cpus=0).remote() for _ in range(_ACTORS)]
-        answer = ray.get(actors[0].time_answers.remote(), timeout=60)
+        answer = ray.get(actors[0].time_answers.remote(), timeout=300)  # all of them start first
         about = About("benchmark", "benchmark", "ppo", "/", "", "", os.getpid(), time.time(), 1)
         status_actor = create_status_actor(about)
         ray.get(status_actor.watch.remote("role", actors), timeout=120)
