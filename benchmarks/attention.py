@@ -15,16 +15,12 @@ import typer
 
 from benchmarks.common import (
     CORES,
-    RESULTS,
+    Findings,
     FreshProcess,
-    Machine,
     Measure,
     RepeatsOption,
-    ResultsOption,
     ThreadsOption,
-    process_env,
-    report,
-    run_command,
+    run_benchmark,
     spread,
 )
 from rlhf_ray.models.attention import fused_attention
@@ -41,34 +37,29 @@ def main(
     head_size: Annotated[int, typer.Option(min=1, help="Numbers of a head.")] = 64,
     threads: ThreadsOption = CORES,
     repeats: RepeatsOption = 20,
-    results: ResultsOption = RESULTS,
-) -> None:
+) -> Findings:
     """Speed of attention as a multiple of that of PyTorch's fused kernel."""
-    arguments, machine = dict(locals()), Machine.here()
     if heads % kv_heads:
         raise typer.BadParameter(f"{kv_heads} does not divide --heads ({heads})", param_hint="--kv-heads")
     shapes = [(sequences, length, number, head_size) for number in (heads, kv_heads, kv_heads, heads)]
-    with FreshProcess(process_env(threads)) as process:
-        times, errors = process.call(_compare, threads, shapes, repeats)
+    with FreshProcess(threads) as process:
+        times, errors = process.call(_compare, shapes, repeats)
     whole = {side: [sum(both) for both in zip(*passes, strict=True)] for side, passes in times.items()}
     measures = [
-        Measure(
-            name="speed of attention ÷ PyTorch's fused kernel's", value=median(whole["fused"]) / median(whole["ours"])
-        )
+        Measure("speed of attention ÷ PyTorch's fused kernel's", median(whole["fused"]) / median(whole["ours"]))
     ]
     for side, passes in times.items():
         for name, seconds in zip(("forward", "backward"), passes, strict=True):
-            measures.append(Measure(name=f"{side}, {name}", value=1e3 * median(seconds), unit="ms"))
-        measures.append(Measure(name=f"{side}, relative error", value=errors[side]))
+            measures.append(Measure(f"{side}, {name}", 1e3 * median(seconds), "ms"))
+        measures.append(Measure(f"{side}, relative error", errors[side]))
     subject = f"{sequences} x {length} tokens, {heads} heads over {kv_heads} of {head_size}, bfloat16"
-    report("attention", subject, arguments, [*measures, spread(*whole.values())], machine, results)
+    return {subject: [*measures, spread(*whole.values())]}
 
 
 def _compare(
-    threads: int, shapes: list[tuple[int, ...]], repeats: int
+    shapes: list[tuple[int, ...]], repeats: int
 ) -> tuple[dict[str, tuple[list[float], list[float]]], dict[str, float]]:
     """By side: seconds of each forward and each backward pass, and the error."""
-    torch.set_num_threads(threads)
     torch.manual_seed(0)
     *states, grad = (torch.randn(shape).bfloat16() for shape in shapes)
     _, wanted = _passes(fused_attention, [part.float() for part in states], grad.float())
@@ -102,4 +93,4 @@ def _passes(
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_benchmark(main)

@@ -10,19 +10,7 @@ from typing import Annotated
 import torch
 import typer
 
-from benchmarks.common import (
-    CORES,
-    RESULTS,
-    FreshProcess,
-    Machine,
-    Measure,
-    ResultsOption,
-    RoundsOption,
-    ThreadsOption,
-    process_env,
-    report,
-    run_command,
-)
+from benchmarks.common import CORES, Findings, FreshProcess, Measure, RoundsOption, ThreadsOption, run_benchmark
 
 HELD_TO = {
     "as it is": {},
@@ -39,30 +27,25 @@ def main(
     seconds: Annotated[float, typer.Option(min=0.1, help="Of each product, of which the fastest counts.")] = 1.0,
     threads: ThreadsOption = CORES,
     rounds: RoundsOption = 3,
-    results: ResultsOption = RESULTS,
-) -> None:
+) -> Findings:
     """Speed of matrix products in bfloat16 as a multiple of that in float32."""
-    arguments, machine = dict(locals()), Machine.here()
     measures = []
     for held, variables in HELD_TO.items():
         best: Rates = {}
         for _ in range(rounds):
-            with FreshProcess({**process_env(threads), **variables}) as process:
-                for product, found in process.call(_rates, threads, (tokens, inputs, outputs), seconds).items():
+            with FreshProcess(threads, variables) as process:
+                for product, found in process.call(_rates, (tokens, inputs, outputs), seconds).items():
                     before = best.setdefault(product, dict.fromkeys(found, 0.0))
                     best[product] = {dtype: max(rate, before[dtype]) for dtype, rate in found.items()}
         for product, found in best.items():
             name = f"{held}, {product}"
-            measures.append(Measure(name=f"{name}: bfloat16 ÷ float32", value=found["bfloat16"] / found["float32"]))
-            measures += [
-                Measure(name=f"{name}: {dtype}", value=rate / 1e9, unit="GFLOP/s") for dtype, rate in found.items()
-            ]
-    report("bfloat16_products", f"{tokens} x {inputs} x {outputs}", arguments, measures, machine, results)
+            measures.append(Measure(f"{name}: bfloat16 ÷ float32", found["bfloat16"] / found["float32"]))
+            measures += [Measure(f"{name}: {dtype}", rate / 1e9, "GFLOP/s") for dtype, rate in found.items()]
+    return {f"{tokens} x {inputs} x {outputs}": measures}
 
 
-def _rates(threads: int, shape: tuple[int, int, int], seconds: float) -> Rates:
+def _rates(shape: tuple[int, int, int], seconds: float) -> Rates:
     """Operations a second, by product and number format."""
-    torch.set_num_threads(threads)
     tokens, inputs, outputs = shape
     found: Rates = {"states (x·Wᵀ)": {}, "gradients of states (g·W)": {}, "gradients of weights (gᵀ·x)": {}}
     for name, dtype in (("bfloat16", torch.bfloat16), ("float32", torch.float32)):
@@ -83,4 +66,4 @@ def _fastest(left: torch.Tensor, right: torch.Tensor, seconds: float) -> float:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_benchmark(main)

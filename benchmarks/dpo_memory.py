@@ -23,21 +23,17 @@ from transformers import AutoModelForCausalLM
 from benchmarks.bare_update import hidden_states
 from benchmarks.common import (
     CORES,
-    RESULTS,
-    Dtype,
     DtypeOption,
+    Findings,
     FreshProcess,
-    Machine,
     Measure,
     ModelArgument,
-    ResultsOption,
     ThreadsOption,
-    process_env,
-    report,
-    run_command,
+    run_benchmark,
     say,
 )
 from benchmarks.resident import EXACT, forget_most, in_use, most_in_use
+from rlhf_ray.config.training import Dtype
 from rlhf_ray.engines.training import DTYPES
 from rlhf_ray.models.heads import load_causal, load_config
 from rlhf_ray.models.packed import PackedSequences
@@ -56,40 +52,33 @@ def main(
     text_tokens: Annotated[int, typer.Option(min=2, help="Tokens of one text; two texts are a pair.")] = 512,
     vocab_chunk_tokens: Annotated[int, typer.Option(min=1, help="As in the config.")] = 256,
     threads: ThreadsOption = CORES,
-    results: ResultsOption = RESULTS,
-) -> None:
+) -> Findings:
     """Peak memory of forward and backward pass of DPO, as a share of the plain way's."""
     if tokens % (2 * text_tokens):
         raise typer.BadParameter(f"must be whole pairs of {2 * text_tokens} tokens", param_hint="--tokens")
-    arguments, machine = dict(locals()), Machine.here()
     texts = np.random.default_rng(SEED).integers(
         0, load_config(str(model)).vocab_size, (tokens // text_tokens, text_tokens), dtype=np.int32
     )
     found: dict[Side, Peak] = {}
     sides: tuple[Side, ...] = ("ours", "plain", "without head")
     for side in sides:
-        with FreshProcess({**process_env(threads), **EXACT}) as process:
-            found[side] = process.call(_measure, side, model, dtype, texts, vocab_chunk_tokens, threads)
+        with FreshProcess(threads, EXACT) as process:
+            found[side] = process.call(_measure, side, model, dtype, texts, vocab_chunk_tokens)
         say(f"{side}: {found[side].bytes / 1e6:,.0f} MB, loss {found[side].loss:.6f}")
     ours, plain, rest = (found[side].bytes for side in sides)
     logits = tokens * load_config(str(model)).vocab_size * 4
-    report(
-        "dpo_memory",
-        f"{model.name}, {dtype}",
-        arguments,
-        [
-            Measure(name="peak memory of DPO ÷ the plain way's", value=ours / plain),
-            Measure(name="DPO", value=ours / 1e6, unit="MB"),
-            Measure(name="plain way", value=plain / 1e6, unit="MB"),
-            Measure(name="without vocabulary head", value=rest / 1e6, unit="MB"),
-            Measure(name="all logits in float32", value=logits / 1e6, unit="MB"),
-            Measure(name="memory of our vocabulary head ÷ all logits", value=(ours - rest) / logits),
-            Measure(name="memory of the plain head ÷ all logits", value=(plain - rest) / logits),
-            Measure(name="relative difference of the losses", value=abs(found["ours"].loss / found["plain"].loss - 1)),
-        ],
-        machine,
-        results,
-    )
+    return {
+        f"{model.name}, {dtype}": [
+            Measure("peak memory of DPO ÷ the plain way's", ours / plain),
+            Measure("DPO", ours / 1e6, "MB"),
+            Measure("plain way", plain / 1e6, "MB"),
+            Measure("without vocabulary head", rest / 1e6, "MB"),
+            Measure("all logits in float32", logits / 1e6, "MB"),
+            Measure("memory of our vocabulary head ÷ all logits", (ours - rest) / logits),
+            Measure("memory of the plain head ÷ all logits", (plain - rest) / logits),
+            Measure("relative difference of the losses", abs(found["ours"].loss / found["plain"].loss - 1)),
+        ]
+    }
 
 
 @dataclass(frozen=True)
@@ -100,8 +89,7 @@ class Peak:
     loss: float
 
 
-def _measure(side: Side, model: Path, dtype: Dtype, texts: np.ndarray, chunk: int, threads: int) -> Peak:
-    torch.set_num_threads(threads)
+def _measure(side: Side, model: Path, dtype: Dtype, texts: np.ndarray, chunk: int) -> Peak:
     with torch.random.fork_rng():
         torch.manual_seed(SEED)
         policy, reference = (_load(side, model, dtype, chunk) for _ in range(2))
@@ -152,4 +140,4 @@ def _without_head(model: CausalModel, texts: np.ndarray) -> torch.Tensor:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_benchmark(main)

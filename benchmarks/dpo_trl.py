@@ -12,12 +12,11 @@ bfloat16 computes in it and updates float32 weights, and so does TRL, by autocas
 `--trl-bfloat16-weights` tells it otherwise: faster, and an update that is small beside its weight is lost.
 """
 
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from queue import SimpleQueue
 from statistics import median
 from tempfile import TemporaryDirectory
 from time import perf_counter
@@ -29,17 +28,13 @@ import typer
 
 from benchmarks.bare_update import BareReport
 from benchmarks.common import (
-    RESULTS,
     ConfigArgument,
+    Findings,
     FreshProcess,
-    Machine,
     Measure,
     OverridesArgument,
     RepeatsOption,
-    ResultsOption,
-    process_env,
-    report,
-    run_command,
+    run_benchmark,
     say,
     spread,
 )
@@ -52,7 +47,7 @@ from rlhf_ray.config.training import Policy
 from rlhf_ray.controllers.inputs import PreferenceInputs
 from rlhf_ray.controllers.job import check
 from rlhf_ray.controllers.number_formats import choose_before_start
-from rlhf_ray.controllers.preference_roles import PreferenceRoles, start_preference_roles
+from rlhf_ray.controllers.preference_roles import start_preference_roles
 from rlhf_ray.controllers.reference_columns import LiveReference
 from rlhf_ray.controllers.roles import Actors
 from rlhf_ray.controllers.row_sources import Split
@@ -72,12 +67,10 @@ def main(
     ] = False,
     trl_attention: Annotated[Literal["sdpa", "eager"], typer.Option(help="TRL's, as transformers names it.")] = "sdpa",
     repeats: RepeatsOption = 3,
-    results: ResultsOption = RESULTS,
-) -> None:
+) -> Findings:
     """Pairs/s of an optimizer step of DPO, ÷ those of TRL's trainer."""
     if find_spec("trl") is None:
         raise typer.BadParameter("TRL is not installed: run pip install -e '.[benchmarks]'", param_hint="CONFIG")
-    arguments, machine = dict(locals()), Machine.here()
     job, data = _dpo(config, overrides or [])
     pairs = job.data.rows_per_step
     if pairs % trl_pairs:
@@ -86,70 +79,64 @@ def main(
     if trl_bfloat16_weights and dtype != "bfloat16":
         raise typer.BadParameter(f"policy.engine.dtype is {dtype}", param_hint="--trl-bfloat16-weights")
     threads = job.placement.policy.threads or max(1, int(job.placement.policy.cpus))
-    turns = range(repeats + 1)  # the first is the warm-up
-    with ray_session(job.cluster, "benchmark"), Actors.of_job(job) as actors:
-        side = OurSide(job, data, start_preference_roles(job, len(turns), actors, with_reference=True))
-        ours = [_told("ours", number, side.step()) for number in turns]
-    with FreshProcess(process_env(threads)) as process:
-        settings = TRLSettings(_beta(job.algorithm), trl_pairs, trl_bfloat16_weights, trl_attention, len(turns))
-        process.call(_start_trl, threads, job.policy, settings, _token_ids(data))
-        theirs = [_told("TRL", number, process.call(_step_trl)) for number in turns]
-    seconds, seconds_trl = ([step.seconds for step in steps[1:]] for steps in (ours, theirs))
+    steps = repeats + 1  # the first is the warm-up
+    ours = _our_steps(job, data, steps)
+    with FreshProcess(threads) as process:
+        trl_steps = partial(
+            _trl_steps,
+            beta=_beta(job.algorithm),
+            pairs_per_pass=trl_pairs,
+            bfloat16_weights=trl_bfloat16_weights,
+            attention=trl_attention,
+        )
+        theirs = process.call(trl_steps, job.policy, _token_ids(data), steps)
+    seconds, seconds_trl = ([step.seconds for step in side[1:]] for side in (ours, theirs))
     rate, rate_trl = pairs / median(seconds), pairs / median(seconds_trl)
     packed, padded = _packed(job, data), _padded(data, trl_pairs)
     whole, answers = int(data.lengths.sum()), int(data.answer_lengths.sum())
     sizes = _sizes(job.policy.model)
     own = _products(sizes, packed, answers)
-    report(
-        "dpo_trl",
+    return {
         ", ".join(
             [
                 f"{config.name}, {dtype}",
                 *(["TRL without float32 weights"] if trl_bfloat16_weights else []),
                 *([f"TRL with {trl_attention} attention"] if trl_attention != "sdpa" else []),
             ]
-        ),
-        arguments,
-        [
-            Measure(name="DPO pairs/s ÷ TRL's DPOTrainer", value=rate / rate_trl, asked="at least 2"),
-            Measure(name="the same of the fastest repetitions", value=min(seconds_trl) / min(seconds)),
-            Measure(name="DPO", value=rate, unit="pairs/s"),
-            Measure(name="TRL", value=rate_trl, unit="pairs/s"),
-            Measure(name="pairs in one step", value=pairs),
-            Measure(name="tokens in one step, of prompts and answers", value=whole),
-            Measure(name="tokens in one step, of answers", value=answers),
-            Measure(name="tokens in one step, packed with shared prompts", value=packed),
-            Measure(name="tokens in one step, with TRL's padding", value=padded),
+        ): [
+            Measure("DPO pairs/s ÷ TRL's DPOTrainer", rate / rate_trl, asked="at least 2"),
+            Measure("the same of the fastest repetitions", min(seconds_trl) / min(seconds)),
+            Measure("DPO", rate, "pairs/s"),
+            Measure("TRL", rate_trl, "pairs/s"),
+            Measure("pairs in one step", pairs),
+            Measure("tokens in one step, of prompts and answers", whole),
+            Measure("tokens in one step, of answers", answers),
+            Measure("tokens in one step, packed with shared prompts", packed),
+            Measure("tokens in one step, with TRL's padding", padded),
             *(
-                Measure(
-                    name=f"products with weights, TRL ÷ ours, counted{where}", value=_products(sizes, *tokens) / own
-                )
+                Measure(f"products with weights, TRL ÷ ours, counted{where}", _products(sizes, *tokens) / own)
                 for where, tokens in (
                     ("", (padded, padded)),
                     (", where TRL's head takes answers only, as on a GPU", (padded, answers)),
                     (", and with its padding_free too", (whole, answers)),
                 )
             ),
-            Measure(
-                name="relative difference of the gradient norms",
-                value=abs(ours[-1].grad_norm / theirs[-1].grad_norm - 1),
-            ),
+            Measure("relative difference of the gradient norms", abs(ours[-1].grad_norm / theirs[-1].grad_norm - 1)),
             spread(seconds, seconds_trl),
-        ],
-        machine,
-        results,
-    )
-
-
-def _told(side: str, number: int, step: BareReport) -> BareReport:
-    say(f"{side} {number}: {step.seconds:.3f} s")
-    return step
+        ]
+    }
 
 
 def _dpo(config: Path, overrides: Sequence[str]) -> tuple[PreferenceJob, ComparisonSet]:
     """The job with one rank and a low learning rate, and the pairs of its first step."""
-    still = ("placement.policy.ranks=1", "policy.optimizer.lr=1e-8", "policy.optimizer.warmup_steps=0")
-    job = choose_before_start(load_config(config, [*overrides, *still, "policy.optimizer.schedule=constant"])).config
+    still = (
+        "placement.policy.ranks=1",
+        "policy.optimizer.lr=1e-8",
+        "policy.optimizer.warmup_steps=0",
+        "policy.optimizer.schedule=constant",
+        "run.resume=never",  # a run in its folder may have been of another number format
+    )
+    job = choose_before_start(load_config(config, [*overrides, *still])).config
     if not isinstance(job, PreferenceJob):
         raise typer.BadParameter(f"job: {job.job} is not job: preference", param_hint="CONFIG")
     _beta(job.algorithm)
@@ -177,24 +164,23 @@ def _beta(algorithm: Preference) -> float:
     return loss.beta
 
 
-class OurSide:
-    """A step of the job on all pairs, as the controller does it."""
-
-    def __init__(self, job: PreferenceJob, data: ComparisonSet, roles: PreferenceRoles) -> None:
+def _our_steps(job: PreferenceJob, data: ComparisonSet, steps: int) -> list[BareReport]:
+    """Steps of the job on all pairs, as the controller does them."""
+    rows, found = np.arange(len(data)), []
+    with ray_session(job.cluster, "benchmark"), Actors.of_job(job) as actors:
+        roles = start_preference_roles(job, steps, actors, with_reference=True)
         reference = LiveReference.with_roles(job, roles)
         assert reference is not None
-        self._job, self._policy, self._reference = job, roles.policy, reference
-        self._split = Split("train", data)
-        self._rows = np.arange(len(data))
-
-    def step(self) -> BareReport:
-        began = perf_counter()
-        data = self._split.rows
-        [plan] = plan_micro_batches(data.lengths, 1, self._job.policy.engine.micro_batch_tokens)
-        context = StepContext(reference=self._reference.of(self._split, self._rows))
-        weight = float(data.weights.sum())
-        [done] = self._policy.step([(self._split.ref, plan)], weight, context).wait(self._job.run.timeouts.update)
-        return BareReport(done.means["grad_norm"].value, perf_counter() - began)
+        split = Split("train", data)
+        for number in range(steps):
+            began = perf_counter()
+            [plan] = plan_micro_batches(data.lengths, 1, job.policy.engine.micro_batch_tokens)
+            context = StepContext(reference=reference.of(split, rows))
+            weight = float(data.weights.sum())
+            [done] = roles.policy.step([(split.ref, plan)], weight, context).wait(job.run.timeouts.update)
+            found.append(BareReport(done.means["grad_norm"].value, perf_counter() - began))
+            say(f"ours {number}: {found[-1].seconds:.3f} s")
+    return found
 
 
 @dataclass(frozen=True)
@@ -244,71 +230,65 @@ def _padded(data: ComparisonSet, pairs: int) -> int:
     return int((lengths.max(axis=1) * pairs * 2).sum())
 
 
-@dataclass(frozen=True)
-class TRLSettings:
-    """What TRL's trainer is told beside the policy's section.
+def _trl_steps(
+    policy: Policy,
+    rows: Sequence[PairTokens],
+    steps: int,
+    *,
+    beta: float,
+    pairs_per_pass: int,
+    bfloat16_weights: bool,
+    attention: str,
+) -> list[BareReport]:
+    """Optimizer steps of TRL's trainer on all pairs.
 
-    Attributes:
+    Args:
         pairs_per_pass: divides the number of pairs.
         bfloat16_weights: have no float32 weights beside.
         attention: as transformers names it.
-        steps: optimizer steps of the run.
     """
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
+    from trl import DPOConfig, DPOTrainer
 
-    beta: float
-    pairs_per_pass: int
-    bfloat16_weights: bool
-    attention: str
-    steps: int
+    found: list[BareReport] = []
 
+    class OnTokens(DPOTrainer):
+        """The pairs are tokens already."""
 
-class TRLSide:
-    """TRL's trainer in a thread of its own, which stops before each optimizer step until it is asked for it."""
+        def _prepare_dataset(self, dataset: Dataset, *rest: Any) -> Dataset:
+            return dataset
 
-    def __init__(self, policy: Policy, settings: TRLSettings, rows: Sequence[PairTokens]) -> None:
-        from datasets import Dataset
-        from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
-        from trl import DPOConfig, DPOTrainer
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+            self._began = perf_counter()
 
-        side = self
-        self._ask, self._answers = threading.Semaphore(0), SimpleQueue[BareReport | Exception]()
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            self._seconds = perf_counter() - self._began
 
-        class OnTokens(DPOTrainer):
-            """The pairs are tokens already."""
+        def on_log(self, *args: Any, logs: dict[str, Any], **kwargs: Any) -> None:
+            if "grad_norm" in logs:  # and not the summary of the run
+                say(f"TRL {len(found)}: {self._seconds:.3f} s")
+                found.append(BareReport(float(logs["grad_norm"]), self._seconds))
 
-            def _prepare_dataset(self, dataset: Dataset, *rest: Any) -> Dataset:
-                return dataset
+    def load() -> Any:
+        return AutoModelForCausalLM.from_pretrained(
+            policy.model,
+            dtype=torch.bfloat16 if bfloat16_weights else torch.float32,
+            attn_implementation=attention,
+        )
 
-        class InTurns(TrainerCallback):
-            def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-                side._ask.acquire()
-                self._began = perf_counter()
-
-            def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-                self._seconds = perf_counter() - self._began
-
-            def on_log(self, *args: Any, logs: dict[str, Any], **kwargs: Any) -> None:
-                if "grad_norm" in logs:  # and not the summary of the run
-                    side._answers.put(BareReport(float(logs["grad_norm"]), self._seconds))
-
-        def load() -> Any:
-            return AutoModelForCausalLM.from_pretrained(
-                policy.model,
-                dtype=torch.bfloat16 if settings.bfloat16_weights else torch.float32,
-                attn_implementation=settings.attention,
-            )
-
-        self._scratch = TemporaryDirectory()
-        optimizer = policy.optimizer
-        self._trainer = OnTokens(
+    optimizer = policy.optimizer
+    with TemporaryDirectory() as scratch:
+        trainer = OnTokens(
             model=load(),
             ref_model=load(),
             args=DPOConfig(
-                output_dir=self._scratch.name,
-                beta=settings.beta,
-                max_steps=settings.steps,
-                per_device_train_batch_size=settings.pairs_per_pass,
-                gradient_accumulation_steps=len(rows) // settings.pairs_per_pass,
+                output_dir=scratch,
+                beta=beta,
+                max_steps=steps,
+                per_device_train_batch_size=pairs_per_pass,
+                gradient_accumulation_steps=len(rows) // pairs_per_pass,
                 train_sampling_strategy="sequential",
                 max_length=None,
                 optim="adamw_torch_fused",
@@ -320,7 +300,7 @@ class TRLSide:
                 max_grad_norm=policy.engine.gradient_clip,
                 lr_scheduler_type="constant",
                 gradient_checkpointing=False,
-                bf16=policy.engine.dtype == "bfloat16" and not settings.bfloat16_weights,
+                bf16=policy.engine.dtype == "bfloat16" and not bfloat16_weights,
                 use_cpu=platform().device.type == "cpu",
                 dataloader_pin_memory=False,
                 logging_steps=1,
@@ -328,40 +308,14 @@ class TRLSide:
                 report_to="none",
                 disable_tqdm=True,
             ),
-            train_dataset=Dataset.from_list([vars(row) for row in rows] * settings.steps),
+            train_dataset=Dataset.from_list([vars(row) for row in rows] * steps),
             processing_class=AutoTokenizer.from_pretrained(policy.model),
-            callbacks=[InTurns()],
+            callbacks=[Clock()],
         )
-        self._trainer.remove_callback(PrinterCallback)
-        threading.Thread(target=self._train, daemon=True).start()
-
-    def _train(self) -> None:
-        try:
-            self._trainer.train()
-        except Exception as error:
-            self._answers.put(error)
-
-    def step(self) -> BareReport:
-        self._ask.release()
-        done = self._answers.get()
-        if isinstance(done, Exception):
-            raise done
-        return done
-
-
-_trl: TRLSide
-
-
-def _start_trl(threads: int, *arguments: Any) -> None:
-    """`arguments` are TRLSide's."""
-    global _trl
-    torch.set_num_threads(threads)
-    _trl = TRLSide(*arguments)
-
-
-def _step_trl() -> BareReport:
-    return _trl.step()
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    return found
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_benchmark(main)

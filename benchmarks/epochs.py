@@ -19,17 +19,13 @@ import typer
 
 from benchmarks.bare_update import BareModel, BareReport, hidden_states
 from benchmarks.common import (
-    RESULTS,
     ConfigArgument,
+    Findings,
     FreshProcess,
-    Machine,
     Measure,
     OverridesArgument,
     RepeatsOption,
-    ResultsOption,
-    process_env,
-    report,
-    run_command,
+    run_benchmark,
     say,
     spread,
 )
@@ -53,14 +49,8 @@ from rlhf_ray.models.packed import PackedSequences
 from rlhf_ray.platform import platform
 
 
-def main(
-    config: ConfigArgument,
-    overrides: OverridesArgument = None,
-    repeats: RepeatsOption = 5,
-    results: ResultsOption = RESULTS,
-) -> None:
+def main(config: ConfigArgument, overrides: OverridesArgument = None, repeats: RepeatsOption = 5) -> Findings:
     """Tokens/s of an optimizer step, as a share of a bare torch loop's."""
-    arguments, machine = dict(locals()), Machine.here()
     job, train, micro_batches = _first_step(config, overrides or [])
     role, section = job.trained, job.section
     rows = [row for micro_batch in micro_batches for row in micro_batch]
@@ -72,11 +62,10 @@ def main(
     with (
         ray_session(job.cluster, "benchmark"),
         _trained_role(job, repeats + 1) as group,
-        FreshProcess(process_env(threads)) as process,
+        FreshProcess(threads) as process,
     ):
-        process.call(
-            _start_bare,
-            threads,
+        process.make(
+            _BareLoop,
             job.seed if isinstance(job, RewardModelJob) else None,
             section.model,
             section.engine,
@@ -90,29 +79,24 @@ def main(
             began = perf_counter()
             [done] = group.step([(data, micro_batches)], weight, None).wait(job.run.timeouts.update)
             ours.append(perf_counter() - began)
-            reference = process.call(_step_bare)
+            reference = process.ask(_BareLoop.step)
             bare.append(reference.seconds)
             say(f"{number}/{repeats}: ours {ours[-1]:.3f} s, bare {reference.seconds:.3f} s")
     rate, rate_bare = (tokens / median(seconds[1:]) for seconds in (ours, bare))
-    report(
-        "epochs",
-        f"{config.name}, {section.engine.dtype}",
-        arguments,
-        [
-            Measure(name=f"{job.job} tokens/s ÷ bare torch", value=rate / rate_bare, asked="at least 0.90"),
-            Measure(name=job.job, value=rate, unit="tokens/s"),
-            Measure(name="bare torch", value=rate_bare, unit="tokens/s"),
-            Measure(name="tokens in one step", value=tokens),
-            Measure(name="micro-batches in one step", value=len(micro_batches)),
+    return {
+        f"{config.name}, {section.engine.dtype}": [
+            Measure(f"{job.job} tokens/s ÷ bare torch", rate / rate_bare, asked="at least 0.90"),
+            Measure(job.job, rate, "tokens/s"),
+            Measure("bare torch", rate_bare, "tokens/s"),
+            Measure("tokens in one step", tokens),
+            Measure("micro-batches in one step", len(micro_batches)),
             Measure(
-                name="relative difference of the gradient norms",
-                value=abs(done.means["grad_norm"].value / reference.grad_norm - 1),
+                "relative difference of the gradient norms",
+                abs(done.means["grad_norm"].value / reference.grad_norm - 1),
             ),
             spread(ours[1:], bare[1:]),
-        ],
-        machine,
-        results,
-    )
+        ]
+    }
 
 
 @contextmanager
@@ -205,19 +189,5 @@ def _pack(data: ComparisonSet | ConversationSet, rows: Sequence[int]) -> _MicroB
     return _MicroBatch(*pack_learnt(data, rows, device))
 
 
-_bare: _BareLoop
-
-
-def _start_bare(threads: int, *arguments: object) -> None:
-    """`arguments` are `_BareLoop`'s."""
-    global _bare
-    torch.set_num_threads(threads)
-    _bare = _BareLoop(*arguments)  # type: ignore[arg-type]
-
-
-def _step_bare() -> BareReport:
-    return _bare.step()
-
-
 if __name__ == "__main__":
-    run_command(main)
+    run_benchmark(main)

@@ -8,58 +8,27 @@ of the second sit with the policy, as they do by default where there is no criti
 import json
 from statistics import median
 
-from benchmarks.common import (
-    RESULTS,
-    ConfigArgument,
-    Machine,
-    Measure,
-    OverridesArgument,
-    ResultsOption,
-    RoundsOption,
-    report,
-    run_command,
-    spread,
-)
-from benchmarks.runs import load_ppo, phase_seconds, runs_in_turns
+from benchmarks.common import ConfigArgument, Findings, Measure, OverridesArgument, RoundsOption, run_benchmark
+from benchmarks.runs import by_phase, load_ppo, phase_seconds, runs_in_turns
 from rlhf_ray.config.jobs import PPOJob
 
 _SAMPLES_OF_A_PROMPT = 4
 
 
-def main(
-    config: ConfigArgument,
-    overrides: OverridesArgument = None,
-    rounds: RoundsOption = 2,
-    results: ResultsOption = RESULTS,
-) -> None:
+def main(config: ConfigArgument, overrides: OverridesArgument = None, rounds: RoundsOption = 2) -> Findings:
     """One GRPO step ÷ one PPO step."""
-    arguments, machine = dict(locals()), Machine.here()
-    settings = {"ppo": list(overrides or ()), "grpo": []}
-    settings["grpo"] = [*settings["ppo"], *_as_grpo(load_ppo(config, settings["ppo"]))]
-    runs = runs_in_turns(config, settings, rounds)
-
-    def seconds(algorithm: str, phase: str) -> list[float]:
-        return phase_seconds(runs[algorithm], phase)
-
-    grpo, ppo = median(seconds("grpo", "step")), median(seconds("ppo", "step"))
-    report(
-        "grpo_step",
-        config.name,
-        arguments,
-        [
-            Measure(name="one GRPO step ÷ one PPO step", value=grpo / ppo),
-            Measure(name="GRPO", value=grpo, unit="s"),
-            Measure(name="PPO", value=ppo, unit="s"),
-            *(
-                Measure(name=f"{phase}, {name}", value=median(seconds(algorithm, phase)), unit="s")
-                for phase in ("generate", "score", "policy_update")
-                for algorithm, name in (("grpo", "GRPO"), ("ppo", "PPO"))
-            ),
-            spread(seconds("grpo", "step"), seconds("ppo", "step")),
-        ],
-        machine,
-        results,
-    )
+    as_ppo = list(overrides or ())
+    as_grpo = [*as_ppo, *_as_grpo(load_ppo(config, as_ppo))]
+    runs = runs_in_turns(config, {"GRPO": as_grpo, "PPO": as_ppo}, rounds)
+    grpo, ppo = (median(phase_seconds(each, "step")) for each in runs.values())
+    return {
+        config.name: [
+            Measure("one GRPO step ÷ one PPO step", grpo / ppo),
+            Measure("GRPO", grpo, "s"),
+            Measure("PPO", ppo, "s"),
+            *by_phase(runs, ("generate", "score", "policy_update")),
+        ]
+    }
 
 
 def _as_grpo(job: PPOJob) -> list[str]:
@@ -76,4 +45,4 @@ def _as_grpo(job: PPOJob) -> list[str]:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_benchmark(main)

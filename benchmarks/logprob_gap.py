@@ -9,32 +9,27 @@ from statistics import median
 from typing import Annotated
 
 import numpy as np
-import ray
 import typer
 
 from benchmarks.common import (
     CORES,
-    RESULTS,
     ROOT,
     DataOption,
     DtypeOption,
-    Machine,
+    Findings,
     Measure,
     ModelArgument,
-    ResultsOption,
     ThreadsOption,
-    report,
-    run_command,
+    run_benchmark,
 )
 from benchmarks.roles import (
     TEMPERATURE,
     UpdateBatch,
     cluster,
-    connect,
+    policy_and_engines,
     policy_logprobs,
-    policy_role,
     prompt_batches,
-    rollout_role,
+    sample,
     send_weights,
     update,
 )
@@ -56,10 +51,8 @@ def main(
     lr: Annotated[float, typer.Option(help="Learning rate of the update.")] = 1e-4,
     data: DataOption = ROOT / "data" / "imdb_prompts.jsonl",
     threads: ThreadsOption = CORES,
-    results: ResultsOption = RESULTS,
-) -> None:
+) -> Findings:
     """Gap between the engine's and the trainer's log-probs, before and after a weight sync."""
-    arguments, machine = dict(locals()), Machine.here()
     policy = Policy(
         model=str(model),
         engine=TrainingEngine(dtype=dtype, micro_batch_tokens=_MICRO_BATCH_TOKENS),
@@ -70,12 +63,7 @@ def main(
         engine=RolloutEngine(max_model_len=_MAX_LENGTH, max_num_seqs=64),
     )
     first, second = prompt_batches(model, data, prompts, 2, _MAX_LENGTH - new_tokens)
-    with (
-        cluster(),
-        policy_role(policy, threads=threads) as trainer,
-        rollout_role(model, rollout, dtype, engines=1, threads=threads) as group,
-    ):
-        connect(trainer, group, rollout.sync_bucket_bytes(on_gpu=False))
+    with cluster(), policy_and_engines(policy, rollout, threads=threads) as (trainer, group):
         old = _sample(group, first, version=0)
         before = np.abs(old.engine_logprobs - policy_logprobs(trainer, old))
         update(trainer, UpdateBatch.of(trainer, old, len(old)), 1, _MICRO_BATCH_TOKENS)
@@ -84,32 +72,24 @@ def main(
         new = _sample(group, second, version=1)
         after = np.abs(new.engine_logprobs - policy_logprobs(trainer, new))
     asked = "at most 1e-4" if dtype == "float32" else ""
-    report(
-        "logprob_gap",
-        f"{model.name}, {dtype}",
-        arguments,
-        [
-            Measure(
-                name="mean log-prob gap, engine and trainer as loaded", value=before.mean(), unit="nats", asked=asked
-            ),
-            Measure(name="mean log-prob gap after update and sync", value=after.mean(), unit="nats", asked=asked),
-            Measure(name="largest gap as loaded", value=before.max(), unit="nats"),
-            Measure(name="largest gap after update and sync", value=after.max(), unit="nats"),
-            Measure(name="median gap after update and sync", value=median(after.tolist()), unit="nats"),
-            Measure(name="mean gap if the update had not been synced", value=stale.mean(), unit="nats"),
-            Measure(name="tokens compared", value=len(before) + len(after)),
-        ],
-        machine,
-        results,
-    )
+    return {
+        f"{model.name}, {dtype}": [
+            Measure("mean log-prob gap, engine and trainer as loaded", before.mean(), "nats", asked=asked),
+            Measure("mean log-prob gap after update and sync", after.mean(), "nats", asked=asked),
+            Measure("largest gap as loaded", before.max(), "nats"),
+            Measure("largest gap after update and sync", after.max(), "nats"),
+            Measure("median gap after update and sync", median(after.tolist()), "nats"),
+            Measure("mean gap if the update had not been synced", stale.mean(), "nats"),
+            Measure("tokens compared", len(before) + len(after)),
+        ]
+    }
 
 
 def _sample(group: RolloutGroup, requests: list[PromptRequest], version: int) -> TrajectoryBatch:
-    [shard] = group.generate([requests], version)
-    batch: TrajectoryBatch = ray.get(shard.trajectories, timeout=60)
+    batch = sample(group, requests, version)
     assert set(batch.weight_versions.tolist()) == {version}, f"sampled with another version than {version}"
     return batch
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_benchmark(main)

@@ -11,25 +11,23 @@ from statistics import median
 from time import perf_counter
 from typing import Annotated
 
+import ray
 import typer
 
 from benchmarks.common import (
     CORES,
-    RESULTS,
     ROOT,
     DataOption,
     DtypeOption,
-    Machine,
+    Findings,
     Measure,
     ModelArgument,
     RepeatsOption,
-    ResultsOption,
     ThreadsOption,
-    report,
-    run_command,
+    run_benchmark,
     say,
 )
-from benchmarks.roles import TEMPERATURE, cluster, connect, policy_role, prompt_batches, rollout_role, send_weights
+from benchmarks.roles import TEMPERATURE, cluster, policy_and_engines, policy_role, prompt_batches, send_weights
 from rlhf_ray.actors.policy import PolicyGroup, PolicyWorker
 from rlhf_ray.actors.rollout import RolloutGroup
 from rlhf_ray.config.rollout import LoraSync, Rollout, RolloutEngine, Sampling
@@ -49,14 +47,12 @@ def main(
     data: DataOption = ROOT / "data" / "imdb_prompts.jsonl",
     threads: ThreadsOption = CORES,
     repeats: RepeatsOption = 3,
-    results: ResultsOption = RESULTS,
-) -> None:
+) -> Findings:
     """Sizes with and without adapters, and times of both ways of weight sync."""
-    arguments, machine = dict(locals()), Machine.here()
     engine = TrainingEngine.model_validate({"dtype": dtype})
     plain = Policy(model=str(model), engine=engine)
     adapted = Policy(model=str(model), engine=engine, lora=Lora(rank=rank))
-    rollout = Rollout(
+    base = Rollout(
         sampling=Sampling(temperature=TEMPERATURE, max_new_tokens=new_tokens, ignore_eos=True),
         engine=RolloutEngine(max_model_len=128, max_num_seqs=64),
     )
@@ -67,47 +63,35 @@ def main(
         found: dict[LoraSync, tuple[list[float], list[float]]] = {}
         ways: tuple[LoraSync, ...] = ("merged", "adapters")
         for sync in ways:
-            applied = rank if sync == "adapters" else None
-            with (
-                policy_role(adapted, threads=threads, lora_sync=sync) as trainer,
-                rollout_role(model, rollout, dtype, engines=1, threads=threads, adapter_rank=applied) as engines,
-            ):
-                [(trained, weights)] = _counts(trainer)
+            rollout = base.model_copy(update={"lora_sync": sync})
+            with policy_and_engines(adapted, rollout, threads=threads) as (trainer, engines):
+                trained, weights = _counts(trainer)
                 small = _checkpoint_bytes(trainer)
-                connect(trainer, engines, rollout.sync_bucket_bytes(on_gpu=False))
                 found[sync] = _measure(trainer, engines, batches, rollout)
-    report(
-        "lora",
-        f"{model.name}, {dtype}, rank {rank}",
-        arguments,
-        [
-            Measure(name="share of the weights that is trained", value=trained / weights),
-            Measure(name="checkpoint with adapters", value=small / _MEGABYTE, unit="MB"),
-            Measure(name="checkpoint of all weights", value=whole / _MEGABYTE, unit="MB"),
-            *(Measure(name=f"weight sync, {sync}", value=median(found[sync][0]), unit="s") for sync in ways),
+    return {
+        f"{model.name}, {dtype}, rank {rank}": [
+            Measure("share of the weights that is trained", trained / weights),
+            Measure("checkpoint with adapters", small / _MEGABYTE, "MB"),
+            Measure("checkpoint of all weights", whole / _MEGABYTE, "MB"),
+            *(Measure(f"weight sync, {sync}", median(found[sync][0]), "s") for sync in ways),
             *(
-                Measure(
-                    name=f"response tokens/s, {sync}",
-                    value=prompts * new_tokens / median(found[sync][1]),
-                    unit="tokens/s",
-                )
+                Measure(f"response tokens/s, {sync}", prompts * new_tokens / median(found[sync][1]), "tokens/s")
                 for sync in ways
             ),
-        ],
-        machine,
-        results,
-    )
+        ]
+    }
 
 
-def _counts(trainer: PolicyGroup) -> list[tuple[int, int]]:
+def _counts(trainer: PolicyGroup) -> tuple[int, int]:
+    """Parameters that are trained, and those that are not."""
+
     def counts(worker: PolicyWorker) -> tuple[int, int]:
         parameters = list(worker.engine.model.parameters())
         trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
         return trained, sum(parameter.numel() for parameter in parameters) - trained
 
-    import ray
-
-    return ray.get([actor.__ray_call__.remote(counts) for actor in trainer.actors], timeout=60)
+    found: tuple[int, int] = ray.get(trainer.actors[0].__ray_call__.remote(counts), timeout=60)
+    return found
 
 
 def _checkpoint_bytes(trainer: PolicyGroup) -> int:
@@ -122,16 +106,14 @@ def _measure(
     """Seconds of each sync, and of the generation after it; the first of both is the warm-up."""
     syncs, generations = [], []
     for version, batch in enumerate(batches, start=1):
+        syncs.append(send_weights(trainer, version))
         began = perf_counter()
-        send_weights(trainer, version)
-        synced = perf_counter()
         for _ in engines.generate(cut_into_shards(batch, rollout.shard_samples), version):
             pass
-        syncs.append(synced - began)
-        generations.append(perf_counter() - synced)
+        generations.append(perf_counter() - began)
         say(f"sync {syncs[-1]:.3f} s, generation {generations[-1]:.2f} s")
     return syncs[1:], generations[1:]
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_benchmark(main)

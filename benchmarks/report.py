@@ -99,7 +99,7 @@ def _arguments(result: Result) -> str:
         if isinstance(value, list):
             value = " ".join(map(str, value))
         if value is not None and name not in ("model", "config"):
-            shown.append(f"{name.replace('_', ' ')} {str(value).removeprefix(f'{ROOT}/')}")
+            shown.append(f"{name.replace('_', ' ')} {value}")
     return f" With {', '.join(shown)}." if shown else ""
 
 

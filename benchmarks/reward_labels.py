@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks.common import RESULTS, ROOT, Machine, Measure, ResultsOption, report, run_command, say
+from benchmarks.common import ROOT, Findings, Measure, run_benchmark, say
 from rlhf_ray.config.jobs import RewardModelJob
 from rlhf_ray.config.loading import load_config
 from rlhf_ray.controllers.train import train
@@ -50,13 +50,8 @@ LEARNERS = (
 )
 
 
-def main(
-    configs: ConfigsOption = ROOT / "configs",
-    runs: RunsOption = ROOT / "runs" / "reward-labels",
-    results: ResultsOption = RESULTS,
-) -> None:
+def main(configs: ConfigsOption = ROOT / "configs", runs: RunsOption = ROOT / "runs" / "reward-labels") -> Findings:
     """Held-out accuracy of reward models by the kind of their labels, with 95 % intervals."""
-    arguments, machine = dict(locals()), Machine.here()
     setup_logging()
     accuracies: list[Measure] = []
     errors: list[Measure] = []
@@ -68,16 +63,15 @@ def main(
         pairs = share["count"]
         accuracies.append(
             Measure(
-                name=f"accuracy after {learner.name}",
-                value=share["value"],
+                f"accuracy after {learner.name}",
+                share["value"],
                 interval=(share["low"], share["high"]),
                 asked=learner.asked,
             )
         )
-        errors.append(Measure(name=f"calibration error after {learner.name}", value=found["calibration_error"]))
+        errors.append(Measure(f"calibration error after {learner.name}", found["calibration_error"]))
         say(str(accuracies[-1]))
-    measures = [*accuracies, *errors, Measure(name="held-out pairs", value=pairs)]
-    report("reward_labels", "smollm2-135m, movie ratings", arguments, measures, machine, results)
+    return {"smollm2-135m, movie ratings": [*accuracies, *errors, Measure("held-out pairs", pairs)]}
 
 
 def _trained(config: Any, folder: Path) -> dict[str, Any]:
@@ -91,4 +85,4 @@ def _trained(config: Any, folder: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_benchmark(main)

@@ -1,16 +1,17 @@
 """Single roles as real actors, made and called as a PPO run makes and calls them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from time import perf_counter
+from typing import Literal
 
 import numpy as np
 import ray
 import torch
 
-from benchmarks.common import Dtype
 from rlhf_ray.actors.columns import assemble
 from rlhf_ray.actors.policy import PolicyGroup, PolicyWorker
 from rlhf_ray.actors.rollout import RolloutGroup
@@ -23,20 +24,21 @@ from rlhf_ray.config.data import PromptData
 from rlhf_ray.config.placement import Cluster, RolePlacement, RolloutPlacement
 from rlhf_ray.config.rollout import LoraSync, Rollout
 from rlhf_ray.config.run import Timeouts
-from rlhf_ray.config.training import Policy
+from rlhf_ray.config.training import Dtype, Policy
 from rlhf_ray.controllers.roles import Actors, identities
 from rlhf_ray.data.columns import Columns, TrainingShard
 from rlhf_ray.data.cursor import PromptCursor
 from rlhf_ray.data.minibatches import OptimizerStep, plan_update
 from rlhf_ray.data.prompts import load_prompts
-from rlhf_ray.data.requests import PromptRequest, requests_for
+from rlhf_ray.data.requests import PromptRequest, cut_into_shards, requests_for
 from rlhf_ray.data.trajectory import Floats, Trajectory, TrajectoryBatch
 from rlhf_ray.engines.rollout_setup import RolloutSetup
 from rlhf_ray.models.heads import load_tokenizer
 
 TEMPERATURE = 1.0
 SEED = 7
-_TIMEOUTS = Timeouts()
+Gpus = Literal[0, 1]
+TIMEOUTS = Timeouts()
 
 
 @contextmanager
@@ -48,36 +50,91 @@ def cluster() -> Iterator[None]:
 
 @contextmanager
 def rollout_role(
-    model: Path, rollout: Rollout, dtype: Dtype, *, engines: int, threads: int, adapter_rank: int | None = None
+    model: Path, rollout: Rollout, dtype: Dtype, *, threads: int, gpus: Gpus = 0
 ) -> Iterator[RolloutGroup]:
-    """Rollout engines that are ready to generate."""
-    placement = RolloutPlacement(engines=engines, cpus=0, threads=threads)
-    with Actors({"rollout": placement}, _TIMEOUTS.setup_s) as actors:
-        group = actors.engines(placement, rollout, _TIMEOUTS, deterministic=False)
-        setup = RolloutSetup(str(model), rollout.engine, dtype, 1, SEED, adapter_rank=adapter_rank)
-        group.load_model(setup).wait(_TIMEOUTS.setup)
-        yield group
+    """A rollout engine that is ready to generate."""
+    placement = RolloutPlacement(cpus=0, gpus=gpus, threads=threads)
+    with Actors({"rollout": placement}, TIMEOUTS.setup_s) as actors:
+        yield _engines(actors, placement, rollout, RolloutSetup(str(model), rollout.engine, dtype, 1, SEED))
 
 
 @contextmanager
-def policy_role(policy: Policy, *, threads: int, lora_sync: LoraSync = "merged") -> Iterator[PolicyGroup]:
+def policy_role(policy: Policy, *, threads: int) -> Iterator[PolicyGroup]:
     """One rank of the policy, ready to score and train."""
-    with Actors({"policy": RolePlacement(cpus=0, threads=threads)}, _TIMEOUTS.setup_s) as actors:
-        identity = identities("policy", 1, SEED, deterministic=False)
-        group = actors.own(PolicyGroup[PolicyWorker]("policy", actors.start(PolicyWorker, "policy", 1, identity)))
-        join_collectives_of([group], _TIMEOUTS)
-        group.load_model(policy, PPO(), TEMPERATURE, 1, lora_sync).wait(_TIMEOUTS.setup)
-        yield group
+    with Actors({"policy": RolePlacement(cpus=0, threads=threads)}, TIMEOUTS.setup_s) as actors:
+        yield _policy(actors, policy, "merged")
 
 
-def connect(policy: PolicyGroup, rollout: RolloutGroup, bucket_bytes: int) -> None:
-    """Have policy and engines meet for weight transfer."""
-    policy.connect(rollout.actors, 1, bucket_bytes, _TIMEOUTS, same_devices=False).wait(_TIMEOUTS.setup)
+@contextmanager
+def policy_and_engines(
+    policy: Policy, rollout: Rollout, *, threads: int, engines: int = 1, gpus: Gpus = 0, together: bool = False
+) -> Iterator[tuple[PolicyGroup, RolloutGroup]]:
+    """One rank of the policy and rollout engines, connected for weight transfer.
+
+    Args:
+        gpus: of the policy, and of each engine.
+        together: an engine sits on the policy's device, and drops its weights when it leaves.
+    """
+    placement = RolloutPlacement(
+        engines=engines, cpus=0, gpus=0 if together else gpus, threads=threads, colocate="policy" if together else None
+    )
+    setup = RolloutSetup(
+        policy.model,
+        rollout.engine,
+        policy.engine.dtype,
+        1,
+        SEED,
+        adapter_rank=policy.lora.rank if policy.lora and rollout.lora_sync == "adapters" else None,
+        beside_policy=together,
+        sleep=2 if together else 0,
+    )
+    trainers = RolePlacement(cpus=0, gpus=gpus, threads=threads)
+    with Actors({"policy": trainers, "rollout": placement}, TIMEOUTS.setup_s) as actors:
+        group = _engines(actors, placement, rollout, setup)  # first, as they count what is free on their devices
+        trainer = _policy(actors, policy, rollout.lora_sync)
+        size = rollout.sync_bucket_bytes(on_gpu=gpus > 0)
+        trainer.connect(group.actors, 1, size, TIMEOUTS, same_devices=together).wait(TIMEOUTS.setup)
+        yield trainer, group
 
 
-def send_weights(policy: PolicyGroup, version: int) -> None:
-    """One weight sync: engines pause, receive and go on."""
-    policy.send_weights(version).wait(_TIMEOUTS.sync)
+def _engines(actors: Actors, placement: RolloutPlacement, rollout: Rollout, setup: RolloutSetup) -> RolloutGroup:
+    group = actors.engines(placement, rollout, TIMEOUTS, deterministic=False)
+    group.load_model(setup).wait(TIMEOUTS.setup)
+    return group
+
+
+def _policy(actors: Actors, policy: Policy, lora_sync: LoraSync) -> PolicyGroup:
+    identity = identities("policy", 1, SEED, deterministic=False)
+    group = actors.own(PolicyGroup[PolicyWorker]("policy", actors.start(PolicyWorker, "policy", 1, identity)))
+    join_collectives_of([group], TIMEOUTS)
+    group.load_model(policy, PPO(), TEMPERATURE, 1, lora_sync).wait(TIMEOUTS.setup)
+    return group
+
+
+def send_weights(policy: PolicyGroup, version: int) -> float:
+    """One weight sync: engines pause, receive and go on. Returns the seconds that it took."""
+    began = perf_counter()
+    policy.send_weights(version).wait(TIMEOUTS.sync)
+    return perf_counter() - began
+
+
+def sample(rollout: RolloutGroup, requests: Sequence[PromptRequest], version: int) -> TrajectoryBatch:
+    """One shard. `version` is that of the policy."""
+    [shard] = rollout.generate([requests], version)
+    batch: TrajectoryBatch = ray.get(shard.trajectories, timeout=60)
+    return batch
+
+
+def sample_rates(rollout: RolloutGroup, section: Rollout, batches: Sequence[Sequence[PromptRequest]]) -> list[float]:
+    """Tokens/s of each batch but the first, which is the warm-up: in shards, each fetched when it is complete."""
+    rates = []
+    for requests in batches:
+        began = perf_counter()
+        tokens = 0
+        for shard in rollout.generate(cut_into_shards(requests, section.shard_samples), version=0):
+            tokens += len(ray.get(shard.trajectories, timeout=60).response_tokens)
+        rates.append(tokens / (perf_counter() - began))
+    return rates[1:]
 
 
 @dataclass(frozen=True)
@@ -132,13 +189,13 @@ class UpdateBatch:
 def update(policy: PolicyGroup, data: UpdateBatch, optimizer_steps: int, micro_batch_tokens: int) -> UpdateReport:
     """One PPO update, planned here and done by the policy."""
     plan = data.plan(optimizer_steps, micro_batch_tokens)
-    [report] = policy.update(data.shards, data.starts, [plan], None, data.moments).wait(_TIMEOUTS.update)
+    [report] = policy.update(data.shards, data.starts, [plan], None, data.moments).wait(TIMEOUTS.update)
     return report
 
 
 def policy_logprobs(policy: PolicyGroup, batch: TrajectoryBatch) -> Floats:
     """The trainer's log-probs, float32 `[response tokens]`."""
-    return assemble(policy.call(PolicyWorker.logprobs, ray.put(batch)).wait(_TIMEOUTS.score), batch).numpy()
+    return assemble(policy.call(PolicyWorker.logprobs, ray.put(batch)).wait(TIMEOUTS.score), batch).numpy()
 
 
 def prompt_batches(

@@ -7,59 +7,38 @@ counts), once with what ours asks of it. Every engine has the machine for itself
 turns, so that a machine that gets slower does not favour one.
 """
 
-import os
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Literal
 
-import ray
 import typer
 
+from benchmarks.bare_rollout import bare_rates
 from benchmarks.common import (
     CORES,
-    RESULTS,
     ROOT,
     DataOption,
-    Dtype,
     DtypeOption,
+    Findings,
     FreshProcess,
-    Machine,
     Measure,
     ModelArgument,
     RepeatsOption,
-    ResultsOption,
     RoundsOption,
     ThreadsOption,
-    process_env,
-    report,
-    run_command,
+    in_turns,
+    run_benchmark,
     say,
     spread,
 )
-from benchmarks.roles import SEED, TEMPERATURE, cluster, prompt_batches, rollout_role
+from benchmarks.roles import TEMPERATURE, cluster, prompt_batches, rollout_role, sample_rates
 from rlhf_ray.config.rollout import Rollout, RolloutEngine, Sampling
-from rlhf_ray.data.requests import PromptRequest, cut_into_shards
-from rlhf_ray.platform import platform
+from rlhf_ray.config.training import Dtype
+from rlhf_ray.data.requests import PromptRequest
 
 Side = Literal["ours", "bare", "bare with seeds and log-probs"]
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What all sides do.
-
-    Attributes:
-        batches: prompts of the warm-up, then of each timed repetition.
-    """
-
-    model: Path
-    dtype: Dtype
-    threads: int
-    rollout: Rollout
-    batches: Sequence[Sequence[PromptRequest]]
 
 
 def main(
@@ -74,126 +53,47 @@ def main(
     threads: ThreadsOption = CORES,
     repeats: RepeatsOption = 3,
     rounds: RoundsOption = 2,
-    results: ResultsOption = RESULTS,
-) -> None:
+) -> Findings:
     """Response tokens/s of the rollout role, as a share of bare vLLM's."""
-    arguments, machine = dict(locals()), Machine.here()
     rollout = Rollout(
         sampling=Sampling(temperature=TEMPERATURE, max_new_tokens=new_tokens, ignore_eos=True),
         engine=RolloutEngine(max_model_len=max_model_len, max_num_seqs=max_num_seqs),
         shard_samples=shard_samples,
     )
-    # Other prompts in each round, but in a round the same for all sides.
-    batches = prompt_batches(model, data, prompts, rounds * (1 + repeats), max_model_len - new_tokens)
-    setting = Setting(model, dtype, threads, rollout, ())
-    sides: dict[Side, Callable[[Setting], list[float]]] = {
-        "ours": _ours,
-        "bare": _bare_plain,
-        "bare with seeds and log-probs": _bare_alike,
+    # Other prompts in each round, but in a round the same for all sides; the first batch is the warm-up.
+    count = 1 + repeats
+    batches = prompt_batches(model, data, prompts, rounds * count, max_model_len - new_tokens)
+    sides: dict[Side, Callable[..., list[float]]] = {
+        "ours": partial(_ours, threads),
+        "bare": bare_rates,
+        "bare with seeds and log-probs": partial(bare_rates, alike=True),
     }
     found: dict[Side, list[float]] = {side: [] for side in sides}
-    for number in range(rounds):
-        mine = replace(setting, batches=batches[number * (1 + repeats) : (number + 1) * (1 + repeats)])
-        order = list(sides.items())[:: 1 if number % 2 == 0 else -1]
-        for side, run in order:
-            with FreshProcess(process_env(threads)) as process:
-                rates = process.call(run, mine)
-            found[side] += rates
-            say(f"round {number + 1}/{rounds}, {side}: {' '.join(f'{rate:,.0f}' for rate in rates)} tokens/s")
+    for number, side in in_turns(list(sides), rounds):
+        with FreshProcess(threads) as process:
+            rates = process.call(sides[side], model, dtype, rollout, batches[(number - 1) * count :][:count])
+        found[side] += rates
+        say(f"round {number}/{rounds}, {side}: {' '.join(f'{rate:,.0f}' for rate in rates)} tokens/s")
     rate = {side: median(rates) for side, rates in found.items()}
     alike = rate["bare with seeds and log-probs"]
-    report(
-        "rollout",
-        f"{model.name}, {dtype}",
-        arguments,
-        [
-            Measure(name="response tokens/s ÷ bare vLLM", value=rate["ours"] / rate["bare"], asked="at least 0.90"),
-            Measure(name="response tokens/s ÷ bare vLLM with seeds and log-probs", value=rate["ours"] / alike),
-            Measure(name="through the controller", value=rate["ours"], unit="tokens/s"),
-            Measure(name="bare vLLM", value=rate["bare"], unit="tokens/s"),
-            Measure(name="bare vLLM with seeds and log-probs", value=alike, unit="tokens/s"),
+    return {
+        f"{model.name}, {dtype}": [
+            Measure("response tokens/s ÷ bare vLLM", rate["ours"] / rate["bare"], asked="at least 0.90"),
+            Measure("response tokens/s ÷ bare vLLM with seeds and log-probs", rate["ours"] / alike),
+            Measure("through the controller", rate["ours"], "tokens/s"),
+            Measure("bare vLLM", rate["bare"], "tokens/s"),
+            Measure("bare vLLM with seeds and log-probs", alike, "tokens/s"),
             spread(*found.values()),
-        ],
-        machine,
-        results,
-    )
+        ]
+    }
 
 
-def _ours(setting: Setting) -> list[float]:
-    """Tokens/s of each repetition."""
-    rates = []
-    with (
-        cluster(),
-        rollout_role(setting.model, setting.rollout, setting.dtype, engines=1, threads=setting.threads) as group,
-    ):
-        for requests in setting.batches:
-            began = time.perf_counter()
-            shards = cut_into_shards(requests, setting.rollout.shard_samples)
-            tokens = 0
-            for shard in group.generate(shards, version=0):
-                tokens += len(ray.get(shard.trajectories, timeout=60).response_tokens)
-            rates.append(tokens / (time.perf_counter() - began))
-    return rates[1:]
-
-
-def _bare_plain(setting: Setting) -> list[float]:
-    return _bare(setting, alike=False)
-
-
-def _bare_alike(setting: Setting) -> list[float]:
-    return _bare(setting, alike=True)
-
-
-def _bare(setting: Setting, *, alike: bool) -> list[float]:
-    """Tokens/s of each repetition; `alike` asks for what the rollout role asks for."""
-    engine, sampling = setting.rollout.engine, setting.rollout.sampling
-    on_cpu = platform().device.type == "cpu"
-    if on_cpu:
-        os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(engine.cpu_kv_cache_gib)
-        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
-        os.environ["TORCHDYNAMO_DISABLE"] = "1"
-    from vllm import LLM, SamplingParams
-    from vllm.inputs import TokensPrompt
-    from vllm.v1.executor.uniproc_executor import UniProcExecutor
-
-    llm = LLM(
-        model=str(setting.model),
-        dtype=setting.dtype,
-        distributed_executor_backend=UniProcExecutor,
-        max_model_len=engine.max_model_len,
-        max_num_seqs=engine.max_num_seqs,
-        max_num_batched_tokens=max(engine.max_num_batched_tokens, engine.max_model_len),
-        gpu_memory_utilization=engine.gpu_memory_utilization,
-        enforce_eager=engine.enforce_eager or on_cpu,
-        enable_prefix_caching=engine.prefix_caching,
-        logprobs_mode="processed_logprobs" if alike else "raw_logprobs",
-        seed=SEED,
-        generation_config="vllm",
-    )
-
-    def params(request: PromptRequest) -> SamplingParams:
-        return SamplingParams(
-            temperature=sampling.temperature,
-            max_tokens=sampling.max_new_tokens,
-            ignore_eos=sampling.ignore_eos,
-            detokenize=False,
-            seed=request.seed if alike else None,
-            logprobs=0 if alike else None,
-        )
-
-    rates = []
-    for requests in setting.batches:
-        began = time.perf_counter()
-        outputs = llm.generate(
-            [TokensPrompt(prompt_token_ids=request.tokens.tolist()) for request in requests],
-            [params(request) for request in requests],
-            use_tqdm=False,
-        )
-        tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
-        rates.append(tokens / (time.perf_counter() - began))
-    llm.llm_engine.engine_core.shutdown()  # at its end this process would wait for the engine's
-    return rates[1:]
+def _ours(
+    threads: int, model: Path, dtype: Dtype, rollout: Rollout, batches: Sequence[Sequence[PromptRequest]]
+) -> list[float]:
+    with cluster(), rollout_role(model, rollout, dtype, threads=threads) as group:
+        return sample_rates(group, rollout, batches)
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_benchmark(main)

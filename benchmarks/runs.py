@@ -4,9 +4,10 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from tempfile import TemporaryDirectory
 
-from benchmarks.common import FreshProcess, say
+from benchmarks.common import FreshProcess, Measure, in_turns, say, spread
 from rlhf_ray.config.jobs import PPOJob
 from rlhf_ray.config.loading import load_config
 from rlhf_ray.telemetry.metrics import Metrics
@@ -55,21 +56,27 @@ def measured_run(config: Path, overrides: Sequence[str]) -> MeasuredRun:
 
 
 def runs_in_turns(config: Path, settings: Mapping[str, Sequence[str]], rounds: int) -> dict[str, list[MeasuredRun]]:
-    """Runs of a config by the name of their overrides, every other round in the opposite order, each run in a process
-    of its own."""
+    """Runs of a config by the name of their overrides, in turns, each in a process of its own."""
     runs: dict[str, list[MeasuredRun]] = {name: [] for name in settings}
-    for number in range(rounds):
-        for name in settings if number % 2 == 0 else reversed(list(settings)):
-            with FreshProcess({}) as process:
-                run = process.call(measured_run, config, settings[name])
-            runs[name].append(run)
-            say(f"round {number + 1}/{rounds}, {name}: {run.mean('time/step_s'):.2f} s a step")
+    for number, name in in_turns(list(settings), rounds):
+        with FreshProcess() as process:
+            run = process.call(measured_run, config, settings[name])
+        runs[name].append(run)
+        say(f"round {number}/{rounds}, {name}: {run.mean('time/step_s'):.2f} s a step")
     return runs
 
 
 def phase_seconds(runs: Sequence[MeasuredRun], phase: str) -> list[float]:
     """How long each step took for a phase, or all of `step`, if it had it."""
     return [row[f"time/{phase}_s"] for run in runs for row in run.rows if f"time/{phase}_s" in row]
+
+
+def by_phase(runs: Mapping[str, Sequence[MeasuredRun]], phases: Sequence[str]) -> list[Measure]:
+    """Median seconds of some phases in each kind of runs, and how steady their steps were."""
+    seconds = [
+        Measure(f"{phase}, {name}", median(phase_seconds(runs[name], phase)), "s") for phase in phases for name in runs
+    ]
+    return [*seconds, spread(*(phase_seconds(each, "step") for each in runs.values()))]
 
 
 def _idle_share(timeline: Path) -> float | None:

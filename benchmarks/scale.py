@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from benchmarks.common import RESULTS, ROOT, FreshProcess, Machine, Measure, ResultsOption, report, run_command
+from benchmarks.common import ROOT, Findings, FreshProcess, Measure, run_benchmark
 from benchmarks.simulation.plot import plot
 from benchmarks.simulation.run import RANKED, Cost, Setup, measure_all, measure_at_pace
 
@@ -26,47 +26,44 @@ def main(
     max_ranks: Annotated[int, typer.Option(min=64, help="Most ranks, of four roles together.")] = 128,
     max_engines: Annotated[int, typer.Option(min=16, help="Most rollout engines.")] = 64,
     picture: Annotated[Path, typer.Option(metavar="PNG", help="Where the picture goes.")] = PICTURE,
-    results: ResultsOption = RESULTS,
-) -> None:
+) -> Findings:
     """Controller's time and memory in a step against the number of samples and of actors."""
-    arguments, machine = dict(locals()), Machine.here()
     ranks = max_ranks // len(RANKED)
     by_samples = [Setup(max_samples // part, ranks // 4, max_engines // 2) for part in (64, 16, 4, 1)]
     by_actors = [Setup(max_samples // 4, ranks // part, max_engines // part) for part in (16, 4, 2, 1)]
     # Each in a process of its own: the most actors and the most samples don't fit into one machine's memory together.
-    with FreshProcess({}) as process:
+    with FreshProcess() as process:
         at_pace = process.call(measure_at_pace, by_samples[0])
-    with FreshProcess({}) as process:
+    with FreshProcess() as process:
         samples = process.call(measure_all, by_samples)
-    with FreshProcess({}) as process:
+    with FreshProcess() as process:
         actors = process.call(measure_all, by_actors)
     plot(samples, actors, BOUND, picture)
-    for subject, measures in (
-        (f"more samples, {by_samples[0].actors} actors", _sweep(samples, [s.samples for s in by_samples], "samples")),
-        (f"more actors, {by_actors[0].samples:,} samples", _sweep(actors, [s.actors for s in by_actors], "actors")),
-        (str(by_samples[0]), _uncovered(at_pace)),
-    ):
-        report("scale", subject, arguments, measures, machine, results)
+    return {
+        f"more samples, {by_samples[0].actors} actors": _sweep(samples, [s.samples for s in by_samples], "samples"),
+        f"more actors, {by_actors[0].samples:,} samples": _sweep(actors, [s.actors for s in by_actors], "actors"),
+        str(by_samples[0]): _uncovered(at_pace),
+    }
 
 
 def _sweep(costs: Sequence[Cost], sizes: Sequence[int], what: str) -> list[Measure]:
     growth = (costs[-1].cpu_s / costs[0].cpu_s) / (sizes[-1] / sizes[0])
     measures = [
         Measure(
-            name="controller's CPU time ÷ a step's time, at most",
-            value=100 * max(cost.cpu_s / cost.setup.step.seconds for cost in costs),
-            unit="%",
+            "controller's CPU time ÷ a step's time, at most",
+            100 * max(cost.cpu_s / cost.setup.step.seconds for cost in costs),
+            "%",
             asked=f"at most {100 * BOUND:g} %",
         ),
-        Measure(name=f"its growth ÷ growth of the {what}", value=growth, asked="at most 1"),
+        Measure(f"its growth ÷ growth of the {what}", growth, asked="at most 1"),
     ]
     for cost in costs:
         at = str(cost.setup)
         measures += [
-            Measure(name=f"{at}: a step's time", value=cost.setup.step.seconds, unit="s"),
-            Measure(name=f"{at}: controller's CPU time", value=cost.cpu_s, unit="s"),
-            Measure(name=f"{at}: of which its own thread", value=cost.thread_s, unit="s"),
-            Measure(name=f"{at}: controller's memory", value=cost.bytes / 1e6, unit="MB"),
+            Measure(f"{at}: a step's time", cost.setup.step.seconds, "s"),
+            Measure(f"{at}: controller's CPU time", cost.cpu_s, "s"),
+            Measure(f"{at}: of which its own thread", cost.thread_s, "s"),
+            Measure(f"{at}: controller's memory", cost.bytes / 1e6, "MB"),
         ]
     return measures
 
@@ -74,16 +71,11 @@ def _sweep(costs: Sequence[Cost], sizes: Sequence[int], what: str) -> list[Measu
 def _uncovered(cost: Cost) -> list[Measure]:
     step, idle = cost.row["time/step_s"], cost.row["time/uncovered_s"]
     return [
-        Measure(
-            name="step time not covered by any role's work",
-            value=100 * idle / step,
-            unit="%",
-            asked=f"at most {100 * BOUND:g} %",
-        ),
-        Measure(name="step", value=step, unit="s"),
-        Measure(name="the least that it can take", value=cost.setup.step.seconds, unit="s"),
+        Measure("step time not covered by any role's work", 100 * idle / step, "%", asked=f"at most {100 * BOUND:g} %"),
+        Measure("step", step, "s"),
+        Measure("the least that it can take", cost.setup.step.seconds, "s"),
     ]
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_benchmark(main)

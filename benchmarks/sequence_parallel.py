@@ -6,8 +6,6 @@ memory, less what was there when the model had its weights and gradients. Losses
 compared, so it is known that they do the same work. There is no optimizer.
 """
 
-import socket
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -17,22 +15,9 @@ import torch
 import torch.distributed as dist
 import typer
 
-from benchmarks.common import (
-    RESULTS,
-    Dtype,
-    DtypeOption,
-    FreshProcess,
-    Machine,
-    Measure,
-    ModelArgument,
-    ResultsOption,
-    ThreadsOption,
-    process_env,
-    report,
-    run_command,
-    say,
-)
+from benchmarks.common import DtypeOption, Findings, Measure, ModelArgument, ThreadsOption, on_ranks, run_benchmark, say
 from benchmarks.resident import EXACT, forget_most, in_use, most_in_use
+from rlhf_ray.config.training import Dtype
 from rlhf_ray.engines.collectives import Rendezvous, join_collectives, share_sequences
 from rlhf_ray.engines.training import DTYPES
 from rlhf_ray.models.heads import check_heads, load_causal
@@ -40,7 +25,6 @@ from rlhf_ray.models.packed import PackedSequences
 from rlhf_ray.models.role_models import CausalModel
 
 SEED = 7
-_TIMEOUT_S = 600.0
 
 
 @dataclass(frozen=True)
@@ -66,51 +50,24 @@ def main(
     vocab_chunk_tokens: Annotated[int, typer.Option(min=1, help="As in the config.")] = 256,
     recompute: Annotated[bool, typer.Option(help="With engine.activation_checkpointing.")] = False,
     threads: ThreadsOption = 1,
-    results: ResultsOption = RESULTS,
-) -> None:
+) -> Findings:
     """Peak memory of each of several ranks that share a sequence, as a share of one rank's that has it alone."""
     check_heads(str(model), ranks)
-    arguments, machine = dict(locals()), Machine.here()
     found: dict[int, list[Peak]] = {}
     for count in (1, ranks):
-        found[count] = _peaks(count, model, dtype, tokens, vocab_chunk_tokens, recompute, threads)
+        found[count] = on_ranks(count, threads, EXACT, _measure, model, dtype, tokens, vocab_chunk_tokens, recompute)
         say(f"{count} ranks: {' '.join(f'{peak.bytes / 1e6:,.0f}' for peak in found[count])} MB")
     [alone], shared = found[1], found[ranks]
     most = max(peak.bytes for peak in shared)
-    report(
-        "sequence_parallel",
-        f"{model.name}, {dtype}, {tokens} tokens, {ranks} ranks" + (", recomputed" if recompute else ""),
-        arguments,
-        [
-            Measure(name="peak memory of a rank ÷ that of one rank alone", value=most / alone.bytes),
-            Measure(name="one rank alone", value=alone.bytes / 1e6, unit="MB"),
-            Measure(name="each of the ranks, at most", value=most / 1e6, unit="MB"),
-            Measure(name="relative difference of the losses", value=abs(shared[0].loss / alone.loss - 1)),
-            Measure(
-                name="relative difference of the gradient norms", value=abs(shared[0].grad_norm / alone.grad_norm - 1)
-            ),
-        ],
-        machine,
-        results,
-    )
-
-
-def _peaks(
-    ranks: int, model: Path, dtype: Dtype, tokens: int, vocab_chunk_tokens: int, recompute: bool, threads: int
-) -> list[Peak]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    with ExitStack() as stack:
-        processes = [stack.enter_context(FreshProcess({**process_env(threads), **EXACT})) for _ in range(ranks)]
-        for process in processes:
-            process.call(torch.set_num_threads, threads)
-        places = [Rendezvous(rank, ranks, "127.0.0.1", port, _TIMEOUT_S) for rank in range(ranks)]
-        waiting = [
-            process.start(_measure, place, model, dtype, tokens, vocab_chunk_tokens, recompute)
-            for process, place in zip(processes, places, strict=True)
+    return {
+        f"{model.name}, {dtype}, {tokens} tokens, {ranks} ranks" + (", recomputed" if recompute else ""): [
+            Measure("peak memory of a rank ÷ that of one rank alone", most / alone.bytes),
+            Measure("one rank alone", alone.bytes / 1e6, "MB"),
+            Measure("each of the ranks, at most", most / 1e6, "MB"),
+            Measure("relative difference of the losses", abs(shared[0].loss / alone.loss - 1)),
+            Measure("relative difference of the gradient norms", abs(shared[0].grad_norm / alone.grad_norm - 1)),
         ]
-        return [wait() for wait in waiting]
+    }
 
 
 def _measure(
@@ -149,4 +106,4 @@ def _loss(model: CausalModel, text: np.ndarray) -> torch.Tensor:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_benchmark(main)

@@ -11,26 +11,21 @@ work.
 
 from statistics import median
 from time import perf_counter
-from typing import Annotated, Any
+from typing import Annotated
 
-import torch
 import typer
 
-from benchmarks.bare_update import BareLoop, BareReport
+from benchmarks.bare_update import BareLoop
 from benchmarks.common import (
     CORES,
-    RESULTS,
     DtypeOption,
+    Findings,
     FreshProcess,
-    Machine,
     Measure,
     ModelArgument,
     RepeatsOption,
-    ResultsOption,
     ThreadsOption,
-    process_env,
-    report,
-    run_command,
+    run_benchmark,
     say,
     spread,
 )
@@ -52,10 +47,8 @@ def main(
     shard_samples: Annotated[int, typer.Option(min=1, help="Samples of one shard.")] = 8,
     threads: ThreadsOption = CORES,
     repeats: RepeatsOption = 5,
-    results: ResultsOption = RESULTS,
-) -> None:
+) -> Findings:
     """Tokens/s of the policy update, as a share of a bare torch loop's."""
-    arguments, machine = dict(locals()), Machine.here()
     policy = Policy(
         model=str(model),
         engine=TrainingEngine.model_validate(
@@ -69,63 +62,34 @@ def main(
     ours: list[float] = []
     inside: list[float] = []
     bare: list[float] = []
-    with cluster(), policy_role(policy, threads=threads) as group, FreshProcess(process_env(threads)) as process:
+    with cluster(), policy_role(policy, threads=threads) as group, FreshProcess(threads) as process:
         data = UpdateBatch.of(group, batch, shard_samples)
         plan = data.plan(optimizer_steps, micro_batch_tokens)
-        process.call(
-            _start_bare,
-            threads,
-            policy,
-            PPO(),
-            data.batch,
-            data.old_logprobs,
-            data.advantages,
-            data.moments,
-            plan,
-        )
+        process.make(BareLoop, policy, PPO(), data.batch, data.old_logprobs, data.advantages, data.moments, plan)
         for number in range(repeats + 1):  # the first is the warm-up
             began = perf_counter()
             done = update(group, data, optimizer_steps, micro_batch_tokens)
             ours.append(perf_counter() - began)
             inside.append(done.seconds)
-            reference = process.call(_update_bare)
+            reference = process.ask(BareLoop.update)
             bare.append(reference.seconds)
             say(f"{number}/{repeats}: ours {ours[-1]:.3f} s, bare {reference.seconds:.3f} s")
     rate, rate_inside, rate_bare = (tokens / median(seconds[1:]) for seconds in (ours, inside, bare))
     norm = done.means["grad_norm"].value
     micro_batches = sum(len(step.micro_batches) for step in plan)
-    report(
-        "update",
-        f"{model.name}, {dtype}",
-        arguments,
-        [
-            Measure(name="policy-update tokens/s ÷ bare torch", value=rate / rate_bare, asked="at least 0.90"),
-            Measure(name="the same inside the actor", value=rate_inside / rate_bare),
-            Measure(name="policy update", value=rate, unit="tokens/s"),
-            Measure(name="bare torch", value=rate_bare, unit="tokens/s"),
-            Measure(name="tokens in one update", value=tokens),
-            Measure(name="micro-batches in one update", value=micro_batches),
-            Measure(name="relative difference of the gradient norms", value=abs(norm / reference.grad_norm - 1)),
+    return {
+        f"{model.name}, {dtype}": [
+            Measure("policy-update tokens/s ÷ bare torch", rate / rate_bare, asked="at least 0.90"),
+            Measure("the same inside the actor", rate_inside / rate_bare),
+            Measure("policy update", rate, "tokens/s"),
+            Measure("bare torch", rate_bare, "tokens/s"),
+            Measure("tokens in one update", tokens),
+            Measure("micro-batches in one update", micro_batches),
+            Measure("relative difference of the gradient norms", abs(norm / reference.grad_norm - 1)),
             spread(ours[1:], bare[1:]),
-        ],
-        machine,
-        results,
-    )
-
-
-_bare: BareLoop
-
-
-def _start_bare(threads: int, *arguments: Any) -> None:
-    """`arguments` are BareLoop's."""
-    global _bare
-    torch.set_num_threads(threads)
-    _bare = BareLoop(*arguments)
-
-
-def _update_bare() -> BareReport:
-    return _bare.update()
+        ]
+    }
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_benchmark(main)

@@ -12,7 +12,6 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from statistics import median
 from typing import Annotated
 
@@ -21,22 +20,18 @@ import typer
 
 from benchmarks.common import (
     CORES,
-    RESULTS,
     ROOT,
     DataOption,
-    Dtype,
     DtypeOption,
+    Findings,
     FreshProcess,
-    Machine,
     Measure,
     ModelArgument,
     RepeatsOption,
-    ResultsOption,
     RoundsOption,
     ThreadsOption,
-    process_env,
-    report,
-    run_command,
+    in_turns,
+    run_benchmark,
     say,
     spread,
 )
@@ -48,21 +43,6 @@ from rlhf_ray.engines.rollout_setup import RolloutSetup
 
 _ACTORS = 16
 _SPANS = 24
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What both sides do.
-
-    Attributes:
-        batches: prompts of the warm-up, then of each timed repetition.
-    """
-
-    model: Path
-    dtype: Dtype
-    sampling: Sampling
-    engine: EngineConfig
-    batches: Sequence[Sequence[PromptRequest]]
 
 
 @dataclass(frozen=True)
@@ -92,71 +72,59 @@ def main(
     repeats: RepeatsOption = 3,
     rounds: RoundsOption = 2,
     step_s: Annotated[float, typer.Option(min=0.1, help="Seconds of the step that costs are a share of.")] = 5.0,
-    results: ResultsOption = RESULTS,
-) -> None:
+) -> Findings:
     """What status and metrics cost a run."""
-    arguments, machine = dict(locals()), Machine.here()
     sampling = Sampling(temperature=TEMPERATURE, max_new_tokens=new_tokens, ignore_eos=True)
     engine = EngineConfig(max_model_len=128, max_num_seqs=64)
-    batches = prompt_batches(model, data, prompts, rounds * (1 + repeats), engine.max_model_len - new_tokens)
+    setup = RolloutSetup(str(model), engine, dtype, 1, SEED)
+    count = 1 + repeats
+    batches = prompt_batches(model, data, prompts, rounds * count, engine.max_model_len - new_tokens)
     found: dict[bool, list[float]] = {True: [], False: []}
-    for number in range(rounds):
-        setting = Setting(
-            model, dtype, sampling, engine, batches[number * (1 + repeats) : (number + 1) * (1 + repeats)]
-        )
-        for logged in (True, False)[:: 1 if number % 2 == 0 else -1]:
-            with FreshProcess(process_env(threads)) as process:
-                rates = process.call(_rates, setting, logged)
-            found[logged] += rates
-            side = "with metrics" if logged else "without"
-            say(f"round {number + 1}/{rounds}, {side}: {' '.join(f'{rate:,.0f}' for rate in rates)} tokens/s")
-    with FreshProcess(process_env(1)) as process:
+    for number, logged in in_turns([True, False], rounds):
+        with FreshProcess(threads) as process:
+            rates = process.call(_rates, setup, sampling, batches[(number - 1) * count :][:count], logged)
+        found[logged] += rates
+        side = "with metrics" if logged else "without"
+        say(f"round {number}/{rounds}, {side}: {' '.join(f'{rate:,.0f}' for rate in rates)} tokens/s")
+    with FreshProcess(1) as process:
         pieces = process.call(_pieces)
     rate = {logged: median(rates) for logged, rates in found.items()}
-    report(
-        "watching",
-        f"{model.name}, {dtype}",
-        arguments,
-        [
+    return {
+        f"{model.name}, {dtype}": [
             Measure(
-                name="share of a step that the training loop spends on status and metrics",
-                value=100 * pieces.step / step_s,
-                unit="%",
+                "share of a step that the training loop spends on status and metrics",
+                100 * pieces.step / step_s,
+                "%",
                 asked="at most 0.1 %",
             ),
-            Measure(
-                name="response tokens/s with vLLM's metrics ÷ without",
-                value=rate[True] / rate[False],
-                asked="at least 0.99",
-            ),
-            Measure(name="with vLLM's metrics", value=rate[True], unit="tokens/s"),
-            Measure(name="without", value=rate[False], unit="tokens/s"),
-            Measure(name=f"training loop, a step with {_ACTORS} actors", value=1000 * pieces.step, unit="ms"),
-            Measure(name="driver's thread, one message", value=1000 * pieces.tell, unit="ms"),
-            Measure(name="an actor that is asked", value=1000 * pieces.answer, unit="ms"),
-            Measure(name=f"status of {_ACTORS} actors", value=1000 * pieces.status, unit="ms"),
+            Measure("response tokens/s with vLLM's metrics ÷ without", rate[True] / rate[False], asked="at least 0.99"),
+            Measure("with vLLM's metrics", rate[True], "tokens/s"),
+            Measure("without", rate[False], "tokens/s"),
+            Measure(f"training loop, a step with {_ACTORS} actors", 1000 * pieces.step, "ms"),
+            Measure("driver's thread, one message", 1000 * pieces.tell, "ms"),
+            Measure("an actor that is asked", 1000 * pieces.answer, "ms"),
+            Measure(f"status of {_ACTORS} actors", 1000 * pieces.status, "ms"),
             spread(*found.values()),
-        ],
-        machine,
-        results,
-    )
+        ]
+    }
 
 
-def _rates(setting: Setting, logged: bool) -> list[float]:
-    """Tokens/s of each repetition."""
+def _rates(
+    setup: RolloutSetup, sampling: Sampling, batches: Sequence[Sequence[PromptRequest]], logged: bool
+) -> list[float]:
+    """Tokens/s of each batch but the first, which is the warm-up."""
     from rlhf_ray.engines import rollout
 
     if not logged:
         vars(rollout)["stat_loggers"] = lambda load: []
 
     async def measure() -> list[float]:
-        setup = RolloutSetup(str(setting.model), setting.engine, setting.dtype, 1, SEED, trust_remote_code=False)
         engine = rollout.RolloutEngine(setup)
         await engine.set_version(0)
         rates = []
-        for requests in setting.batches:
+        for requests in batches:
             began = time.perf_counter()
-            answers = await engine.generate(requests, setting.sampling)
+            answers = await engine.generate(requests, sampling)
             tokens = sum(len(answer.response_tokens) for answer in answers)
             rates.append(tokens / (time.perf_counter() - began))
         engine.shutdown()
@@ -196,7 +164,7 @@ def _pieces() -> Pieces:
         row = {name: 1.0 for name in METRICS if name != "step"}
         recorder, series = SpanRecorder(), RayMetrics("benchmark", "ppo")
         actors = [actor_class(Idle).options(num_cpus=0).remote() for _ in range(_ACTORS)]
-        answer = ray.get(actors[0].time_answers.remote(), timeout=60)
+        answer = ray.get(actors[0].time_answers.remote(), timeout=300)  # all of them start first
         about = About("benchmark", "benchmark", "ppo", "/", "", "", os.getpid(), time.time(), 1)
         status_actor = create_status_actor(about)
         ray.get(status_actor.watch.remote("role", actors), timeout=120)
@@ -218,4 +186,4 @@ def _seconds_of(function: Callable[[], object], repeats: int = 50) -> float:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_benchmark(main)

@@ -6,49 +6,30 @@ of the weights and the largest parameter. `python -m benchmarks.random_model OUT
 """
 
 import gc
-import socket
 import time
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
 import typer
 
-from benchmarks.common import (
-    RESULTS,
-    Dtype,
-    DtypeOption,
-    FreshProcess,
-    Machine,
-    Measure,
-    ModelArgument,
-    ResultsOption,
-    process_env,
-    report,
-    run_command,
-    say,
-)
+from benchmarks.common import DtypeOption, Findings, Measure, ModelArgument, on_ranks, run_benchmark, say
 from benchmarks.resident import EXACT, forget_most, in_use, most_in_use
-from rlhf_ray.config.training import Optimizer, ScoringEngine, TrainingEngine
+from rlhf_ray.config.training import Dtype, Optimizer, ScoringEngine, TrainingEngine
 from rlhf_ray.engines.collectives import Rendezvous, join_collectives
 from rlhf_ray.engines.training import DTYPES, ForwardEngine
 from rlhf_ray.engines.training import TrainingEngine as Engine
 from rlhf_ray.models.heads import empty_model, load_causal
 
 Task = Literal["scores", "trains"]
-_TIMEOUT_S = 300.0
 
 
 def main(
     model: ModelArgument,
     dtype: DtypeOption = "bfloat16",
     ranks: Annotated[int, typer.Option(min=2, help="Ranks that share the model.")] = 2,
-    results: ResultsOption = RESULTS,
-) -> None:
+) -> Findings:
     """Peak memory of loading, as a share of a rank's part of the weights and the largest parameter."""
-    arguments, machine = dict(locals()), Machine.here()
     shapes = empty_model(str(model), scalar=False, dtype=DTYPES[dtype])
     sizes = [parameter.numel() * parameter.itemsize for parameter in shapes.parameters()]
     found = {
@@ -59,22 +40,18 @@ def main(
     part = sum(sizes) / ranks + max(sizes)
     scores = found["scores", True].bytes
     measures = [
-        Measure(
-            name="memory of loading ÷ (share of the weights + largest parameter)",
-            value=scores / part,
-            asked="at most 1.10",
-        ),
-        Measure(name="memory of loading ÷ all weights", value=scores / sum(sizes)),
-        Measure(name="all weights", value=sum(sizes) / 1e6, unit="MB"),
-        Measure(name="largest parameter", value=max(sizes) / 1e6, unit="MB"),
+        Measure("memory of loading ÷ (share of the weights + largest parameter)", scores / part, asked="at most 1.10"),
+        Measure("memory of loading ÷ all weights", scores / sum(sizes)),
+        Measure("all weights", sum(sizes) / 1e6, "MB"),
+        Measure("largest parameter", max(sizes) / 1e6, "MB"),
     ]
     for (task, sharded), peak in found.items():
         side = f"rank that {task}, {'its part' if sharded else 'whole model'} read"
         measures += [
-            Measure(name=f"peak of a {side}", value=peak.bytes / 1e6, unit="MB"),
-            Measure(name=f"seconds of a {side}", value=peak.seconds, unit="s"),
+            Measure(f"peak of a {side}", peak.bytes / 1e6, "MB"),
+            Measure(f"seconds of a {side}", peak.seconds, "s"),
         ]
-    report("zero3_loading", f"{model.name}, {dtype}, {ranks} ranks", arguments, measures, machine, results)
+    return {f"{model.name}, {dtype}, {ranks} ranks": measures}
 
 
 @dataclass(frozen=True)
@@ -86,23 +63,14 @@ class Peak:
 
 
 def _peak(model: Path, dtype: Dtype, ranks: int, task: Task, sharded: bool) -> Peak:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    with ExitStack() as stack:
-        processes = [stack.enter_context(FreshProcess({**process_env(1), **EXACT})) for _ in range(ranks)]
-        running = [
-            process.start(_measure, rank, ranks, port, model, dtype, task, sharded)
-            for rank, process in enumerate(processes)
-        ]
-        peaks = [wait() for wait in running]
+    peaks = on_ranks(ranks, 1, EXACT, _measure, model, dtype, task, sharded)
     most = max(peaks, key=lambda peak: peak.bytes)
     say(f"{task}, {'parts' if sharded else 'whole'}: {', '.join(f'{peak.bytes / 1e6:,.0f} MB' for peak in peaks)}")
     return most
 
 
-def _measure(rank: int, ranks: int, port: int, model: Path, dtype: Dtype, task: Task, sharded: bool) -> Peak:
-    torch.set_num_threads(1)
-    join_collectives(Rendezvous(rank, ranks, "127.0.0.1", port, _TIMEOUT_S))
+def _measure(place: Rendezvous, model: Path, dtype: Dtype, task: Task, sharded: bool) -> Peak:
+    join_collectives(place)
     gc.collect()
     before = in_use()
     forget_most()
@@ -116,4 +84,4 @@ def _measure(rank: int, ranks: int, port: int, model: Path, dtype: Dtype, task: 
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_benchmark(main)

@@ -1,15 +1,21 @@
 """The command: `python -m benchmarks.gpu_check`, which `scripts/gpu_check.sh` calls."""
 
 import argparse
-import importlib.util
 import sys
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+
+import torch
 
 from benchmarks.gpu_check import kernels, serving, training
 from benchmarks.gpu_check.check import Check, Outcome, Setting, exit_code, table, why_skipped
 from benchmarks.gpu_check.process import CheckProcess
+from benchmarks.gpu_check.training import LORA, moves, steps
+from rlhf_ray.models.random_llama import LlamaSize, write_random_llama
+from rlhf_ray.models.tiny import build_tiny_model
+from rlhf_ray.platform import machine_name
 
 _TRAINER = ("deepspeed",)
 _LORA = (*_TRAINER, "peft")
@@ -18,21 +24,17 @@ _BOTH = (*_TRAINER, "ray", "vllm")
 CHECKS: tuple[Check, ...] = (
     Check("attention against float64", kernels.attention),
     Check("log-prob head against float64", kernels.head),
-    *(Check(f"optimizer step, ZeRO-{stage}", training.zero_stage(stage), _TRAINER) for stage in (0, 1, 2, 3)),
-    Check("float32, ZeRO-0 to 3", training.float32, _TRAINER),
-    Check("LoRA, ZeRO-2 and 3", training.lora, _LORA),
+    *(Check(f"optimizer step, ZeRO-{n}", partial(steps, stage=n), _TRAINER) for n in (0, 1, 2, 3)),
+    *(Check(f"float32, ZeRO-{n}", partial(steps, stage=n, dtype="float32"), _TRAINER) for n in (0, 1, 2, 3)),
+    *(Check(f"LoRA, ZeRO-{n}", partial(steps, stage=n, dtype="float32", adapters=LORA), _LORA) for n in (2, 3)),
     Check("LoRA beside 4 bits (nf4)", training.nf4, (*_LORA, "bitsandbytes"), gpus=1),
-    *(
-        Check(f"moves, ZeRO-{stage}", training.moves(stage, adapters=False), _TRAINER, alone=True)
-        for stage in (1, 2, 3)
-    ),
-    *(
-        Check(f"moves with LoRA, ZeRO-{stage}", training.moves(stage, adapters=True), _LORA, alone=True)
-        for stage in (2, 3)
-    ),
+    *(Check(f"moves, ZeRO-{n}", partial(moves, stage=n), _TRAINER, alone=True) for n in (1, 2, 3)),
+    *(Check(f"moves with LoRA, ZeRO-{n}", partial(moves, stage=n, adapters=LORA), _LORA, alone=True) for n in (2, 3)),
     Check("model FLOPs of an update", training.utilisation, _TRAINER, alone=True),
-    Check("sync beside the policy", serving.sync(together=True), _BOTH, alone=True, limit_s=240),
-    Check("sync to a device apart (nccl)", serving.sync(together=False), _BOTH, gpus=2, alone=True, limit_s=240),
+    Check("sync beside the policy", partial(serving.sync, together=True), _BOTH, alone=True, limit_s=240),
+    Check(
+        "sync to a device apart (nccl)", partial(serving.sync, together=False), _BOTH, gpus=2, alone=True, limit_s=240
+    ),
     Check("sleep and wake", serving.sleep_and_wake, _BOTH, alone=True, limit_s=240),
     Check("rollout ÷ bare vLLM", serving.rollout, _BOTH, alone=True, limit_s=300),
 )
@@ -61,7 +63,7 @@ def _run(checks: Sequence[Check], setting: Setting, log: Path) -> list[Outcome]:
     process, outcomes = CheckProcess(setting, log), list[Outcome]()
     try:
         for check in checks:
-            reason = why_skipped(check, setting, _installed)
+            reason = why_skipped(check, setting)
             print(f"{check.name} ...", end=" ", file=sys.stderr, flush=True)
             outcomes.append(Outcome(check.name, "skip", reason) if reason else process.run(check))
             print(outcomes[-1].state, file=sys.stderr, flush=True)
@@ -70,18 +72,8 @@ def _run(checks: Sequence[Check], setting: Setting, log: Path) -> list[Outcome]:
     return outcomes
 
 
-def _installed(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None
-
-
 def _setting(scratch: Path) -> Setting:
     """The device of this machine, and the models that are made for it."""
-    import torch
-
-    from rlhf_ray.models.random_llama import LlamaSize, write_random_llama
-    from rlhf_ray.models.tiny import build_tiny_model
-    from rlhf_ray.platform import machine_name
-
     gpus = torch.cuda.device_count()
     size = LlamaSize(hidden=256, layers=2, intermediate=512, vocab=512)
     if gpus:  # about 1 billion parameters, 16 GB with their optimizer state, or a quarter of it

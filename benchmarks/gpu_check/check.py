@@ -1,9 +1,12 @@
 """What a check is, and what came of it."""
 
+import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+from rlhf_ray.config.training import Dtype
 
 
 class CheckFailed(Exception):
@@ -32,6 +35,16 @@ class Setting:
     def on_gpu(self) -> bool:
         """Whether there is one."""
         return self.gpus > 0
+
+    @property
+    def gpus_each(self) -> Literal[0, 1]:
+        """That a policy reserves, and an engine apart from it."""
+        return 1 if self.on_gpu else 0
+
+    @property
+    def dtype(self) -> Dtype:
+        """Of policy and engine."""
+        return "bfloat16" if self.on_gpu else "float32"
 
 
 @dataclass(frozen=True)
@@ -70,9 +83,9 @@ class Outcome:
     seconds: float = 0.0
 
 
-def why_skipped(check: Check, setting: Setting, installed: Callable[[str], bool]) -> str:
+def why_skipped(check: Check, setting: Setting) -> str:
     """Why a check can't run here; empty where it can."""
-    missing = [name for name in check.needs if not installed(name)]
+    missing = [name for name in check.needs if importlib.util.find_spec(name) is None]
     if missing:
         return f"{' and '.join(missing)} not installed"
     if setting.gpus < check.gpus:

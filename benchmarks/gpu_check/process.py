@@ -12,8 +12,6 @@ from typing import Any
 
 from benchmarks.gpu_check.check import Check, CheckFailed, Outcome, Setting
 
-_WHY_IT_ENDED = "its process ended ({})"
-
 
 class CheckProcess:
     """Runs checks one after the other, in one process as long as they pass: it has the libraries loaded. What a check
@@ -46,7 +44,7 @@ class CheckProcess:
                 state, found = self._pipe.recv()
             except EOFError:
                 self._process.join(10)
-                found = _WHY_IT_ENDED.format(f"exit code {self._process.exitcode}")
+                found = f"its process ended (exit code {self._process.exitcode})"
         if state != "pass":
             self.end()
         return Outcome(check.name, state, found, time.perf_counter() - began)  # type: ignore[arg-type]

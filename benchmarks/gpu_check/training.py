@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from benchmarks.gpu_check.check import CheckFailed, Setting, at_most, equal
+from benchmarks.gpu_check.check import CheckFailed, Setting, at_most
 from rlhf_ray.config import training as config
 from rlhf_ray.config.roles import Level
 from rlhf_ray.models.heads import load_causal, load_config
@@ -25,26 +25,29 @@ from rlhf_ray.platform import platform, synchronize
 if TYPE_CHECKING:  # DeepSpeed takes seconds to import, and has to be told of the device before
     from rlhf_ray.engines.training import TrainingEngine
 
+LORA = config.Lora(rank=8, alpha=64.0)
 _OPTIMIZER = config.Optimizer(lr=1e-3, eps=1e-5)
-_LORA = config.Lora(rank=8, alpha=64.0)
 _LENGTHS = (5, 17, 60, 33)
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 Weights = dict[str, torch.Tensor]
 
 
-def zero_stage(stage: int) -> Callable[[Setting], str]:
-    """Two optimizer steps of a ZeRO stage in bfloat16, against plain torch in float32."""
-    return partial(_steps, stage, "bfloat16", None)
-
-
-def float32(setting: Setting) -> str:
-    """The same in float32 in every stage, number for number."""
-    return "; ".join(f"stage {stage}: {_steps(stage, 'float32', None, setting)}" for stage in (0, 1, 2, 3))
-
-
-def lora(setting: Setting) -> str:
-    """Adapters in float32, stages 2 and 3."""
-    return "; ".join(f"stage {stage}: {_steps(stage, 'float32', _LORA, setting)}" for stage in (2, 3))
+def steps(
+    setting: Setting, *, stage: int, dtype: config.Dtype = "bfloat16", adapters: config.Lora | None = None
+) -> str:
+    """Two optimizer steps of a ZeRO stage, against plain torch in float32: number for number where they are in float32
+    too, else by the size of the gradients and the direction of the steps."""
+    engine, plain = _engine(setting, stage, dtype, adapters), _model(setting, "float32", adapters)
+    start = whole_weights(plain)
+    norms, mine = _train(engine, 2), whole_weights(engine.model)
+    plain_norms, wanted = _train_plainly(plain.to(platform().device))
+    if dtype == "float32":
+        worst = max(float((mine[name] - wanted[name]).abs().max()) for name in wanted)
+        return at_most("largest difference", worst, 2e-5)
+    by_norm = max(abs(a / b - 1) for a, b in zip(norms, plain_norms, strict=True))
+    step, theirs = (torch.cat([(w[n] - start[n]).ravel() for n in start]) for w in (mine, wanted))
+    apart = 1 - float(torch.nn.functional.cosine_similarity(step, theirs, dim=0))
+    return f"{at_most('gradient norm off by', by_norm, 0.05)}; {at_most('direction off by', apart, 0.1)}"
 
 
 def nf4(setting: Setting) -> str:
@@ -54,14 +57,35 @@ def nf4(setting: Setting) -> str:
     before = _logprobs(engine)
     engine.move(Level.OUT)
     engine.move(Level.FULL)
-    equal("log-probs after a move being those before", bool(torch.equal(before, _logprobs(engine))), True)
+    _check_unchanged(engine, before)
     whole = load_causal(str(setting.tiny), dtype=torch.bfloat16, vocab_chunk_tokens=64).to(platform().device)
     return at_most("mean gap to whole weights, nats", float((_logprobs(whole) - before).abs().mean()), 0.5)
 
 
-def moves(stage: int, adapters: bool) -> Callable[[Setting], str]:
+def moves(setting: Setting, *, stage: int, adapters: config.Lora | None = None) -> str:
     """What a trainer frees when it leaves its device, and that it comes back as it was."""
-    return partial(_moves, stage, _LORA if adapters else None)
+    engine = _engine(setting, stage, "bfloat16", adapters, setting.large)
+    if not setting.on_gpu:
+        from rlhf_ray.engines.host_copies import HostCopies
+
+        engine._states._host = HostCopies(apart=True)  # copies are made as where a device has its own memory
+    _train(engine, 1)
+    before = _logprobs(engine)
+    gc.collect()
+    held = _allocated()
+    out = _seconds(partial(engine.move, Level.OUT))
+    freed = held - _allocated()
+    first_back = _seconds(partial(engine.move, Level.FULL))
+    again = [_seconds(partial(engine.move, level)) for level in (Level.OUT, Level.FULL)]
+    _check_unchanged(engine, before)
+    _train(engine, 1)
+    times = f"out {out:.2f} s, back {first_back:.2f} s, then {again[0]:.2f} and {again[1]:.2f} s"
+    figure = _planned_bytes(setting, stage, adapters)
+    if not setting.on_gpu:
+        return f"numbers as before; {times}; bytes are not measured on a CPU (planned for a GPU: {figure / 1e6:.1f} MB)"
+    if not 0.9 <= freed / figure <= 1.1:
+        raise CheckFailed(f"{freed / 1e9:.2f} GB were freed, the planner says {figure / 1e9:.2f}")
+    return f"{freed / 1e9:.2f} GB freed, {freed / figure:.2f} of the planner's; {times}"
 
 
 def utilisation(setting: Setting) -> str:
@@ -77,51 +101,10 @@ def utilisation(setting: Setting) -> str:
     size = 8192 if setting.on_gpu else 1024
     a, b = (torch.randn(size, size, device=platform().device).bfloat16() for _ in range(2))
     peak = 2 * size**3 / min(_seconds(partial(torch.mm, a, b)) for _ in range(5))
-    if not flops / seconds / peak > 0:
-        raise CheckFailed(f"{flops:.3g} operations took {seconds} s")
     return (
         f"{flops / seconds / 1e12:.3g} TFLOP/s, {flops / seconds / peak:.2f} of the best product's "
         f"{peak / 1e12:.3g} ({parameters / 1e6:.0f}M parameters, {count} x {length} tokens)"
     )
-
-
-def _steps(stage: int, dtype: config.Dtype, adapters: config.Lora | None, setting: Setting) -> str:
-    engine, plain = _engine(setting, stage, dtype, adapters), _model(setting, "float32", adapters)
-    start = _weights(plain)
-    norms, mine = _train(engine, 2), _weights(engine.model)
-    plain_norms, wanted = _train_plainly(plain.to(platform().device))
-    if dtype == "float32":
-        worst = max(float((mine[name] - wanted[name]).abs().max()) for name in wanted)
-        return at_most("largest difference", worst, 2e-5)
-    by_norm = max(abs(a / b - 1) for a, b in zip(norms, plain_norms, strict=True))
-    step, theirs = (torch.cat([(w[n] - start[n]).ravel() for n in start]) for w in (mine, wanted))
-    apart = 1 - float(torch.nn.functional.cosine_similarity(step, theirs, dim=0))
-    return f"{at_most('gradient norm off by', by_norm, 0.05)}; {at_most('direction off by', apart, 0.1)}"
-
-
-def _moves(stage: int, adapters: config.Lora | None, setting: Setting) -> str:
-    engine = _engine(setting, stage, "bfloat16", adapters, setting.large)
-    if not setting.on_gpu:
-        from rlhf_ray.engines.host_copies import HostCopies
-
-        engine._states._host = HostCopies(apart=True)  # copies are made as where a device has its own memory
-    _train(engine, 1)
-    before = _logprobs(engine)
-    gc.collect()
-    held = _allocated()
-    out = _seconds(partial(engine.move, Level.OUT))
-    freed = held - _allocated()
-    first_back = _seconds(partial(engine.move, Level.FULL))
-    again = [_seconds(partial(engine.move, level)) for level in (Level.OUT, Level.FULL)]
-    equal("log-probs after moves being those before", bool(torch.equal(before, _logprobs(engine))), True)
-    _train(engine, 1)
-    times = f"out {out:.2f} s, back {first_back:.2f} s, then {again[0]:.2f} and {again[1]:.2f} s"
-    figure = _planned_bytes(setting, stage, adapters)
-    if not setting.on_gpu:
-        return f"numbers as before; {times}; bytes are not measured on a CPU (planned for a GPU: {figure / 1e6:.1f} MB)"
-    if not 0.9 <= freed / figure <= 1.1:
-        raise CheckFailed(f"{freed / 1e9:.2f} GB were freed, the planner says {figure / 1e9:.2f}")
-    return f"{freed / 1e9:.2f} GB freed, {freed / figure:.2f} of the planner's; {times}"
 
 
 def _planned_bytes(setting: Setting, stage: int, adapters: config.Lora | None) -> int:
@@ -203,6 +186,11 @@ def _logprobs(model: Callable[..., Any]) -> torch.Tensor:
     return _forward(model, _texts())[0].float()
 
 
+def _check_unchanged(engine: "TrainingEngine", before: torch.Tensor) -> None:
+    if not torch.equal(before, _logprobs(engine)):
+        raise CheckFailed("log-probs after a move are not those before")
+
+
 def _train(engine: "TrainingEngine", steps: int, micro_batches: list[list[np.ndarray]] | None = None) -> list[float]:
     micro_batches = micro_batches or [_texts()[:2], _texts()[2:]]
     tokens = sum(len(text) - 1 for texts in micro_batches for text in texts)
@@ -225,10 +213,11 @@ def _train_plainly(model: CausalModel) -> tuple[list[float], Weights]:
         _loss(model, _texts(), sum(_LENGTHS) - len(_LENGTHS)).backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(learnt, 0.5)))
         adam.step()
-    return norms, _weights(model)
+    return norms, whole_weights(model)
 
 
-def _weights(model: torch.nn.Module) -> Weights:
+def whole_weights(model: torch.nn.Module) -> Weights:
+    """In float32, on the host."""
     from rlhf_ray.engines.training import full_weights
 
     return {name: copy.deepcopy(weight.detach()).float().cpu() for name, weight in full_weights(model, 2**24)}
