@@ -490,6 +490,10 @@ CONFLICTS: list[tuple[dict[str, Any], str]] = [
         "reference has no effect: algorithm.loss and algorithm.reference_free compare with none",
     ),
     (
+        losses("orpo") | {"placement": {"policy": {"colocate": "reference"}, "reference": {}}},
+        "placement.policy.colocate is 'reference', but algorithm.loss and algorithm.reference_free compare with none",
+    ),
+    (
         preference(reference={"cache": "c", "update_every": 5}),
         "reference.cache holds log-probs of a reference that stays as it is, but reference.update_every is 5: leave "
         "one of them out",
