@@ -10,7 +10,8 @@ def trained_role(
     name: str,
     section: TrainedModel | Critic,
     model: ModelSource,
-    placement: JobPlacement,
+    placement: RolePlacement,
+    ranks: int,
     *,
     passes: int = 0,
     exported: bool = True,
@@ -24,8 +25,8 @@ def trained_role(
         model=model,
         engine=section.engine,
         placed_as=name,
-        placement=placement.section(name),
-        ranks=placement.ranks_of(name),
+        placement=placement,
+        ranks=ranks,
         needs=needs | ({"export": Level.WEIGHTS} if exported else {}),
         lora=section.lora,
         trained=True,
@@ -41,7 +42,13 @@ def own_model(name: str, section: TrainedModel) -> ModelSource:
 
 
 def reference_role(
-    reference: Reference, policy: ModelSource, placement: JobPlacement, *, passes: int, updated: bool = False
+    reference: Reference,
+    policy: ModelSource,
+    placement: RolePlacement,
+    ranks: int,
+    *,
+    passes: int,
+    updated: bool = False,
 ) -> RoleSpec:
     """The model that the policy is held close to or compared with, in so many passes over a step; `updated` where it
     follows the policy."""
@@ -53,8 +60,8 @@ def reference_role(
         model=ModelSource("reference.from", reference.from_model, policy.trust_remote_code) if own else policy,
         engine=reference.engine,
         placed_as="reference",
-        placement=placement.section("reference"),
-        ranks=placement.ranks_of("reference"),
+        placement=placement,
+        ranks=ranks,
         needs={"score": Level.WEIGHTS, "checkpoint": Level.WEIGHTS},
         checkpointed=updated,
         score_passes=passes,

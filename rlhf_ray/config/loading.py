@@ -221,7 +221,8 @@ def _walked(root: type[BaseModel], location: Sequence[int | str]) -> tuple[list[
     """
     section: type[BaseModel] | None = root
     members: list[type[BaseModel]] = []
-    tags, tag_follows = [], False
+    tags: list[bool] = []
+    tag_follows = False
     for part in location:
         tags.append(tag_follows and not isinstance(part, int))
         if isinstance(part, int):

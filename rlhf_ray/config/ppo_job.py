@@ -89,7 +89,7 @@ class PPOJob(Job):
         model, at = own_model("policy", self.policy), self.placement
         bucket = self.rollout.sync_bucket_bytes(on_gpu=at.gpus_of("rollout") > 0)
         passes = 2 if self.policy_is_reference else 1
-        policy = trained_role("causal", "policy", self.policy, model, at, passes=passes)
+        policy = trained_role("causal", "policy", self.policy, model, at.policy, at.ranks_of("policy"), passes=passes)
         found = [
             replace(
                 policy,
@@ -100,10 +100,11 @@ class PPOJob(Job):
             )
         ]
         if self.critic is not None:
-            source = self._critic_source(self.critic)
-            found.append(trained_role("scalar", "critic", self.critic, source, at, passes=1, exported=False))
+            source, ranks = self._critic_source(self.critic), at.ranks_of("critic")
+            critic = trained_role("scalar", "critic", self.critic, source, at.critic, ranks, passes=1, exported=False)
+            found.append(critic)
         if not self.policy_is_reference:
-            found.append(reference_role(self.reference, model, at, passes=1))
+            found.append(reference_role(self.reference, model, at.reference, at.ranks_of("reference"), passes=1))
         found += [self._reward_role(index, part) for index, part in enumerate(self.reward)]
         rollout = RoleSpec(
             name="rollout",

@@ -48,14 +48,15 @@ class PreferenceJob(EpochJob):
         own = int(self.algorithm.couples_rows) + passes - 1
         if self.algorithm.needs_reference and self.policy_is_reference and self.reference.cache is None:
             own += passes
-        model = own_model("policy", self.policy)
-        policy = trained_role("causal", "policy", self.policy, model, self.placement, passes=own)
+        model, at = own_model("policy", self.policy), self.placement
+        policy = trained_role("causal", "policy", self.policy, model, at.policy, at.ranks_of("policy"), passes=own)
         if not self.algorithm.needs_reference or self.policy_is_reference:
             return (policy,)
         reference = reference_role(
             self.reference,
             model,
-            self.placement,
+            at.reference,
+            at.ranks_of("reference"),
             passes=0 if self.reference.cache is not None else passes,
             updated=self.reference.update_every > 0,
         )

@@ -40,8 +40,8 @@ class RewardModelJob(EpochJob):
     @property
     def roles(self) -> tuple[RoleSpec, ...]:
         """The reward model alone."""
-        model = own_model("reward", self.reward)
-        return (trained_role("scalar", "reward", self.reward, model, self.placement),)
+        model, at = own_model("reward", self.reward), self.placement
+        return (trained_role("scalar", "reward", self.reward, model, at.reward, at.ranks_of("reward")),)
 
     @property
     def step_shape(self) -> StepShape:

@@ -37,8 +37,8 @@ class SFTJob(EpochJob):
     @property
     def roles(self) -> tuple[RoleSpec, ...]:
         """The language model alone."""
-        model = own_model("policy", self.policy)
-        return (trained_role("causal", "policy", self.policy, model, self.placement),)
+        model, at = own_model("policy", self.policy), self.placement
+        return (trained_role("causal", "policy", self.policy, model, at.policy, at.ranks_of("policy")),)
 
     @property
     def step_shape(self) -> StepShape:

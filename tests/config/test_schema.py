@@ -612,6 +612,11 @@ def test_a_colocated_role_has_as_many_ranks_as_its_host() -> None:
     assert [placement.ranks_of(role) for role in roles] == [2, 3, 2, 3]
 
 
+def test_a_policy_has_as_many_ranks_as_the_reference_that_it_sits_with() -> None:
+    placement = {"policy": {"colocate": "reference"}, "reference": {"ranks": 2}}
+    assert [role.ranks for role in parse_config(preference(placement=placement)).roles] == [2, 2]
+
+
 def test_with_adapters_the_policy_is_the_reference_unless_it_is_another_model() -> None:
     another = {"from": "other", "engine": {"dtype": "float32"}}
     for policy, reference, wanted in ((LORA, {}, True), (LORA, another, False), ({"model": "m"}, {}, False)):
