@@ -99,7 +99,9 @@ def test_a_grpo_job_is_planned_with_four_roles_and_no_critic(cli: RunCli, prepar
     result = cli("plan", grpo, *models, "--cluster", "cpu-16", "--json")
     assert result.exit_code == 0, result.stdout + result.stderr
     [host] = json.loads(result.stdout)["memory"]
-    assert [role["role"] for role in host["roles"]] == ["policy", "reference", "reward-sentiment", "rollout"]
+    beside = {"ray", "object store", "controller"}
+    roles = [use["role"] for use in host["roles"] if use["role"] not in beside]
+    assert roles == ["policy", "reference", "reward-sentiment", "rollout"]
 
 
 def test_without_a_cluster_this_machine_is_meant(cli: RunCli, config: Path) -> None:
