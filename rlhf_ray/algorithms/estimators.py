@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rlhf_ray.algorithms.advantages import gae
-from rlhf_ray.algorithms.checks import check_vectors
+from rlhf_ray.algorithms.checks import check_like, check_vectors
 from rlhf_ray.algorithms.errors import TensorInputError
 
 
@@ -118,29 +118,30 @@ def groups_of(uids: list[str]) -> Tensor:
 def spread_fraction(inputs: SampleInputs) -> float:
     """Share of the groups whose returns are not all equal: only they teach anything."""
     centred, _ = _centred(inputs)
-    groups = int(inputs.groups.max()) + 1 if len(inputs.groups) else 0
-    spread = torch.zeros(groups, dtype=torch.bool)
+    spread = torch.zeros(_group_count(inputs.groups), dtype=torch.bool)
     spread[inputs.groups[centred != 0]] = True
-    return float(spread.double().mean()) if groups else 0.0
+    return float(spread.double().mean()) if len(spread) else 0.0
 
 
 def _centred(inputs: SampleInputs) -> tuple[Tensor, Tensor]:
     """Returns less the mean of their groups, exactly 0 where all of a group are equal, and the groups' sizes; float64
     `[samples]` both."""
     check_vectors(returns=inputs.returns)
-    if inputs.groups.shape != inputs.returns.shape:
-        raise TensorInputError("groups", f"length {inputs.returns.numel()}", f"length {inputs.groups.numel()}")
+    check_like("groups", inputs.groups, inputs.returns, torch.int64)
     returns = inputs.returns.detach().double()
     count = _sum_by_group(torch.ones_like(returns), inputs.groups)
     centred = returns - _sum_by_group(returns, inputs.groups) / count
-    number = int(inputs.groups.max()) + 1 if len(inputs.groups) else 0
+    number = _group_count(inputs.groups)
     highest = returns.new_full((number,), -torch.inf).scatter_reduce(0, inputs.groups, returns, "amax")
     lowest = returns.new_full((number,), torch.inf).scatter_reduce(0, inputs.groups, returns, "amin")
     equal = (highest == lowest)[inputs.groups]
-    return torch.where(equal, torch.zeros_like(centred), centred), count
+    return centred.masked_fill(equal, 0.0), count
 
 
 def _sum_by_group(values: Tensor, groups: Tensor) -> Tensor:
     """For each sample, the sum over its group."""
-    number = int(groups.max()) + 1 if len(groups) else 0
-    return values.new_zeros(number).index_add(0, groups, values)[groups]
+    return values.new_zeros(_group_count(groups)).index_add(0, groups, values)[groups]
+
+
+def _group_count(groups: Tensor) -> int:
+    return int(groups.max()) + 1 if len(groups) else 0

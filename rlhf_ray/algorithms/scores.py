@@ -6,8 +6,8 @@ from typing import TypedDict
 import torch
 from torch import Tensor
 
-from rlhf_ray.algorithms.checks import check_option, check_vectors
-from rlhf_ray.algorithms.errors import SampleError, TensorInputError
+from rlhf_ray.algorithms.checks import check_like, check_option, check_vectors
+from rlhf_ray.algorithms.errors import SampleError
 from rlhf_ray.algorithms.moments import Moments, MomentsState, whiten
 
 
@@ -68,9 +68,7 @@ class ScoreShaper:
             SampleError: a score is NaN or infinite; the running moments are then unchanged.
         """
         check_vectors(scores=scores)
-        if truncated.shape != scores.shape or truncated.dtype != torch.bool:
-            found = f"shape {tuple(truncated.shape)} and {truncated.dtype}"
-            raise TensorInputError("truncated", found, f"shape {tuple(scores.shape)} and torch.bool")
+        check_like("truncated", truncated, scores, torch.bool)
         bad = torch.nonzero(~torch.isfinite(scores)).flatten().tolist()
         if bad:
             raise SampleError(bad, "have a score that is NaN or infinite", "check the reward that scored them")

@@ -2,8 +2,8 @@
 
 import difflib
 import reprlib
-from collections.abc import Iterable
-from typing import Annotated, Any
+from collections.abc import Collection, Iterable
+from typing import Annotated, Any, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
@@ -62,7 +62,6 @@ class Section(BaseModel):
         extra="forbid",
         frozen=True,
         use_attribute_docstrings=True,
-        populate_by_name=True,
         allow_inf_nan=False,
         protected_namespaces=(),
     )
@@ -89,3 +88,16 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
     if len(word) > _LONGEST_WORD:
         return None
     return next(iter(difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)), None)
+
+
+def suggestion(word: str, known: Collection[str], *, called: str = "known", more: str = "") -> str:
+    """The end of a message about a word that is not known: what may have been meant, else all that is known."""
+    close = nearest(word, known)
+    return f"did you mean {close!r}?" if close else f"{called}: {', '.join(known)}{more}"
+
+
+def sections_in(annotation: Any) -> list[type[BaseModel]]:
+    """The sections that a field of this type can hold."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [found for inner in get_args(annotation) for found in sections_in(inner)]

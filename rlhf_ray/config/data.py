@@ -4,7 +4,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from rlhf_ray.config.base import PositiveFloat, PositiveInt, RowCount, Section, nearest
+from rlhf_ray.config.base import PositiveFloat, PositiveInt, RowCount, Section, suggestion
 from rlhf_ray.config.paths import UsablePath
 
 # What comparisons are for: to score whole texts, to prefer one answer to another, to judge single answers.
@@ -26,8 +26,7 @@ class RowData(Section):
     def _columns_are_known(cls, columns: dict[str, str]) -> dict[str, str]:
         for name in columns:
             if name not in cls.OWN_COLUMNS:
-                close = nearest(name, cls.OWN_COLUMNS)
-                hint = f"did you mean {close!r}?" if close else f"known: {', '.join(cls.OWN_COLUMNS)}"
+                hint = suggestion(name, cls.OWN_COLUMNS)
                 raise ValueError(f"{name!r} is none of our columns; {hint} (our name stands before the file's)")
         return columns
 
@@ -172,13 +171,9 @@ class ConversationData(RowData):
         return (ConversationSource(path=self.train),) if isinstance(self.train, str) else self.train
 
     @model_validator(mode="after")
-    def _has_a_source(self) -> "ConversationData":
+    def _keys_agree(self) -> "ConversationData":
         if not self.sources:
             raise ValueError(".train is empty, but needs at least one source")
-        return self
-
-    @model_validator(mode="after")
-    def _streaming_agrees(self) -> "ConversationData":
         if self.shuffle_buffer != DEFAULT_SHUFFLE_BUFFER and not self.streaming:
             raise ValueError(f".shuffle_buffer ({self.shuffle_buffer}) has no effect without .streaming: true")
         if self.train_rows is not None and self.streaming:

@@ -6,14 +6,9 @@ from typing import TYPE_CHECKING
 from rlhf_ray.config.data import ComparisonData, ConversationData
 from rlhf_ray.config.job import Job
 from rlhf_ray.config.job_roles import check_lora
-from rlhf_ray.config.reward_model import RewardModel
 from rlhf_ray.config.roles import PhaseSpec, RoleSpec
 from rlhf_ray.config.run import EpochRun
-from rlhf_ray.config.training import Policy
-
-
-def train_and_eval(train: str, held_out: str | None) -> dict[str, str]:
-    return {"data.train": train} | ({} if held_out is None else {"data.eval": held_out})
+from rlhf_ray.config.training import TrainedModel
 
 
 class EpochJob(Job):
@@ -25,8 +20,18 @@ class EpochJob(Job):
 
     @property
     @abstractmethod
-    def section(self) -> Policy | RewardModel:
+    def section(self) -> TrainedModel:
         """The section of the model that learns."""
+
+    @property
+    def data_files(self) -> dict[str, str]:
+        """What it trains on and is evaluated on."""
+        train, held_out = self.data.train, self.data.eval
+        if isinstance(train, str):
+            files = {"data.train": train}
+        else:
+            files = {f"data.train.{index}.path": source.path for index, source in enumerate(train)}
+        return files if held_out is None else files | {"data.eval": held_out}
 
     @property
     def rows_per_step(self) -> int:
@@ -47,31 +52,27 @@ class EpochJob(Job):
             PhaseSpec("export", after=("checkpoint",)),
         )
 
-
-def check_epochs(job: EpochJob, held_out: str | None, measures: set[str]) -> None:
-    """`measures` are the metrics of an evaluation."""
-    run = job.run
-    assert job.trained.placement is not None
-    check_lora(job.trained, job.trained.placement.gpus)
-    for role in job.roles:  # each data-parallel rank needs a row
-        role.check_sequence_parallel()
-        if job.rows_per_step < role.dp_size:
-            raise ValueError(f"data.rows_per_step ({job.rows_per_step}) is less than {role.dp_size_text}")
-    metric = "" if run.keep_best is None else run.keep_best.metric
-    if metric.startswith("eval/"):
-        assert run.keep_best is not None
-        if held_out is None:
-            raise ValueError(f"run.keep_best.metric is {metric!r}, but data.eval is not set")
-        if metric not in measures:
+    def check_epochs(self, measures: set[str]) -> None:
+        """`measures` are the metrics of an evaluation."""
+        check_lora(self.trained, self.placement)
+        for role in self.roles:  # each data-parallel rank needs a row
+            role.check_sequence_parallel()
+            if self.rows_per_step < role.dp_size:
+                raise ValueError(f"data.rows_per_step ({self.rows_per_step}) is less than {role.dp_size_text}")
+        best, patience = self.run.keep_best, self.run.patience
+        if best is not None and best.metric.startswith("eval/"):
+            if self.data.eval is None:
+                raise ValueError(f"run.keep_best.metric is {best.metric!r}, but data.eval is not set")
+            if best.metric not in measures:
+                raise ValueError(
+                    f"run.keep_best.metric is {best.metric!r}, but an evaluation measures {', '.join(sorted(measures))}"
+                )
+            if best.metric in ("eval/loss", "eval/perplexity") and best.mode == "max":
+                raise ValueError(f"run.keep_best.mode is 'max', but less {best.metric} is better: set it to 'min'")
+        elif patience is not None:
             raise ValueError(
-                f"run.keep_best.metric is {metric!r}, but an evaluation measures {', '.join(sorted(measures))}"
+                "run.patience needs run.keep_best.metric to be of the evaluation, such as eval/loss, but it is "
+                f"{'not set' if best is None else repr(best.metric)}"
             )
-        if metric in ("eval/loss", "eval/perplexity") and run.keep_best.mode == "max":
-            raise ValueError(f"run.keep_best.mode is 'max', but less {metric} is better: set it to 'min'")
-    if run.patience is not None and not metric.startswith("eval/"):
-        raise ValueError(
-            "run.patience needs run.keep_best.metric to be of the evaluation, such as eval/loss, but it is "
-            f"{repr(metric) if metric else 'not set'}"
-        )
-    if run.patience is not None and run.eval_every == 0:
-        raise ValueError("run.patience counts evaluations, but run.eval_every is 0: one, after the last step")
+        if patience is not None and self.run.eval_every == 0:
+            raise ValueError("run.patience counts evaluations, but run.eval_every is 0: one, after the last step")

@@ -6,12 +6,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 from pydantic import Field
 
 from rlhf_ray.config.base import Section
-from rlhf_ray.config.placement import (
-    Cluster,
-    JobPlacement,
-    RolePlacement,
-    RolloutPlacement,
-)
+from rlhf_ray.config.placement import Cluster, JobPlacement, RolePlacement, RolloutPlacement
 from rlhf_ray.config.roles import PhaseSpec, RoleSpec, StepShape
 from rlhf_ray.config.run import Run
 
@@ -50,10 +45,7 @@ class Job(Section):
 
     def role(self, name: str) -> RoleSpec:
         """The row of a role. Raises KeyError for a name that is not in the table."""
-        for role in self.roles:
-            if role.name == name:
-                return role
-        raise KeyError(name)
+        return {role.name: role for role in self.roles}[name]
 
     @property
     @abstractmethod

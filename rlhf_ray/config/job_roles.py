@@ -1,43 +1,44 @@
 """Rows of the role table that several jobs have, and what they check of them."""
 
-from rlhf_ray.config.placement import (
-    PPOPlacement,
-    RolePlacement,
-)
-from rlhf_ray.config.reward_model import RewardModel
+from rlhf_ray.config.placement import JobPlacement, PPOPlacement, RolePlacement
 from rlhf_ray.config.roles import Level, ModelSource, RoleKind, RoleSpec
-from rlhf_ray.config.training import (
-    Policy,
-    Reference,
-    ScoringEngine,
-)
+from rlhf_ray.config.training import Critic, Reference, ScoringEngine, TrainedModel
 
 
 def trained_role(
-    kind: RoleKind, name: str, section: RewardModel | Policy, placement: RolePlacement, *, passes: int = 0
+    kind: RoleKind,
+    name: str,
+    section: TrainedModel | Critic,
+    model: ModelSource,
+    placement: RolePlacement,
+    ranks: int,
+    *,
+    passes: int = 0,
+    exported: bool = True,
 ) -> RoleSpec:
-    """The model that learns from the rows of a data set."""
+    """A model that learns. `name` is that of the role, of its section and in `placement`."""
+    needs = {"score": Level.WEIGHTS, "update": Level.FULL, "checkpoint": Level.FULL}
     return RoleSpec(
         name=name,
         kind=kind,
         section=name,
-        model=ModelSource(f"{name}.model", section.model, section.trust_remote_code),
+        model=model,
         engine=section.engine,
         placed_as=name,
         placement=placement,
-        ranks=placement.ranks or 1,
-        needs={
-            "score": Level.WEIGHTS,
-            "update": Level.FULL,
-            "checkpoint": Level.FULL,
-            "export": Level.WEIGHTS,
-        },
+        ranks=ranks,
+        needs=needs | ({"export": Level.WEIGHTS} if exported else {}),
         lora=section.lora,
         trained=True,
         checkpointed=True,
-        exported=True,
+        exported=exported,
         score_passes=passes,
     )
+
+
+def own_model(name: str, section: TrainedModel) -> ModelSource:
+    """What `model` of a section names."""
+    return ModelSource(f"{name}.model", section.model, section.trust_remote_code)
 
 
 def reference_role(
@@ -80,11 +81,12 @@ def check_unused_reference(reference: Reference, placement: RolePlacement) -> No
         )
 
 
-def check_lora(role: RoleSpec, gpus: float) -> None:
+def check_lora(role: RoleSpec, placement: JobPlacement) -> None:
+    """Refuse a quantised base model where it can't be held."""
     if role.lora is None or role.lora.base == "as_model":
         return
     base, name = f"{role.section}.lora.base is {role.lora.base!r}", role.section
     if role.model_engine is not None and role.model_engine.zero_stage == 3:
         raise ValueError(f"{base}, which ZeRO can't shard, but {name}.engine.zero_stage is 3")
-    if not gpus:
+    if not placement.gpus_of(role.placed_as):
         raise ValueError(f"{base}, which needs a GPU, but placement.{role.placed_as}.gpus is 0")

@@ -8,7 +8,7 @@ from typing import Any, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from rlhf_ray.config.base import Section, nearest, shown
+from rlhf_ray.config.base import Section, nearest, sections_in, shown, suggestion
 from rlhf_ray.config.jobs import JOB_TYPES, Job
 from rlhf_ray.config.plugs import import_named
 from rlhf_ray.config.yaml_text import MAX_DEPTH, YamlProblem, dump_yaml, parse_yaml, read_yaml
@@ -77,11 +77,8 @@ def _job_type(job: Any) -> type[Job]:
         return JOB_TYPES[job]
     if not isinstance(job, str) or ":" not in job:
         close = nearest(job, JOB_TYPES) if isinstance(job, str) else None
-        said = (
-            "is missing"
-            if job is None
-            else f"{shown(job)} is not a job type" + (f"; did you mean {close!r}?" if close else "")
-        )
+        said = "is missing" if job is None else f"{shown(job)} is not a job type"
+        said += f"; did you mean {close!r}?" if close else ""
         raise ValueError(f"job: {said} (known: {', '.join(JOB_TYPES)}, or package.module:Class)")
     found = import_named("job", job)
     if not isinstance(found, type) or not issubclass(found, Job):
@@ -110,8 +107,7 @@ def _validated(section: type[SectionT], raw: dict[str, Any], source: str) -> Sec
         return section.model_validate(raw)
     except ValidationError as error:
         details = _of_fitting_kinds(section, [dict(detail) for detail in error.errors(include_url=False)])
-        problems = [_describe(section, detail) for detail in details]
-        raise ConfigError(source, problems) from None
+        raise ConfigError(source, [_one_line(_described(section, detail)) for detail in details]) from None
 
 
 def apply_override(raw: dict[str, Any], override: str) -> None:
@@ -169,17 +165,18 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _of_fitting_kinds(root: type[BaseModel], details: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Pydantic tells what is wrong with a value as each of the kinds that a key takes: what lies within one counts."""
+    tags = [_walked(root, detail["loc"])[0] for detail in details]
     within = {
-        location[:place]
-        for location in (detail["loc"] for detail in details)
-        for place in range(len(location) - 1)
-        if _is_tag(root, location[:place])
+        detail["loc"][:place]
+        for detail, is_tag in zip(details, tags, strict=True)
+        for place in range(len(is_tag) - 1)
+        if is_tag[place]
     }
-    return [detail for detail in details if detail["loc"][:-1] not in within or not _is_tag(root, detail["loc"][:-1])]
-
-
-def _describe(root: type[BaseModel], detail: dict[str, Any]) -> str:
-    return _one_line(_described(root, detail))
+    return [
+        detail
+        for detail, is_tag in zip(details, tags, strict=True)
+        if not (is_tag and is_tag[-1] and detail["loc"][:-1] in within)
+    ]
 
 
 def _one_line(text: str) -> str:
@@ -189,11 +186,12 @@ def _one_line(text: str) -> str:
 
 
 def _described(root: type[BaseModel], detail: dict[str, Any]) -> str:
-    path = ".".join(str(part) for part in _without_tags(root, detail["loc"]))
+    tags, _ = _walked(root, detail["loc"])
+    path = ".".join(str(part) for part, is_tag in zip(detail["loc"], tags, strict=True) if not is_tag)
     if detail["type"] == "extra_forbidden":
-        section = _section_at(root, detail["loc"][:-1])
+        _, section = _walked(root, detail["loc"][:-1])
         known = [field.alias or name for name, field in section.model_fields.items()] if section else []
-        return f"{path}: unknown key{_suggest(str(detail['loc'][-1]), known)}"
+        return f"{path}: unknown key; {suggestion(str(detail['loc'][-1]), known, called='known keys')}"
     if detail["type"] == "missing":
         return f"{path}: is required"
     if detail["type"] == "value_error":
@@ -203,31 +201,9 @@ def _described(root: type[BaseModel], detail: dict[str, Any]) -> str:
     if detail["type"] == "union_tag_invalid":
         known = detail["ctx"]["expected_tags"].replace("'", "").split(", ")
         tag = detail["ctx"]["tag"]
-        close = nearest(tag, known)
-        said = f"did you mean {close!r}?" if close else f"known: {', '.join(known)}"
-        return f"{path}.type: {shown(tag)} is not known; {said}"
+        return f"{path}.type: {shown(tag)} is not known; {suggestion(tag, known)}"
     text = _KINDS.get(detail["type"], f"{detail['msg'][0].lower()}{detail['msg'][1:]}")
     return f"{path}: {text} (got {shown(detail['input'])})"
-
-
-def _without_tags(root: type[BaseModel], location: Sequence[int | str]) -> list[int | str]:
-    """The path as it stands in the file: pydantic puts the tag of a union's member behind its key or list index."""
-    return [part for i, part in enumerate(location) if isinstance(part, int) or not _is_tag(root, location[:i])]
-
-
-def _is_tag(root: type[BaseModel], before: Sequence[int | str]) -> bool:
-    """Whether what follows `before` is the tag of a member of a union of sections."""
-    keys = list(before)
-    while keys and isinstance(keys[-1], int):
-        keys.pop()
-    section = _section_at(root, keys[:-1]) if keys else None
-    field = section.model_fields.get(str(keys[-1])) if section else None
-    return field is not None and (len(_sections_in(field.annotation)) > 1 or _takes_several_kinds(field.annotation))
-
-
-def _takes_several_kinds(annotation: Any) -> bool:
-    """Whether it is a union of more than a kind and nothing."""
-    return get_origin(annotation) in (Union, UnionType) and len(set(get_args(annotation)) - {NoneType}) > 1
 
 
 def _with_full_paths(message: str, path: str) -> str:
@@ -236,36 +212,39 @@ def _with_full_paths(message: str, path: str) -> str:
     return f"{path}: {message}" if path and full == message else full
 
 
-def _section_at(root: type[BaseModel], location: Sequence[int | str]) -> type[BaseModel] | None:
-    """The section class that the error location points into; union members are told apart by their tags."""
+def _walked(root: type[BaseModel], location: Sequence[int | str]) -> tuple[list[bool], type[BaseModel] | None]:
+    """Along the location of an error.
+
+    Returns:
+        for each part, whether it is the tag of a union's member, which pydantic puts behind a key or an index and no
+        file has; and the section that the location ends in, if it ends in one.
+    """
     section: type[BaseModel] | None = root
     members: list[type[BaseModel]] = []
+    tags: list[bool] = []
+    tag_follows = False
     for part in location:
+        tags.append(tag_follows and not isinstance(part, int))
         if isinstance(part, int):
             continue
-        if section is not None and part in section.model_fields:
-            members = _sections_in(section.model_fields[part].annotation)
-            section = members[0] if len(members) == 1 else None
-        elif len(members) > 1:
-            section = next((member for member in members if part in _tags_of(member)), None)
-            members = []
-    return section
+        if tags[-1]:
+            if len(members) > 1:
+                section = next((member for member in members if part in _tags_of(member)), None)
+            tag_follows = False
+            continue
+        field = section.model_fields.get(part) if section else None
+        members = sections_in(field.annotation) if field else []
+        section = members[0] if len(members) == 1 else None
+        tag_follows = len(members) > 1 or (field is not None and _takes_several_kinds(field.annotation))
+    return tags, section
+
+
+def _takes_several_kinds(annotation: Any) -> bool:
+    """Whether it is a union of more than a kind and nothing."""
+    return get_origin(annotation) in (Union, UnionType) and len(set(get_args(annotation)) - {NoneType}) > 1
 
 
 def _tags_of(member: type[BaseModel]) -> Iterable[str]:
     """What tells a member of a union from the others: a value of its `type`, else the names of its keys."""
     kind = member.model_fields.get("type")
     return member.model_fields if kind is None else get_args(kind.annotation)
-
-
-def _sections_in(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [found for inner in get_args(annotation) for found in _sections_in(inner)]
-
-
-def _suggest(word: str, known: Sequence[str]) -> str:
-    close = nearest(word, known)
-    if close:
-        return f"; did you mean {close!r}?"
-    return f"; known keys: {', '.join(known)}" if known else ""

@@ -3,9 +3,11 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import Any, Protocol
+from operator import attrgetter
+from typing import Protocol
 
 from rlhf_ray.config.jobs import Job
+from rlhf_ray.config.loading import apply_override
 from rlhf_ray.config.training import Computing, Dtype
 
 
@@ -57,16 +59,13 @@ class NumberFormats:
     @property
     def lines(self) -> list[str]:
         """What was chosen and why, engines with the same answer together."""
-        same = groupby(sorted(self.chosen, key=_answer), key=_answer)
+        answer = attrgetter("dtype", "why")
+        same = groupby(sorted(self.chosen, key=answer), key=answer)
         return [f"{dtype} for {', '.join(one.key for one in found)}: {why}" for (dtype, why), found in same]
 
     def content(self) -> dict[str, dict[str, str]]:
         """For JSON."""
         return {f"{one.key}.dtype": {"dtype": one.dtype, "why": one.why} for one in self.chosen}
-
-
-def _answer(chosen: Chosen) -> tuple[str, str]:
-    return chosen.dtype, chosen.why
 
 
 def choose(
@@ -90,11 +89,13 @@ def choose(
         all_on_gpus: as if every role had GPUs, for a search that will give it some.
     """
     kept = kept or {}
-    engines, placed_as = engines_of(config), _placed_as(config)
-    trained, following = _of_trained_model(config)
-    gpus = {key for key in engines if all_on_gpus or on_gpus(config, placed_as[key])}
+    engines, roles = engines_of(config), {f"{role.section}.engine": role for role in config.roles}
+    # The model that the job trains, and the engines that hold it too.
+    [trained] = [key for key, role in roles.items() if role.exported]
+    following = {key for key, role in roles.items() if role.kind == "engine"}
+    gpus = {key for key in engines if all_on_gpus or on_gpus(config, roles[key].placed_as)}
     # Machines by their names, of each engine that computes on CPUs.
-    seen = {key: look(placed_as[key]) for key in engines if look is not None and key not in gpus}
+    seen = {key: look(roles[key].placed_as) for key in engines if look is not None and key not in gpus}
     auto = [key for key, engine in engines.items() if engine.dtype_choice == "auto"]
     own = [key for key in auto if key not in following]
     counted = {key for key in own if key not in kept}
@@ -130,17 +131,6 @@ def engines_of(config: Job) -> dict[str, Computing]:
     return {f"{role.section}.engine": role.engine for role in config.roles if role.engine is not None}
 
 
-def _placed_as(config: Job) -> dict[str, str]:
-    """What `placement` calls the roles of these engines."""
-    return {f"{role.section}.engine": role.placed_as for role in config.roles if role.engine is not None}
-
-
-def _of_trained_model(config: Job) -> tuple[str, frozenset[str]]:
-    """The engine of the model that the job trains, and those of the engines that hold it too."""
-    [trained] = [f"{role.section}.engine" for role in config.roles if role.exported]
-    return trained, frozenset(f"{role.section}.engine" for role in config.roles if role.kind == "engine")
-
-
 def on_gpus(config: Job, role: str) -> bool:
     """Whether a role computes on GPUs: those of its own bundles, or of the role that it sits with."""
     return config.placements[config.placements[role].colocate or role].gpus > 0
@@ -169,8 +159,5 @@ def _slow(key: str, name: str, products: Products) -> str:
 def _with(config: Job, dtypes: Mapping[str, Dtype]) -> Job:
     raw = config.model_dump(mode="json", by_alias=True)
     for key, dtype in dtypes.items():
-        section: Any = raw
-        for part in key.split("."):
-            section = section[int(part)] if isinstance(section, list) else section[part]
-        section["dtype"] = dtype
+        apply_override(raw, f"{key}.dtype={dtype}")
     return type(config).model_validate(raw)

@@ -141,6 +141,38 @@ class JobPlacement(Section):
     placement_timeout_s: Seconds = 60.0
     """Seconds that the roles may wait for their places in the cluster."""
 
+    @model_validator(mode="after")
+    def _colocated_roles_fit(self) -> Self:
+        roles = [name for name in type(self).model_fields if isinstance(getattr(self, name), _RankPlacement)]
+        for guest in roles:
+            host = self.section(guest).colocate
+            if host is not None and (host not in roles or len(roles) == 1):
+                kind = "other" if len(roles) == 1 else "such"
+                raise ValueError(f".{guest}.colocate is {host!r}, but this job has no {kind} role")
+            _check_colocated(self, guest)
+        return self
+
+    def section(self, role: str) -> RolePlacement | RolloutPlacement:
+        """The section of a role."""
+        found = getattr(self, role)
+        assert isinstance(found, RolePlacement | RolloutPlacement)
+        return found
+
+    def host_of(self, role: str) -> RolePlacement | RolloutPlacement:
+        """The section that places a role: its own, or that of the role it sits with."""
+        own = self.section(role)
+        return own if own.colocate is None else self.section(own.colocate)
+
+    def ranks_of(self, role: str) -> int:
+        """Ranks of a role, colocated or not."""
+        host = self.host_of(role)
+        assert isinstance(host, RolePlacement)
+        return host.ranks or 1
+
+    def gpus_of(self, role: str) -> float:
+        """GPUs of the bundle that a rank of a role, or a worker of an engine, sits on."""
+        return self.host_of(role).gpus
+
     @property
     def leaves_idle(self) -> bool:
         """Whether roles that share devices leave them to each other."""
@@ -172,33 +204,6 @@ class PPOPlacement(_SharedPlacement):
     rollout: RolloutPlacement = RolloutPlacement()
     """Rollout engines."""
 
-    @model_validator(mode="after")
-    def _colocated_ranks_match(self) -> "PPOPlacement":
-        for guest in ("policy", "critic", "reference", "reward", "rollout"):
-            _check_colocated(self, guest)
-        return self
-
-    def section(self, role: str) -> RolePlacement | RolloutPlacement:
-        """The section of a role."""
-        found = getattr(self, role)
-        assert isinstance(found, RolePlacement | RolloutPlacement)
-        return found
-
-    def ranks_of(self, role: Host) -> int:
-        """Ranks of a role, colocated or not."""
-        host = self.host_of(role)
-        assert isinstance(host, RolePlacement)
-        return host.ranks or 1
-
-    def gpus_of(self, role: str) -> float:
-        """GPUs of the bundle that a rank of a role, or a worker of an engine, sits on."""
-        return self.host_of(role).gpus
-
-    def host_of(self, role: str) -> RolePlacement | RolloutPlacement:
-        """The section that places a role: its own, or that of the role it sits with."""
-        own = self.section(role)
-        return own if own.colocate is None else self.section(own.colocate)
-
 
 class PreferencePlacement(_SharedPlacement):
     """The roles of a preference job."""
@@ -208,31 +213,12 @@ class PreferencePlacement(_SharedPlacement):
     reference: RolePlacement = RolePlacement(colocate="policy")
     """Reference ranks."""
 
-    @model_validator(mode="after")
-    def _colocated_ranks_match(self) -> "PreferencePlacement":
-        for guest in ("policy", "reference"):
-            host = getattr(self, guest).colocate
-            if host in ("critic", "reward"):
-                raise ValueError(f".{guest}.colocate is {host!r}, but this job has no such role")
-            _check_colocated(self, guest)
-        return self
-
-    @property
-    def reference_ranks(self) -> int:
-        """Ranks of the reference, colocated or not."""
-        return (self.policy if self.reference.colocate else self.reference).ranks or 1
-
 
 class RewardModelPlacement(JobPlacement):
     """The role of a reward-model job."""
 
     reward: RolePlacement = RolePlacement()
     """Ranks that train the reward model."""
-
-    @model_validator(mode="after")
-    def _sits_alone(self) -> "RewardModelPlacement":
-        _check_alone("reward", self.reward)
-        return self
 
 
 class SFTPlacement(JobPlacement):
@@ -241,18 +227,14 @@ class SFTPlacement(JobPlacement):
     policy: RolePlacement = RolePlacement()
     """Ranks that train the language model."""
 
-    @model_validator(mode="after")
-    def _sits_alone(self) -> "SFTPlacement":
-        _check_alone("policy", self.policy)
-        return self
 
-
-def _check_colocated(placement: PPOPlacement | PreferencePlacement, guest: str) -> None:
+def _check_colocated(placement: JobPlacement, guest: str) -> None:
     """A role that sits with another has as many ranks, and no place of its own."""
-    role: RolePlacement | RolloutPlacement = getattr(placement, guest)
+    role = placement.section(guest)
     if role.colocate is None:
         return
-    host: RolePlacement = getattr(placement, role.colocate)
+    host = placement.section(role.colocate)
+    assert isinstance(host, RolePlacement)
     if role.colocate == guest or host.colocate is not None:
         raise ValueError(f".{guest}.colocate: {role.colocate!r} must name a role that has its own place")
     for key in (key for key in _PLACING if key in type(role).model_fields):
@@ -278,11 +260,6 @@ def _check_colocated(placement: PPOPlacement | PreferencePlacement, guest: str) 
             f".{guest}.ranks ({role.ranks}) differs from .{role.colocate}.ranks ({ranks}), but "
             f".{guest}.colocate puts it on the same bundles"
         )
-
-
-def _check_alone(role: str, placement: RolePlacement) -> None:
-    if placement.colocate is not None:
-        raise ValueError(f".{role}.colocate is {placement.colocate!r}, but this job has no other role")
 
 
 class Cluster(Section):

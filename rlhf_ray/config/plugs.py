@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal, TypeVar
 
-from rlhf_ray.config.base import nearest, shown
+from rlhf_ray.config.base import shown, suggestion
 
 PlugT = TypeVar("PlugT")
 OptionalColumn = Literal["engine_logprobs", "reference_logprobs"]
@@ -73,9 +73,7 @@ def choose(key: str, name: str, own: Mapping[str, PlugT], kind: type[PlugT]) -> 
     if name in own:
         return own[name]
     if ":" not in name:
-        close = nearest(name, own)
-        hint = f"did you mean {close!r}?" if close else f"known: {', '.join(own)}, or package.module:NAME"
-        raise ValueError(f"{key}: {name!r} is not known; {hint}")
+        raise ValueError(f"{key}: {name!r} is not known; {suggestion(name, own, more=', or package.module:NAME')}")
     found = import_named(key, name)
     if not isinstance(found, kind):
         raise ValueError(f"{key}: {name!r} is of type {type(found).__name__}, not {kind.__name__}")

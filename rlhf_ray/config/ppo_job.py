@@ -1,5 +1,6 @@
 """`job: ppo`."""
 
+from dataclasses import replace
 from typing import Any, Literal
 
 from pydantic import model_validator
@@ -8,22 +9,15 @@ from rlhf_ray.config.algorithm import PPO
 from rlhf_ray.config.base import MOST_ROWS
 from rlhf_ray.config.data import PromptData
 from rlhf_ray.config.job import Job
-from rlhf_ray.config.job_roles import check_lora, check_unused_reference, reference_role
-from rlhf_ray.config.placement import (
-    PPOPlacement,
-    RolePlacement,
-)
+from rlhf_ray.config.job_roles import check_lora, check_unused_reference, own_model, reference_role, trained_role
+from rlhf_ray.config.placement import PPOPlacement, RolePlacement
 from rlhf_ray.config.plugs import ESTIMATORS, Estimator, choose
 from rlhf_ray.config.rewards import FunctionReward, ModelReward, RewardPart, part_name
 from rlhf_ray.config.roles import Level, ModelSource, PhaseSpec, RoleSpec, StepShape
 from rlhf_ray.config.rollout import Rollout, shard_count
 from rlhf_ray.config.run import PPORun
 from rlhf_ray.config.sharing import check_sharing
-from rlhf_ray.config.training import (
-    Critic,
-    Policy,
-    Reference,
-)
+from rlhf_ray.config.training import Critic, Policy, Reference
 
 MAX_ENGINE_RANK = 512
 """Largest rank of an adapter that vLLM applies."""
@@ -81,7 +75,7 @@ class PPOJob(Job):
         """Engines get the policy's adapters alone, and keep its base model."""
         return self.policy.lora is not None and self.rollout.lora_sync == "adapters"
 
-    def critic_source(self, critic: Critic) -> ModelSource:
+    def _critic_source(self, critic: Critic) -> ModelSource:
         """The model that a critic starts from."""
         trusted = critic.trust_remote_code
         if critic.init_from != "reward":
@@ -92,62 +86,31 @@ class PPOJob(Job):
     @property
     def roles(self) -> tuple[RoleSpec, ...]:
         """Policy, critic, reference, the parts of the reward, and the engines."""
-        policy = ModelSource("policy.model", self.policy.model, self.policy.trust_remote_code)
-        at = self.placement
+        model, at = own_model("policy", self.policy), self.placement
         bucket = self.rollout.sync_bucket_bytes(on_gpu=at.gpus_of("rollout") > 0)
+        passes = 2 if self.policy_is_reference else 1
+        policy = trained_role("causal", "policy", self.policy, model, at.policy, at.ranks_of("policy"), passes=passes)
         found = [
-            RoleSpec(
-                name="policy",
-                kind="causal",
-                section="policy",
-                model=policy,
-                engine=self.policy.engine,
-                placed_as="policy",
-                placement=at.policy,
-                ranks=at.ranks_of("policy"),
-                needs={
-                    "score": Level.WEIGHTS,
-                    "update": Level.FULL,
-                    "sync": Level.WEIGHTS,
-                    "checkpoint": Level.FULL,
-                    "export": Level.WEIGHTS,
-                },
-                lora=self.policy.lora,
-                trained=True,
-                checkpointed=True,
-                exported=True,
-                score_passes=2 if self.policy_is_reference else 1,
+            replace(
+                policy,
+                needs={**policy.needs, "sync": Level.WEIGHTS},
                 entropy=self.algorithm.entropy_coef > 0,
                 sync_bytes=bucket,
                 modules=self._policy_modules,
-            ),
+            )
         ]
         if self.critic is not None:
-            found.append(
-                RoleSpec(
-                    name="critic",
-                    kind="scalar",
-                    section="critic",
-                    model=self.critic_source(self.critic),
-                    engine=self.critic.engine,
-                    placed_as="critic",
-                    placement=at.critic,
-                    ranks=at.ranks_of("critic"),
-                    needs={"score": Level.WEIGHTS, "update": Level.FULL, "checkpoint": Level.FULL},
-                    lora=self.critic.lora,
-                    trained=True,
-                    checkpointed=True,
-                    score_passes=1,
-                )
-            )
+            source, ranks = self._critic_source(self.critic), at.ranks_of("critic")
+            critic = trained_role("scalar", "critic", self.critic, source, at.critic, ranks, passes=1, exported=False)
+            found.append(critic)
         if not self.policy_is_reference:
-            found.append(reference_role(self.reference, policy, at.reference, at.ranks_of("reference"), passes=1))
+            found.append(reference_role(self.reference, model, at.reference, at.ranks_of("reference"), passes=1))
         found += [self._reward_role(index, part) for index, part in enumerate(self.reward)]
         rollout = RoleSpec(
             name="rollout",
             kind="engine",
             section="rollout",
-            model=policy,
+            model=model,
             engine=self.rollout.engine,
             placed_as="rollout",
             placement=at.rollout,
@@ -245,24 +208,17 @@ class PPOJob(Job):
             return raw | {"placement": placement | {"reward": {"colocate": "policy"}}}
         return raw
 
-    def _check_critic(self) -> None:
-        estimator, name = self.algorithm.estimator, f"algorithm.advantage: {self.algorithm.advantage}"
-        if estimator.groups and self.data.samples_per_prompt < 2:
-            raise ValueError(
-                f"data.samples_per_prompt is {self.data.samples_per_prompt}, but {name} compares the samples of a "
-                "prompt: set it to 2 or more"
-            )
-        if estimator.values:
-            return
-        own = {"critic": self.critic is not None, "placement.critic": self.placement.critic != RolePlacement()}
-        for key in (key for key, is_set in own.items() if is_set):
-            raise ValueError(f"{key} has no effect with {name}, which needs no critic: leave it out")
-        for role in ("policy", "reference", "reward", "rollout"):
-            if self.placement.section(role).colocate == "critic":
-                raise ValueError(f"placement.{role}.colocate is 'critic', but with {name} there is none")
-
     @model_validator(mode="after")
     def _sections_agree(self) -> "PPOJob":
+        self._check_samples()
+        self._check_reward()
+        self._check_critic()
+        self._check_ranks()
+        self._check_adapters()
+        check_sharing(self)
+        return self
+
+    def _check_samples(self) -> None:
         if not self.reward:
             raise ValueError("reward: needs at least one part")
         if self.samples_per_step > MOST_ROWS:
@@ -280,6 +236,8 @@ class PPOJob(Job):
             raise ValueError(
                 "rollout.sampling.temperature is 0 (greedy), which gives no probabilities for job: ppo to learn from"
             )
+
+    def _check_reward(self) -> None:
         names = [part_name(part) for part in self.reward]
         for index, name in enumerate(names):
             if name in names[:index]:
@@ -288,12 +246,29 @@ class PPOJob(Job):
                 raise ValueError(f"reward.{index}.name: {name!r} is the name of a metric of the sum; choose another")
         if not any(part.weight for part in self.reward):
             raise ValueError("every reward.N.weight is 0: there is nothing to learn")
-        self._check_critic()
-        if self.critic is not None and self.critic.init_from == "reward" and not self.reward_models:
+
+    def _check_critic(self) -> None:
+        estimator, name = self.algorithm.estimator, f"algorithm.advantage: {self.algorithm.advantage}"
+        if estimator.groups and self.data.samples_per_prompt < 2:
+            raise ValueError(
+                f"data.samples_per_prompt is {self.data.samples_per_prompt}, but {name} compares the samples of a "
+                "prompt: set it to 2 or more"
+            )
+        if not estimator.values:
+            own = {"critic": self.critic is not None, "placement.critic": self.placement.critic != RolePlacement()}
+            for key in (key for key, is_set in own.items() if is_set):
+                raise ValueError(f"{key} has no effect with {name}, which needs no critic: leave it out")
+            for role in ("policy", "reference", "reward", "rollout"):
+                if self.placement.section(role).colocate == "critic":
+                    raise ValueError(f"placement.{role}.colocate is 'critic', but with {name} there is none")
+        elif self.critic is not None and self.critic.init_from == "reward" and not self.reward_models:
             raise ValueError(
                 "critic.init_from is 'reward', but reward has no part with a model: name a model folder in "
                 "critic.init_from"
             )
+
+    def _check_ranks(self) -> None:
+        """Each data-parallel rank needs a sample of what it works on."""
         models = [role for role in self.roles if role.model_engine is not None]
         for role in models:
             role.check_sequence_parallel()
@@ -310,14 +285,13 @@ class PPOJob(Job):
                 f"data.prompts_per_step × data.samples_per_prompt ({self.samples_per_step}), or one step could turn "
                 "β negative"
             )
-        shards = shard_count(self.samples_per_step, self.rollout.shard_samples)
+        a_shard = self.samples_per_step // shard_count(self.samples_per_step, self.rollout.shard_samples)
         for role in models:
-            sharded = role.model_engine is not None and role.model_engine.zero_stage == 3
-            if sharded and self.samples_per_step // shards < role.dp_size:
+            if role.model_engine is not None and role.model_engine.zero_stage == 3 and a_shard < role.dp_size:
                 raise ValueError(
                     f"rollout.shard_samples ({self.rollout.shard_samples}) cuts {self.samples_per_step} samples into "
-                    f"shards of {self.samples_per_step // shards}, fewer than {role.dp_size_text}, which all work on "
-                    f"each shard because {role.section}.engine.zero_stage is 3"
+                    f"shards of {a_shard}, fewer than {role.dp_size_text}, which all work on each shard because "
+                    f"{role.section}.engine.zero_stage is 3"
                 )
         gpus = {role: self.placement.gpus_of(role) for role in ("policy", "rollout")}
         if (gpus["rollout"] > 0) != (gpus["policy"] > 0):
@@ -330,27 +304,28 @@ class PPOJob(Job):
                 f"algorithm.critic_warmup_steps ({self.algorithm.critic_warmup_steps}) leaves no step of "
                 f"run.steps ({self.run.steps}) in which the policy learns"
             )
+
+    def _check_adapters(self) -> None:
         for role in self.roles:
-            check_lora(role, self.placement.host_of(role.placed_as).gpus)
-        if self.rollout.lora_sync == "adapters":
-            if self.policy.lora is None:
-                raise ValueError("rollout.lora_sync is 'adapters', but policy.lora is not set: there are none to send")
-            if self.policy.lora.rank > MAX_ENGINE_RANK:
-                raise ValueError(
-                    f"rollout.lora_sync is 'adapters', but policy.lora.rank ({self.policy.lora.rank}) is more than the "
-                    f"{MAX_ENGINE_RANK} that vLLM takes: lower it, or set rollout.lora_sync to 'merged'"
-                )
-            if (nodes := self.placement.rollout.nodes_per_engine) > 1:
-                raise ValueError(
-                    "rollout.lora_sync is 'adapters', which workers read from a folder of their node, but "
-                    f"placement.rollout.nodes_per_engine is {nodes}: set rollout.lora_sync to 'merged'"
-                )
-            if self.policy.lora.base == "nf4":
-                raise ValueError(
-                    "rollout.lora_sync is 'adapters', but policy.lora.base is 'nf4': the engines' base model is not "
-                    "quantised, so it is another than the trainer's; set rollout.lora_sync to 'merged'"
-                )
+            check_lora(role, self.placement)
         if self.policy_is_reference:
             check_unused_reference(self.reference, self.placement.reference)
-        check_sharing(self.roles, offload_idle=self.placement.offload_idle)
-        return self
+        if self.rollout.lora_sync != "adapters":
+            return
+        if self.policy.lora is None:
+            raise ValueError("rollout.lora_sync is 'adapters', but policy.lora is not set: there are none to send")
+        if self.policy.lora.rank > MAX_ENGINE_RANK:
+            raise ValueError(
+                f"rollout.lora_sync is 'adapters', but policy.lora.rank ({self.policy.lora.rank}) is more than the "
+                f"{MAX_ENGINE_RANK} that vLLM takes: lower it, or set rollout.lora_sync to 'merged'"
+            )
+        if (nodes := self.placement.rollout.nodes_per_engine) > 1:
+            raise ValueError(
+                "rollout.lora_sync is 'adapters', which workers read from a folder of their node, but "
+                f"placement.rollout.nodes_per_engine is {nodes}: set rollout.lora_sync to 'merged'"
+            )
+        if self.policy.lora.base == "nf4":
+            raise ValueError(
+                "rollout.lora_sync is 'adapters', but policy.lora.base is 'nf4': the engines' base model is not "
+                "quantised, so it is another than the trainer's; set rollout.lora_sync to 'merged'"
+            )

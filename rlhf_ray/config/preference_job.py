@@ -5,19 +5,14 @@ from typing import Literal
 from pydantic import model_validator
 
 from rlhf_ray.config.data import ComparisonKind, PreferenceData
-from rlhf_ray.config.epoch_job import EpochJob, check_epochs, train_and_eval
-from rlhf_ray.config.job_roles import check_unused_reference, reference_role, trained_role
-from rlhf_ray.config.placement import (
-    PreferencePlacement,
-)
+from rlhf_ray.config.epoch_job import EpochJob
+from rlhf_ray.config.job_roles import check_unused_reference, own_model, reference_role, trained_role
+from rlhf_ray.config.placement import PreferencePlacement
 from rlhf_ray.config.preference import Preference
 from rlhf_ray.config.roles import PhaseSpec, RoleSpec, StepShape
 from rlhf_ray.config.run import EpochRun
 from rlhf_ray.config.sharing import check_sharing
-from rlhf_ray.config.training import (
-    Policy,
-    PreferenceReference,
-)
+from rlhf_ray.config.training import Policy, PreferenceReference
 
 
 class PreferenceJob(EpochJob):
@@ -53,27 +48,19 @@ class PreferenceJob(EpochJob):
         own = int(self.algorithm.couples_rows) + passes - 1
         if self.algorithm.needs_reference and self.policy_is_reference and self.reference.cache is None:
             own += passes
-        policy = trained_role("causal", "policy", self.policy, self.placement.policy, passes=own)
+        model, at = own_model("policy", self.policy), self.placement
+        policy = trained_role("causal", "policy", self.policy, model, at.policy, at.ranks_of("policy"), passes=own)
         if not self.algorithm.needs_reference or self.policy_is_reference:
             return (policy,)
-        assert policy.model is not None
-        ranks, updated = self.placement.reference_ranks, self.reference.update_every > 0
-        return (
-            policy,
-            reference_role(
-                self.reference,
-                policy.model,
-                self.placement.reference,
-                ranks,
-                passes=0 if self.reference.cache is not None else passes,
-                updated=updated,
-            ),
+        reference = reference_role(
+            self.reference,
+            model,
+            at.reference,
+            at.ranks_of("reference"),
+            passes=0 if self.reference.cache is not None else passes,
+            updated=self.reference.update_every > 0,
         )
-
-    @property
-    def data_files(self) -> dict[str, str]:
-        """What it trains on and is evaluated on."""
-        return train_and_eval(self.data.train, self.data.eval)
+        return policy, reference
 
     @property
     def folders(self) -> dict[str, str]:
@@ -116,16 +103,19 @@ class PreferenceJob(EpochJob):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> "PreferenceJob":
-        measures = {f"eval/{name}" for name in self.algorithm.measures}
-        check_epochs(self, self.data.eval, measures)
-        if not self.algorithm.needs_reference and self.reference != PreferenceReference():
-            raise ValueError("reference has no effect: algorithm.loss and algorithm.reference_free compare with none")
-        if self.algorithm.needs_reference and self.policy_is_reference:
+        self.check_epochs({f"eval/{name}" for name in self.algorithm.measures})
+        if not self.algorithm.needs_reference:
+            none = "algorithm.loss and algorithm.reference_free compare with none"
+            if self.reference != PreferenceReference():
+                raise ValueError(f"reference has no effect: {none}")
+            if self.placement.policy.colocate == "reference":
+                raise ValueError(f"placement.policy.colocate is 'reference', but {none}")
+        elif self.policy_is_reference:
             check_unused_reference(self.reference, self.placement.reference)
             if self.reference.update_every:
                 raise ValueError(
                     f"reference.update_every is {self.reference.update_every}, but with policy.lora the reference is "
                     "the policy with its adapters off, which stays as it is"
                 )
-        check_sharing(self.roles, offload_idle=self.placement.offload_idle)
+        check_sharing(self)
         return self

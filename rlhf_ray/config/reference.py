@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from rlhf_ray.config.base import sections_in
 from rlhf_ray.config.jobs import JOB_TYPES
 
 HEADER = """\
@@ -39,7 +40,7 @@ def render() -> str:
 def _sections(model: type[BaseModel], prefix: str) -> list[str]:
     parts = []
     for name, field in model.model_fields.items():
-        inner = _models_in(field.annotation)
+        inner = sections_in(field.annotation)
         for section in inner:
             path = f"{prefix}{field.alias or name}" + (".N" if _is_list(field.annotation) else "")
             title = f"### `{path}`" + (f" with `{_kind(section)}`" if len(inner) > 1 else "")
@@ -53,7 +54,8 @@ def _table(model: type[BaseModel]) -> str:
     rows = ["| key | type | default | meaning |", "| --- | --- | --- | --- |"]
     for name, field in model.model_fields.items():
         meaning = _one_paragraph(field.description)
-        rows.append(f"| `{field.alias or name}` | {_type(field)} | {_default(field)} | {meaning} |")
+        kind = _type_name(field.annotation).replace("|", "\\|")
+        rows.append(f"| `{field.alias or name}` | {kind} | {_default(field)} | {meaning} |")
     return "\n".join(rows) + "\n"
 
 
@@ -76,15 +78,11 @@ def _default(field: FieldInfo) -> str:
     return f"`{repr(value).lower() if isinstance(value, bool) else repr(value)}`"
 
 
-def _type(field: FieldInfo) -> str:
-    return _type_name(field.annotation).replace("|", "\\|")
-
-
 def _type_name(annotation: Any) -> str:
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin in (Union, UnionType):
         return " or ".join(dict.fromkeys(_type_name(argument) for argument in arguments if argument is not NoneType))
-    if _models_in(annotation):
+    if sections_in(annotation):
         return "sections" if origin is tuple else "section"
     if origin is Annotated:
         return _type_name(arguments[0])
@@ -99,12 +97,6 @@ def _type_name(annotation: Any) -> str:
 
 def _is_list(annotation: Any) -> bool:
     return any(get_origin(kind) is tuple for kind in (annotation, *get_args(annotation)))
-
-
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [model for inner in get_args(annotation) for model in _models_in(inner)]
 
 
 def _kind(section: type[BaseModel]) -> str:

@@ -5,15 +5,13 @@ from typing import Literal
 from pydantic import model_validator
 
 from rlhf_ray.config.data import ComparisonData, ComparisonKind
-from rlhf_ray.config.epoch_job import EpochJob, check_epochs, train_and_eval
-from rlhf_ray.config.job_roles import trained_role
-from rlhf_ray.config.placement import (
-    RewardModelPlacement,
-)
+from rlhf_ray.config.epoch_job import EpochJob
+from rlhf_ray.config.job_roles import own_model, trained_role
+from rlhf_ray.config.placement import RewardModelPlacement
 from rlhf_ray.config.reward_loss import BradleyTerry, RewardLoss
-from rlhf_ray.config.reward_model import RewardModel
 from rlhf_ray.config.roles import RoleSpec, StepShape
 from rlhf_ray.config.run import EpochRun
+from rlhf_ray.config.training import RewardModel
 
 
 class RewardModelJob(EpochJob):
@@ -42,17 +40,13 @@ class RewardModelJob(EpochJob):
     @property
     def roles(self) -> tuple[RoleSpec, ...]:
         """The reward model alone."""
-        return (trained_role("scalar", "reward", self.reward, self.placement.reward),)
+        model, at = own_model("reward", self.reward), self.placement
+        return (trained_role("scalar", "reward", self.reward, model, at.reward, at.ranks_of("reward")),)
 
     @property
     def step_shape(self) -> StepShape:
         """Two texts of each row, as most rows have; a score of each."""
         return StepShape(samples=self.rows_per_step, prompt=0, response=self.data.max_tokens, texts=2, last_only=True)
-
-    @property
-    def data_files(self) -> dict[str, str]:
-        """What it trains on and is evaluated on."""
-        return train_and_eval(self.data.train, self.data.eval)
 
     @property
     def kind(self) -> ComparisonKind:
@@ -61,5 +55,5 @@ class RewardModelJob(EpochJob):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> "RewardModelJob":
-        check_epochs(self, self.data.eval, {"eval/loss", "eval/accuracy", "eval/margin"})
+        self.check_epochs({"eval/loss", "eval/accuracy", "eval/margin"})
         return self

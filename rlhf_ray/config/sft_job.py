@@ -5,16 +5,12 @@ from typing import Literal
 from pydantic import model_validator
 
 from rlhf_ray.config.data import ConversationData
-from rlhf_ray.config.epoch_job import EpochJob, check_epochs, train_and_eval
-from rlhf_ray.config.job_roles import trained_role
-from rlhf_ray.config.placement import (
-    SFTPlacement,
-)
+from rlhf_ray.config.epoch_job import EpochJob
+from rlhf_ray.config.job_roles import own_model, trained_role
+from rlhf_ray.config.placement import SFTPlacement
 from rlhf_ray.config.roles import RoleSpec, StepShape
 from rlhf_ray.config.run import SFTRun
-from rlhf_ray.config.training import (
-    SFTPolicy,
-)
+from rlhf_ray.config.training import SFTPolicy
 
 
 class SFTJob(EpochJob):
@@ -41,20 +37,13 @@ class SFTJob(EpochJob):
     @property
     def roles(self) -> tuple[RoleSpec, ...]:
         """The language model alone."""
-        return (trained_role("causal", "policy", self.policy, self.placement.policy),)
+        model, at = own_model("policy", self.policy), self.placement
+        return (trained_role("causal", "policy", self.policy, model, at.policy, at.ranks_of("policy")),)
 
     @property
     def step_shape(self) -> StepShape:
         """Conversations."""
         return StepShape(samples=self.rows_per_step, prompt=0, response=self.data.max_tokens)
-
-    @property
-    def data_files(self) -> dict[str, str]:
-        """What it trains on and is evaluated on."""
-        if isinstance(self.data.train, str):
-            return train_and_eval(self.data.train, self.data.eval)
-        sources = {f"data.train.{index}.path": source.path for index, source in enumerate(self.data.train)}
-        return sources | ({} if self.data.eval is None else {"data.eval": self.data.eval})
 
     @model_validator(mode="after")
     def _sections_agree(self) -> "SFTJob":
@@ -64,5 +53,5 @@ class SFTJob(EpochJob):
             raise ValueError(f"run.epochs ({self.run.epochs}) has no effect with data.streaming: set run.steps")
         if self.run.steps is not None and not self.data.streaming:
             raise ValueError(f"run.steps ({self.run.steps}) is for data.streaming: true; set run.epochs")
-        check_epochs(self, self.data.eval, {"eval/loss", "eval/entropy", "eval/perplexity"})
+        self.check_epochs({"eval/loss", "eval/entropy", "eval/perplexity"})
         return self

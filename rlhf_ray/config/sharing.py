@@ -1,9 +1,9 @@
 """Roles that sit on the same bundles, and whether they can leave their devices to each other."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
+from rlhf_ray.config.job import Job
 from rlhf_ray.config.placement import RolePlacement, RolloutPlacement
-from rlhf_ray.config.roles import RoleSpec
 from rlhf_ray.config.training import ScoringEngine, TrainingEngine
 
 
@@ -17,17 +17,15 @@ def shared_places(placements: Mapping[str, RolePlacement | RolloutPlacement]) ->
     return [roles for roles in lists if len(roles) > 1]
 
 
-def check_sharing(roles: Iterable[RoleSpec], *, offload_idle: bool) -> None:
+def check_sharing(job: Job) -> None:
     """Refuse `placement.offload_idle` where it has no effect or DeepSpeed can't do it."""
-    if not offload_idle:
+    if not job.placement.leaves_idle:
         return
-    placed = [role for role in roles if role.placement is not None]
-    hosts = {role.placement.colocate for role in placed if role.placement is not None} - {None}
-    if not hosts:
+    sharing = {role for roles in shared_places(job.placements) for role in roles}
+    if not sharing:
         raise ValueError("placement.offload_idle has no effect: no placement.ROLE.colocate puts two roles together")
-    for role in placed:
-        sits_with = None if role.placement is None else role.placement.colocate
-        if role.model_engine is not None and (sits_with is not None or role.placed_as in hosts):
+    for role in job.roles:
+        if role.model_engine is not None and role.placed_as in sharing:
             _check_can_leave(role.section, role.model_engine)
 
 

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from rlhf_ray.config.base import (
     Fraction,
@@ -41,8 +41,6 @@ class UndecidedDtype(Exception):
 class Computing(Section):
     """What computes in a number format. `dtype` in a config file is `dtype_choice` here, which can be `auto`; code that
     computes reads `dtype`, which cannot."""
-
-    model_config = ConfigDict(populate_by_name=False)
 
     dtype_choice: DtypeChoice = Field(default="auto", alias="dtype")
     """Number format."""
@@ -183,8 +181,8 @@ class SupervisedOptimizer(Optimizer):
     """Peak learning rate."""
 
 
-class Policy(Section):
-    """The model that is trained and that generates."""
+class TrainedModel(Section):
+    """A model that is trained."""
 
     model: UsablePath
     """Hugging Face model folder, or hub name where a hub can be reached."""
@@ -195,6 +193,19 @@ class Policy(Section):
     lora: Lora | None = None
     """Train low-rank adapters beside frozen weights; by default all weights are trained."""
     optimizer: Optimizer = Optimizer()
+    """How it is updated."""
+
+
+class Policy(TrainedModel):
+    """The model that is trained and that generates."""
+
+
+class RewardModel(TrainedModel):
+    """The model that learns to score."""
+
+    model: UsablePath
+    """Folder of a causal language model, which gets a new scalar head, or of a reward model to train on."""
+    optimizer: SupervisedOptimizer = SupervisedOptimizer()
     """How it is updated."""
 
 

@@ -43,7 +43,18 @@ def read_yaml(path: Path) -> Any:
     Raises:
         YamlProblem: it can't be read, or used.
     """
-    return parse_yaml(_read_text(path))
+    try:
+        content = read_regular(path, MAX_BYTES)
+    except FileNotFoundError:
+        raise YamlProblem("no such file") from None
+    except OSError as error:
+        raise YamlProblem(f"cannot be read: {error.strerror or error}") from error
+    if len(content) > MAX_BYTES:
+        raise YamlProblem(f"has more than the {MAX_BYTES // 1024} KiB that are read: it is no config")
+    try:
+        return parse_yaml(content.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise YamlProblem(f"is not UTF-8 text (byte {error.start + 1})") from None
 
 
 def parse_yaml(text: str) -> Any:
@@ -77,21 +88,6 @@ def word_in_yaml(text: str) -> str:
     except YamlProblem:
         plain = False
     return text if plain else json.dumps(text, ensure_ascii=False)
-
-
-def _read_text(path: Path) -> str:
-    try:
-        content = read_regular(path, MAX_BYTES)
-    except FileNotFoundError:
-        raise YamlProblem("no such file") from None
-    except OSError as error:
-        raise YamlProblem(f"cannot be read: {error.strerror or error}") from error
-    if len(content) > MAX_BYTES:
-        raise YamlProblem(f"has more than the {MAX_BYTES // 1024} KiB that are read: it is no config")
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise YamlProblem(f"is not UTF-8 text (byte {error.start + 1})") from None
 
 
 def _at(mark: Any) -> str:

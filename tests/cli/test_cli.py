@@ -25,7 +25,7 @@ from rlhf_ray.rewards.errors import RewardError
 
 REPOSITORY = Path(__file__).parents[2]
 PPO, REWARD = REPOSITORY / "configs/tiny.yaml", REPOSITORY / "configs/tiny_reward.yaml"
-SFT = REPOSITORY / "configs/tiny_sft.yaml"
+SFT, GRPO = REPOSITORY / "configs/tiny_sft.yaml", REPOSITORY / "configs/tiny_grpo.yaml"
 
 RunCli = Callable[..., Result]
 
@@ -228,6 +228,25 @@ def test_validate_sums_up_a_ppo_job(cli: RunCli, of_ppo: list[str], prepared: Pa
         "valid",
     ):
         assert line in done.stdout.splitlines()
+
+
+def test_validate_sums_up_a_grpo_job_as_four_roles_without_a_critic(
+    cli: RunCli, of_ppo: list[str], prepared: Path
+) -> None:
+    done = cli("validate", GRPO, *of_ppo)
+    assert done.exit_code == 0, done.output
+    facts = dict(map(str.strip, line.split("  ", 1)) for line in done.stdout.splitlines()[:-1])
+    tiny = f"{prepared}/models/tiny"
+    assert facts["job"] == "ppo 'tiny-grpo', seed 7"
+    assert facts["steps"] == "4, 16 samples a step (4 prompts × 4)"
+    assert {label: fact for label, fact in facts.items() if " · " in fact} == {
+        "policy": f"{tiny} · float32, ZeRO stage 2 · 1 rank with 0.5 CPU",
+        "reference": f"{tiny} · float32 · 1 rank beside policy",
+        "reward/sentiment": f"{tiny}-reward · float32 · 1 rank beside policy · weight 1",
+        "rollout": "float32 · 1 engine with 1 CPU",
+    }
+    assert "critic" not in done.stdout
+    assert done.stdout.splitlines()[-1] == "valid"
 
 
 def test_validate_counts_prompts_over_the_budget(cli: RunCli, of_ppo: list[str], tmp_path: Path) -> None:

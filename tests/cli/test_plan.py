@@ -93,6 +93,17 @@ def test_json_has_the_same_in_bytes(cli: RunCli, config: Path) -> None:
     assert plan["changes"]
 
 
+def test_a_grpo_job_is_planned_with_four_roles_and_no_critic(cli: RunCli, prepared: Path) -> None:
+    grpo = Path(__file__).parents[2] / "configs/tiny_grpo.yaml"
+    models = [f"policy.model={prepared}/models/tiny", f"reward.0.model={prepared}/models/tiny-reward"]
+    result = cli("plan", grpo, *models, "--cluster", "cpu-16", "--json")
+    assert result.exit_code == 0, result.stdout + result.stderr
+    [host] = json.loads(result.stdout)["memory"]
+    beside = {"ray", "object store", "controller"}
+    roles = [use["role"] for use in host["roles"] if use["role"] not in beside]
+    assert roles == ["policy", "reference", "reward-sentiment", "rollout"]
+
+
 def test_without_a_cluster_this_machine_is_meant(cli: RunCli, config: Path) -> None:
     result = cli("plan", config, "--json", "placement={}", "cluster.cpus=8")
     plan = json.loads(result.stdout)

@@ -117,6 +117,7 @@ def test_any_words_and_numbers_survive_the_round_trip(
         ("reward.0.wieght=1", "reward.0.wieght: unknown key; did you mean 'weight'?"),
         ("reward.0.engine.dtipe=float32", "reward.0.engine.dtipe: unknown key; did you mean 'dtype'?"),
         ("reference.fro=x", "reference.fro: unknown key; did you mean 'from'?"),
+        ("reference={from_model: x}", "reference.from_model: unknown key; known keys: from, engine"),
         ("run.keep_best.metrik=x", "run.keep_best.metrik: unknown key; did you mean 'metric'?"),
         ("algorithm.kl.xyz=1", "algorithm.kl.xyz: unknown key; known keys: coef, estimator, target, horizon"),
     ],
@@ -189,6 +190,11 @@ def test_a_section_of_several_kinds_is_told_apart_by_its_type(tmp_path: Path, ov
 def test_all_problems_are_listed_at_once(tmp_path: Path) -> None:
     found = problems_of(tmp_path, EXAMPLE, "run.step=5", "policy.engine.zero_stage=7", "reward.0.weight=x")
     assert [problem.split(":")[0] for problem in found] == ["policy.engine.zero_stage", "reward.0.weight", "run.step"]
+
+
+def test_an_entry_of_no_kind_is_told_beside_a_wrong_key_of_another(tmp_path: Path) -> None:
+    found = problems_of(tmp_path, EXAMPLE, "reward=[{weight: 1}, {model: m, weigth: 2}]")
+    assert [problem.split(":")[0] for problem in found] == ["reward.0", "reward.1.weigth"]
 
 
 def test_overrides_set_single_values_read_as_yaml(tmp_path: Path) -> None:

@@ -490,6 +490,10 @@ CONFLICTS: list[tuple[dict[str, Any], str]] = [
         "reference has no effect: algorithm.loss and algorithm.reference_free compare with none",
     ),
     (
+        losses("orpo") | {"placement": {"policy": {"colocate": "reference"}, "reference": {}}},
+        "placement.policy.colocate is 'reference', but algorithm.loss and algorithm.reference_free compare with none",
+    ),
+    (
         preference(reference={"cache": "c", "update_every": 5}),
         "reference.cache holds log-probs of a reference that stays as it is, but reference.update_every is 5: leave "
         "one of them out",
@@ -606,6 +610,11 @@ def test_a_colocated_role_has_as_many_ranks_as_its_host() -> None:
     placement = PPOJob(**ppo(placement={"policy": {"ranks": 2}, "critic": {"ranks": 3}})).placement
     roles = ("policy", "critic", "reference", "reward")
     assert [placement.ranks_of(role) for role in roles] == [2, 3, 2, 3]
+
+
+def test_a_policy_has_as_many_ranks_as_the_reference_that_it_sits_with() -> None:
+    placement = {"policy": {"colocate": "reference"}, "reference": {"ranks": 2}}
+    assert [role.ranks for role in parse_config(preference(placement=placement)).roles] == [2, 2]
 
 
 def test_with_adapters_the_policy_is_the_reference_unless_it_is_another_model() -> None:

@@ -90,7 +90,7 @@ def test_commands_know_it_by_its_tables(
         (":ToyJob", "can't be imported"),
         ("toy.config:Texts", "is no class of jobs"),
         ("rlhf_ray.config.jobs:JOB_TYPES", "is no class of jobs"),
-        ("rlhf_ray.config.jobs:EpochJob", "has no data_files, definition, job, placement,"),
+        ("rlhf_ray.config.jobs:EpochJob", "has no definition, job, placement,"),
     ],
 )
 def test_what_is_no_job_is_one_line(raw: dict[str, Any], job: str, said: str) -> None:

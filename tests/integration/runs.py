@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +23,8 @@ from rlhf_ray.telemetry.names import find_metric
 
 MakeConfig = Callable[..., PPOJob]
 
+WITHIN_S = 90.0
+
 
 def without_clock(row: Metrics) -> Metrics:
     """The metrics that two equal runs share."""
@@ -38,6 +42,19 @@ def assert_same_run(found: Path, wanted: Path) -> None:
     assert rows == wanted_rows
     mine, theirs = exported_weights(found / "export"), exported_weights(wanted / "export")
     assert all(mine[name].equal(tensor) for name, tensor in theirs.items())
+
+
+def status_command(*arguments: object) -> str:
+    """What `rlhf-ray status` prints in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-m", "rlhf_ray.cli.app", "status", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=WITHIN_S,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def span_names(folder: Path) -> set[str]:

@@ -4,8 +4,6 @@ import json
 import logging
 import os
 import signal
-import subprocess
-import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -28,9 +26,8 @@ from rlhf_ray.telemetry.reporter import StatusReporter
 from rlhf_ray.telemetry.status import About, ActorStatus, RunStatus
 from rlhf_ray.telemetry.status_actor import NAMESPACE, read_status_actor, status_actors
 from rlhf_ray.telemetry.trace import SpanRecorder
-from runs import MakeConfig
+from runs import WITHIN_S, MakeConfig, status_command
 
-WITHIN_S = 90.0
 ACTORS = ["critic/0", "policy/0", "reference/0", "reward-gate/0", "rollout/0"]
 
 
@@ -85,19 +82,6 @@ def phases(status: RunStatus) -> dict[str, str]:
     return {actor.name: actor.activity.phase for actor in status.actors if actor.activity is not None}
 
 
-def command(*arguments: object) -> str:
-    """What `rlhf-ray status` prints in a process of its own."""
-    done = subprocess.run(
-        [sys.executable, "-m", "rlhf_ray.cli.app", "status", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=WITHIN_S,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 def test_a_run_is_watched_from_its_start_to_the_death_of_an_actor(
     going_on: tuple[Path, "Future[Path]"], gate: Path
 ) -> None:
@@ -117,12 +101,12 @@ def test_a_run_is_watched_from_its_start_to_the_death_of_an_actor(
     assert (said["rollout/0"].running, said["rollout/0"].waiting, said["rollout/0"].version) == (0, 0, 0)
     assert said["policy/0"].running is None
 
-    from_outside = json.loads(command(folder, "--json"))
+    from_outside = json.loads(status_command(folder, "--json"))
     assert from_outside["about"]["name"] == "tiny"
     assert {f"{actor['role']}/{actor['rank']}": actor["activity"]["pid"] for actor in from_outside["actors"]} == {
         name: activity.pid for name, activity in said.items()
     }
-    table = command("tiny", "--address", waiting.about.address)
+    table = status_command("tiny", "--address", waiting.about.address)
     assert "showcase for" in table
     assert all(f"\n{name} " in table for name in ACTORS)
 
@@ -147,7 +131,7 @@ def test_a_run_is_watched_from_its_start_to_the_death_of_an_actor(
         end.result(timeout=WITHIN_S)
     record = read_record(folder)
     assert (record.state, record.step) == ("failed", read_metrics(folder)[-1]["step"])
-    assert "its process died" in command(folder)
+    assert "its process died" in status_command(folder)
     assert status_actors() == []
 
 

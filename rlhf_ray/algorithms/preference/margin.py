@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from rlhf_ray.algorithms.checks import check_option, check_vectors
-from rlhf_ray.algorithms.preference.options import check_label_smoothing, check_positive
+from rlhf_ray.algorithms.checks import check_option, check_positive, check_vectors
 
 
 def sigmoid_loss(margins: Tensor, beta: float, label_smoothing: float = 0.0) -> Tensor:
@@ -34,10 +33,8 @@ def sigmoid_loss(margins: Tensor, beta: float, label_smoothing: float = 0.0) -> 
         TensorInputError: margins is not `[pairs]`.
         OptionError: an option out of range.
     """
-    check_vectors(margins=margins)
-    check_positive("beta", beta)
-    check_label_smoothing(label_smoothing)
-    logits = beta * margins
+    check_option("label_smoothing", label_smoothing, 0 <= label_smoothing <= 0.5, "in [0, 0.5]")
+    logits = _logits(margins, beta)
     return -(1 - label_smoothing) * logsigmoid(logits) - label_smoothing * logsigmoid(-logits)
 
 
@@ -64,10 +61,8 @@ def robust_loss(margins: Tensor, beta: float, label_smoothing: float) -> Tensor:
         TensorInputError: margins is not `[pairs]`.
         OptionError: an option out of range.
     """
-    check_vectors(margins=margins)
-    check_positive("beta", beta)
     check_option("label_smoothing", label_smoothing, 0 <= label_smoothing < 0.5, "in [0, 0.5)")
-    logits = beta * margins
+    logits = _logits(margins, beta)
     biased = -(1 - label_smoothing) * logsigmoid(logits) + label_smoothing * logsigmoid(-logits)
     return biased / (1 - 2 * label_smoothing)
 
@@ -93,9 +88,7 @@ def hinge_loss(margins: Tensor, beta: float) -> Tensor:
         TensorInputError: margins is not `[pairs]`.
         OptionError: beta out of range.
     """
-    check_vectors(margins=margins)
-    check_positive("beta", beta)
-    return (1 - beta * margins).relu()
+    return (1 - _logits(margins, beta)).relu()
 
 
 def ipo_loss(margins: Tensor, tau: float) -> Tensor:
@@ -147,10 +140,8 @@ def exo_loss(margins: Tensor, beta: float, label_smoothing: float) -> Tensor:
         TensorInputError: margins is not `[pairs]`.
         OptionError: an option out of range.
     """
-    check_vectors(margins=margins)
-    check_positive("beta", beta)
     check_option("label_smoothing", label_smoothing, 0 < label_smoothing < 0.5, "in (0, 0.5)")
-    logits = beta * margins
+    logits = _logits(margins, beta)
     chosen = logits.sigmoid() * (logsigmoid(logits) - math.log1p(-label_smoothing))
     rejected = (-logits).sigmoid() * (logsigmoid(-logits) - math.log(label_smoothing))
     return chosen + rejected
@@ -180,10 +171,8 @@ def discopop_loss(margins: Tensor, beta: float, tau: float = 0.05) -> Tensor:
         TensorInputError: margins is not `[pairs]`.
         OptionError: an option out of range.
     """
-    check_vectors(margins=margins)
-    check_positive("beta", beta)
     check_option("tau", tau, 0 < tau <= 1, "above 0 and at most 1")
-    logits = beta * margins
+    logits = _logits(margins, beta)
     logistic = -(-logits / tau).sigmoid() * logsigmoid(logits)
     # With the weight inside the exponent nothing overflows: log s falls faster than -β·m grows.
     exponential = torch.exp(logsigmoid(logits / tau) - logits)
@@ -220,3 +209,9 @@ def simpo_loss(
     check_positive("beta", beta)
     check_option("gamma", gamma, 0 <= gamma < math.inf, "at least 0 and finite")
     return sigmoid_loss(beta * (chosen_means - rejected_means) - gamma, beta=1.0, label_smoothing=label_smoothing)
+
+
+def _logits(margins: Tensor, beta: float) -> Tensor:
+    check_vectors(margins=margins)
+    check_positive("beta", beta)
+    return beta * margins

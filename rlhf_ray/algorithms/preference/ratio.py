@@ -3,8 +3,7 @@
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from rlhf_ray.algorithms.checks import check_vectors
-from rlhf_ray.algorithms.preference.options import check_positive
+from rlhf_ray.algorithms.checks import check_positive, check_vectors
 
 
 def nca_loss(chosen_ratios: Tensor, rejected_ratios: Tensor, beta: float) -> Tensor:

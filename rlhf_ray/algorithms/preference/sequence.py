@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from rlhf_ray.algorithms.checks import check_lengths, check_option, check_vectors
+from rlhf_ray.algorithms.checks import check_lengths, check_like, check_option, check_vectors
 from rlhf_ray.algorithms.errors import SampleError, TensorInputError
 
 
@@ -58,9 +58,7 @@ def length_desensitised_weights(lengths: Tensor, public_lengths: Tensor, alpha: 
         OptionError: alpha out of range.
     """
     check_lengths(lengths)
-    if public_lengths.shape != lengths.shape or public_lengths.dtype != torch.int64:
-        found = f"shape {tuple(public_lengths.shape)} and {public_lengths.dtype}"
-        raise TensorInputError("public_lengths", found, f"shape {tuple(lengths.shape)} and torch.int64")
+    check_like("public_lengths", public_lengths, lengths, torch.int64)
     wrong = torch.nonzero((public_lengths < 1) | (public_lengths > lengths)).flatten().tolist()
     if wrong:
         raise SampleError(wrong, "have no public length from 1 to their own", "give the smaller length of the pair")

@@ -7,9 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from rlhf_ray.algorithms.checks import check_option, check_vectors
-from rlhf_ray.algorithms.errors import TensorInputError
-from rlhf_ray.algorithms.preference.options import check_positive
+from rlhf_ray.algorithms.checks import check_like, check_option, check_positive, check_vectors
 
 
 def kto_loss(
@@ -45,7 +43,8 @@ def kto_loss(
         TensorInputError: shapes or dtypes do not fit.
         OptionError: an option out of range, or kl negative or not finite.
     """
-    _check_rows(log_ratios, desirable)
+    check_vectors(log_ratios=log_ratios)
+    check_like("desirable", desirable, log_ratios, torch.bool)
     check_positive("beta", beta)
     check_option("kl", kl, 0 <= kl < math.inf, "finite and at least 0, as kto_kl gives it")
     for name, weight in (("desirable_weight", desirable_weight), ("undesirable_weight", undesirable_weight)):
@@ -101,7 +100,8 @@ def bco_loss(log_ratios: Tensor, desirable: Tensor, shift: float, beta: float) -
         TensorInputError: shapes or dtypes do not fit.
         OptionError: beta out of range, or shift not finite.
     """
-    _check_rows(log_ratios, desirable)
+    check_vectors(log_ratios=log_ratios)
+    check_like("desirable", desirable, log_ratios, torch.bool)
     check_positive("beta", beta)
     check_option("shift", shift, math.isfinite(shift), "finite")
     logits = beta * log_ratios - shift
@@ -130,10 +130,9 @@ class RewardShift:
     """
 
     def __init__(self) -> None:
-        self._desirable_sum = 0.0
-        self._desirable_count = 0.0
-        self._undesirable_sum = 0.0
-        self._undesirable_count = 0.0
+        self._seen = RewardShiftState(
+            desirable_sum=0.0, desirable_count=0.0, undesirable_sum=0.0, undesirable_count=0.0
+        )
 
     def update(
         self, desirable_sum: float, desirable_count: float, undesirable_sum: float, undesirable_count: float
@@ -150,37 +149,23 @@ class RewardShift:
             check_option(f"{kind}_count", count, 0 <= count < math.inf, "finite and at least 0")
             check_option(f"{kind}_sum", total, math.isfinite(total), "finite")
             check_option(f"{kind}_sum", total, total == 0 or count > 0, f"0, because {kind}_count is 0")
-        self._desirable_sum += desirable_sum
-        self._desirable_count += desirable_count
-        self._undesirable_sum += undesirable_sum
-        self._undesirable_count += undesirable_count
+        self._seen["desirable_sum"] += desirable_sum
+        self._seen["desirable_count"] += desirable_count
+        self._seen["undesirable_sum"] += undesirable_sum
+        self._seen["undesirable_count"] += undesirable_count
 
     @property
     def value(self) -> float:
         """δ, in units of the reward."""
-        desirable = self._desirable_sum / self._desirable_count if self._desirable_count else 0.0
-        undesirable = self._undesirable_sum / self._undesirable_count if self._undesirable_count else 0.0
+        seen = self._seen
+        desirable = seen["desirable_sum"] / seen["desirable_count"] if seen["desirable_count"] else 0.0
+        undesirable = seen["undesirable_sum"] / seen["undesirable_count"] if seen["undesirable_count"] else 0.0
         return (desirable + undesirable) / 2
 
     def state_dict(self) -> RewardShiftState:
         """Four floats, exact through JSON."""
-        return {
-            "desirable_sum": self._desirable_sum,
-            "desirable_count": self._desirable_count,
-            "undesirable_sum": self._undesirable_sum,
-            "undesirable_count": self._undesirable_count,
-        }
+        return self._seen.copy()
 
     def load_state_dict(self, state: RewardShiftState) -> None:
         """Continue from `state`."""
-        self._desirable_sum = state["desirable_sum"]
-        self._desirable_count = state["desirable_count"]
-        self._undesirable_sum = state["undesirable_sum"]
-        self._undesirable_count = state["undesirable_count"]
-
-
-def _check_rows(log_ratios: Tensor, desirable: Tensor) -> None:
-    check_vectors(log_ratios=log_ratios)
-    if desirable.shape != log_ratios.shape or desirable.dtype != torch.bool:
-        found = f"shape {tuple(desirable.shape)} and {desirable.dtype}"
-        raise TensorInputError("desirable", found, f"shape {tuple(log_ratios.shape)} and torch.bool")
+        self._seen = state.copy()

@@ -4,8 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from rlhf_ray.algorithms.checks import check_vectors
-from rlhf_ray.algorithms.errors import TensorInputError
+from rlhf_ray.algorithms.checks import check_like, check_vectors
 from rlhf_ray.algorithms.reward_model.rows import candidate_pairs, check_scores
 
 
@@ -43,9 +42,7 @@ def bradley_terry_loss(
         ordered = difference - margins
     if tied is None:
         return -logsigmoid(ordered)
-    if tied.shape != chosen.shape or tied.dtype != torch.bool:
-        found = f"shape {tuple(tied.shape)} and {tied.dtype}"
-        raise TensorInputError("tied", found, f"shape {tuple(chosen.shape)} and torch.bool")
+    check_like("tied", tied, chosen, torch.bool)
     half = -(logsigmoid(difference) + logsigmoid(-difference)) / 2
     return torch.where(tied, half, -logsigmoid(ordered))
 

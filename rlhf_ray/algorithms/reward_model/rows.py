@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlhf_ray.algorithms.checks import check_vectors
+from rlhf_ray.algorithms.checks import check_vectors, parts_from_offsets
 from rlhf_ray.algorithms.errors import SampleError, TensorInputError
 
 
@@ -73,13 +73,7 @@ def check_rows(ranks: Tensor, offsets: Tensor) -> Tensor:
     """Lengths of the rows, int64 `[rows]`, once ranks and offsets have been found to fit."""
     if ranks.dim() != 1 or ranks.dtype != torch.int64:
         raise TensorInputError("ranks", f"shape {tuple(ranks.shape)} and {ranks.dtype}", "int64 [candidates]")
-    if offsets.dim() != 1 or offsets.numel() < 1 or offsets.dtype != torch.int64:
-        raise TensorInputError("offsets", f"shape {tuple(offsets.shape)} and {offsets.dtype}", "int64 [rows + 1]")
-    first, last = int(offsets[0]), int(offsets[-1])
-    if (first, last) != (0, len(ranks)):
-        expected = f"0 and {len(ranks)} (the candidates)"
-        raise TensorInputError("offsets", f"first value {first} and last value {last}", expected)
-    lengths = offsets.diff()
+    lengths = parts_from_offsets(offsets, len(ranks), "candidates", "rows")
     if bool((lengths < 2).any()):
         short = torch.nonzero(lengths < 2).flatten().tolist()
         raise SampleError(short, "have fewer than two candidates", "a comparison needs at least two")
