@@ -5,7 +5,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import groupby
-from types import TracebackType
 from typing import Self
 
 from rich.console import Group, RenderableType
@@ -51,9 +50,7 @@ class Screen:
             self._live.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._live is not None:
             self._live.stop()
 
@@ -61,7 +58,7 @@ class Screen:
         """All runs of one look."""
         if self._json:
             for snapshot in found:
-                line = json.dumps({"state": state_of(snapshot), **asdict(snapshot)}, ensure_ascii=False)
+                line = json.dumps({"state": snapshot.state, **asdict(snapshot)}, ensure_ascii=False)
                 self._console.out(line, highlight=False)
             return
         if self._live is not None:
@@ -85,11 +82,6 @@ class Screen:
             if now != before:
                 self._shown[snapshot.run_dir] = now
                 self._console.print(" · ".join(filter(None, now)), soft_wrap=True, markup=False, highlight=False)
-
-
-def state_of(snapshot: Snapshot) -> str:
-    """In a word."""
-    return snapshot.state if isinstance(snapshot, RunRecord) else "running"
 
 
 def _change(snapshot: Snapshot) -> tuple[str, ...]:

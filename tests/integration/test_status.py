@@ -10,6 +10,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -186,7 +187,7 @@ def assert_metrics_are_scraped(url: str) -> None:
 
 
 def test_a_lookout_outlives_the_process_that_is_connected() -> None:
-    with ClusterClient(cluster_facts()["gcs_address"], WITHIN_S) as client:
+    with closing(ClusterClient(cluster_facts()["gcs_address"], WITHIN_S)) as client:
         assert client.ask(status_actors) == []
         os.kill(client.ask(os.getpid), signal.SIGKILL)
         with pytest.raises(ClusterError, match="does not answer"):

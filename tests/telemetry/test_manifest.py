@@ -51,7 +51,16 @@ def test_a_resumption_adds_a_session_and_keeps_the_first(tmp_path: Path) -> None
     assert [session["command"] for session in sessions] == [["first"], ["second"]]
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "{}"])
+def test_what_has_no_utf_8_is_kept_as_it_is(tmp_path: Path) -> None:
+    """A file name of other bytes on the command line, or a broken character of a sampled text in an error."""
+    name = os.fsdecode(b"run-\xff.yaml")
+    write_manifest(tmp_path, _config(), {}, [name, "größer"])
+    content = (tmp_path / "manifest.json").read_text(encoding="utf-8")
+    assert json.loads(content)["sessions"][0]["command"] == [name, "größer"]
+    assert "größer" in content
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"sessions": []}', '{"sessions": [1]}'])
 def test_a_manifest_that_cannot_be_read_is_named_and_kept(tmp_path: Path, content: str) -> None:
     (tmp_path / "manifest.json").write_text(content)
     with pytest.raises(DamagedFileError, match=r"manifest\.json.*move it away"):

@@ -50,7 +50,6 @@ def test_a_dead_actor_keeps_what_it_said_last() -> None:
     record = ActorRecord("policy", 0)
     record.answered(SAID, 100.0)
     record.died("its node is gone")
-    assert record.dead
     assert (record.status.state, record.status.activity, record.status.error) == ("dead", SAID, "its node is gone")
 
 
