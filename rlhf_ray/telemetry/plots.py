@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -112,7 +113,7 @@ def _figure(panels: int) -> "Figure":
 
     # A figure of its own, outside pyplot, draws with Agg and leaves the user's backend and figures alone.
     rows = -(-panels // _COLUMNS)
-    figure = Figure(figsize=(12, 2.7 * rows + 0.2), layout="constrained", facecolor="white")
+    figure = Figure(figsize=(12, 2.7 * rows + 0.2), facecolor="white")
     figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.08, hspace=0.02, wspace=0.02)
     return figure
 
@@ -133,7 +134,7 @@ def _draw(axes: "Axes", panel: Panel, names: Sequence[str], rows: Sequence[Metri
     axes.set_xlabel("step")
     axes.locator_params(axis="x", integer=True, nbins=7)
     axes.locator_params(axis="y", nbins=5)
-    for name, colour in zip(names, _cycle(COLOURS, len(names)), strict=True):
+    for name, colour in zip(names, cycle(COLOURS), strict=False):
         steps, values = _series(rows, name)
         # A curve with few points of its own, such as an evaluation, is not averaged over its neighbours.
         width = window if panel.smooth and len(values) >= len(rows) // 2 else 1
@@ -163,11 +164,8 @@ def _draw_band(axes: "Axes", rows: Sequence[Metrics], mean: str, deviation: str,
 
 def _present(panel: Panel, rows: Sequence[Metrics]) -> list[str]:
     logged = {name for row in rows for name in row}
-    names: list[str] = []
-    for wanted in panel.metrics:
-        found = {name for name in logged if name.startswith("reward/")} if wanted == "reward/*" else {wanted} & logged
-        names += sorted(found - {"reward/mean", "reward/std"} if wanted == "reward/*" else found)
-    return names
+    parts = sorted(name for name in logged - {"reward/mean", "reward/std"} if name.startswith("reward/"))
+    return parts if panel.metrics == ("reward/*",) else [name for name in panel.metrics if name in logged]
 
 
 def _series(rows: Sequence[Metrics], name: str) -> tuple[Series, Series]:
@@ -186,7 +184,3 @@ def _moving_mean(values: Series, window: int) -> Series:
     kernel, half = np.ones(window), window // 2
     sums = np.convolve(values, kernel)[half : half + len(values)]
     return sums / np.convolve(np.ones_like(values), kernel)[half : half + len(values)]
-
-
-def _cycle(colours: Sequence[str], count: int) -> list[str]:
-    return [colours[index % len(colours)] for index in range(count)]

@@ -27,7 +27,6 @@ class StatusReporter:
         recorder: of the driver's spans, which are its phases.
         shards: counts the shards of the step that goes on, None while there are none.
         export: gets what the status actor is told, for other watchers.
-        create: starts the status_actor.
         interval_s: seconds between two looks at what changed.
     """
 
@@ -39,10 +38,9 @@ class StatusReporter:
         *,
         shards: Callable[[], Shards | None],
         export: Callable[[Progress], None],
-        create: Callable[[About], Any] = create_status_actor,
         interval_s: float = 0.5,
     ) -> None:
-        self._about, self._recorder, self._create = about, recorder, create
+        self._about, self._recorder = about, recorder
         self._shards, self._export, self._interval_s = shards, export, interval_s
         self._done: tuple[int, dict[str, float]] = (step, {})
         self._board: Any = None
@@ -50,7 +48,7 @@ class StatusReporter:
         self._thread = threading.Thread(target=self._run, name="status", daemon=True)
 
     def __enter__(self) -> Self:
-        self._board = self._create(self._about)
+        self._board = create_status_actor(self._about)
         self._thread.start()
         return self
 

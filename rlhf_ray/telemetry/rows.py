@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
+
 from rlhf_ray.recovery.files import replace_file
 from rlhf_ray.telemetry.errors import DamagedFileError, StepOrderError
 
@@ -42,7 +44,9 @@ class RowFile:
         """
         if self.last_step is not None and step < self.last_step:
             raise StepOrderError(self.path, step, self.last_step)
-        lines = [json.dumps({"step": step, **row}, ensure_ascii=False, allow_nan=False) for row in rows]
+        # Numpy's numbers, which samples come with, are none to JSON.
+        encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, default=np.generic.item).encode
+        lines = [encode({"step": step, **row}) for row in rows]
         # A lone surrogate in sampled text has no UTF-8; its backslash form is the JSON escape of it.
         self._file.write("".join(line + "\n" for line in lines).encode("utf-8", "backslashreplace"))
         self._file.flush()
