@@ -76,8 +76,8 @@ def write_manifest(
     status_actor: str = "",
     steps: int = 0,
     number_formats: Mapping[str, Mapping[str, str]] | None = None,
-) -> Path:
-    """Append this session (a start or a resumption) to the manifest's `sessions`, and return the manifest's path.
+) -> None:
+    """Append this session (a start or a resumption) to the manifest's `sessions`.
 
     Args:
         run_dir: folder of the run.
@@ -117,7 +117,6 @@ def write_manifest(
         }
     )
     _write(path, manifest)
-    return path
 
 
 def end_session(run_dir: Path, outcome: Outcome, error: str = "") -> None:

@@ -33,7 +33,13 @@ _SHOWN = (
 
 
 class QuietConsole(Console):
-    """A console that falls silent when nobody reads it any more; rich's own ends the process."""
+    """A console whose lines are as long as they are where no terminal limits them, and that falls silent when nobody
+    reads it any more; rich's own ends the process."""
+
+    def __init__(self, *, stderr: bool = False, width: int | None = None) -> None:
+        super().__init__(stderr=stderr, width=width)
+        if width is None and not self.is_terminal:
+            self.width = 1000
 
     def on_broken_pipe(self) -> None:
         self.quiet = True

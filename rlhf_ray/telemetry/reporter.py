@@ -17,17 +17,17 @@ logger = logging.getLogger(__name__)
 
 # The driver is told to be silent after several of these.
 HEARTBEAT_S = 5.0
+_LOOK_EVERY_S = 0.5
 
 
 class StatusReporter:
-    """Tells the status_actor what changed, at most once in `interval_s`.
+    """Tells the status_actor what changed, at most twice a second.
 
     Args:
         about: the run.
         recorder: of the driver's spans, which are its phases.
         shards: counts the shards of the step that goes on, None while there are none.
         export: gets what the status actor is told, for other watchers.
-        interval_s: seconds between two looks at what changed.
     """
 
     def __init__(
@@ -38,10 +38,9 @@ class StatusReporter:
         *,
         shards: Callable[[], Shards | None],
         export: Callable[[Progress], None],
-        interval_s: float = 0.5,
     ) -> None:
         self._about, self._recorder = about, recorder
-        self._shards, self._export, self._interval_s = shards, export, interval_s
+        self._shards, self._export = shards, export
         self._done: tuple[int, dict[str, float]] = (step, {})
         self._board: Any = None
         self._stop = threading.Event()
@@ -78,7 +77,7 @@ class StatusReporter:
 
         told: Progress | None = None
         told_s, answer = 0.0, None
-        while not self._stop.wait(self._interval_s):
+        while not self._stop.wait(_LOOK_EVERY_S):
             progress = self.progress()
             if progress == told and time.monotonic() - told_s < HEARTBEAT_S:
                 continue

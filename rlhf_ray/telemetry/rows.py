@@ -96,7 +96,7 @@ def _parsed_lines(path: Path) -> Iterator[tuple[bytes, Row | None]]:
                 continue
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise DamagedFileError(path, f"line {number} is not JSON: {error}") from None
             if not isinstance(row, dict) or not isinstance(row.get("step"), int):
                 raise DamagedFileError(path, f"line {number} is not an object with an integer step")

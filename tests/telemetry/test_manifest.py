@@ -29,8 +29,8 @@ def _config() -> Job:
 def test_a_session_names_versions_seed_host_cluster_and_command(tmp_path: Path) -> None:
     formats = {"reward.engine.dtype": {"dtype": "float32", "why": "the CPU of this machine is old"}}
     command = ["rlhf-ray", "train", "c.yaml", "api_key=abc"]
-    path = write_manifest(tmp_path / "run", _config(), {"nodes": 2}, command, number_formats=formats)
-    (session,) = json.loads(path.read_text())["sessions"]
+    write_manifest(tmp_path / "run", _config(), {"nodes": 2}, command, number_formats=formats)
+    (session,) = json.loads((tmp_path / "run/manifest.json").read_text())["sessions"]
     assert (session["name"], session["job"], session["seed"]) == ("demo", "reward_model", 7)
     assert session["command"] == ["rlhf-ray", "train", "c.yaml", "api_key=[redacted]"]
     assert session["cluster"] == {"nodes": 2}
