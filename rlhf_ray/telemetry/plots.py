@@ -1,6 +1,6 @@
 """curves.png: how a run went, on one picture."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
@@ -95,9 +95,9 @@ def plot_curves(run_dir: Path) -> Path:
     if not drawn:
         raise TelemetryError(f"{run_dir / 'metrics.jsonl'} has none of the metrics that are drawn: finish a step first")
     with matplotlib.rc_context(STYLE):
-        figure = _figure(len(drawn))
+        figure, grid = _layout(len(drawn))
         window = _window(len(rows))
-        for axes, (panel, names) in zip(_grid(figure, len(drawn)), drawn, strict=True):
+        for axes, (panel, names) in zip(grid, drawn, strict=True):
             _draw(axes, panel, names, rows, window)
         if window > 1:
             note = f"faint: each step · bold: mean over {window} steps"
@@ -108,24 +108,17 @@ def plot_curves(run_dir: Path) -> Path:
     return path
 
 
-def _figure(panels: int) -> "Figure":
+def _layout(panels: int) -> tuple["Figure", list["Axes"]]:
+    """A figure and its axes row by row; the first is as wide as it takes to leave no gap at the end."""
     from matplotlib.figure import Figure
 
+    rows, wide = -(-panels // _COLUMNS), 1 + -panels % _COLUMNS
     # A figure of its own, outside pyplot, draws with Agg and leaves the user's backend and figures alone.
-    rows = -(-panels // _COLUMNS)
     figure = Figure(figsize=(12, 2.7 * rows + 0.2), facecolor="white")
     figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.08, hspace=0.02, wspace=0.02)
-    return figure
-
-
-def _grid(figure: "Figure", panels: int) -> Iterator["Axes"]:
-    """Axes row by row; the first is as wide as it takes to leave no gap at the end."""
-    wide = 1 + -panels % _COLUMNS
-    rows = -(-panels // _COLUMNS)
     grid = figure.add_gridspec(rows, _COLUMNS)
-    yield figure.add_subplot(grid[0, :wide])
-    for cell in range(wide, rows * _COLUMNS):
-        yield figure.add_subplot(grid[cell // _COLUMNS, cell % _COLUMNS])
+    cells = [grid[0, :wide], *(grid[cell // _COLUMNS, cell % _COLUMNS] for cell in range(wide, rows * _COLUMNS))]
+    return figure, [figure.add_subplot(cell) for cell in cells]
 
 
 def _draw(axes: "Axes", panel: Panel, names: Sequence[str], rows: Sequence[Metrics], window: int) -> None:
