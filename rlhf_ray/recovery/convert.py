@@ -2,10 +2,10 @@
 
 import os
 import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from transformers import PreTrainedModel
@@ -181,15 +181,13 @@ def _fill(model: PreTrainedModel, weights: Mapping[str, torch.Tensor], checkpoin
 def _write(
     model: PreTrainedModel, adapter: Adapter | None, scale: ScoreScale | None, source: ModelSource, out: Path
 ) -> None:
-    partial = out.with_name(f"{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        save_model(model, partial)
-        write_scale(partial, scale)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=".export-", dir=out.parent) as scratch:
+        whole = Path(scratch) / "model"
+        save_model(model, whole)
+        write_scale(whole, scale)
         tokenizer = heads.load_tokenizer(source.path, trust_remote_code=source.trust_remote_code)
-        tokenizer.save_pretrained(partial)
+        tokenizer.save_pretrained(whole)
         if adapter is not None:
-            adapter.write(partial / ADAPTER_FOLDER)
-        os.rename(partial, out)  # an empty folder is replaced
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+            adapter.write(whole / ADAPTER_FOLDER)
+        os.rename(whole, out)  # an empty folder is replaced
