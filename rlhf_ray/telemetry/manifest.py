@@ -144,7 +144,7 @@ def last_session(run_dir: Path) -> Session:
         return TypeAdapter(Session).validate_python(_read(path)["sessions"][-1])
     except ValidationError as error:
         first = error.errors()[0]
-        reason = ": ".join([*([".".join(map(str, first["loc"]))] if first["loc"] else []), first["msg"]])
+        reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
         raise DamagedFileError(path, f"its last session is not as those of this version are: {reason}") from None
 
 
