@@ -20,23 +20,18 @@ class Platform:
     Attributes:
         device: of models and batches.
         collectives: torch.distributed backend between the ranks of a role.
-        weight_transfer: vLLM weight-transfer backends from the policy to rollout engines: on other devices, and on its
-            own, where NCCL refuses two processes and CUDA shares memory between them.
-        deepspeed: accelerator name for DeepSpeed.
     """
 
     device: torch.device
     collectives: Literal["nccl", "gloo"]
-    weight_transfer: tuple[TransferBackend, TransferBackend]
-    deepspeed: Literal["cuda", "cpu"]
 
 
 @cache
 def platform() -> Platform:
     """The platform of this process. Ray shows an actor only the GPU that was reserved for it."""
     if torch.cuda.is_available():
-        return Platform(torch.device("cuda", 0), "nccl", ("nccl", "ipc"), "cuda")
-    return Platform(torch.device("cpu"), "gloo", ("gloo", "gloo"), "cpu")
+        return Platform(torch.device("cuda", 0), "nccl")
+    return Platform(torch.device("cpu"), "gloo")
 
 
 def attention_of(device: str, dtype: torch.dtype) -> Attention:
@@ -74,9 +69,11 @@ def device_count() -> int:
 
 
 def transfer_backend(same_devices: bool) -> TransferBackend:
-    """How weights get to engines that sit on the policy's devices, or on others."""
-    apart, together = platform().weight_transfer
-    return together if same_devices else apart
+    """vLLM's weight-transfer backend to engines that sit on the policy's devices, or on others. NCCL refuses two
+    processes on one device, where CUDA shares memory between them."""
+    if platform().device.type == "cpu":
+        return "gloo"
+    return "ipc" if same_devices else "nccl"
 
 
 def machine_name() -> str:
@@ -129,14 +126,13 @@ def cpu_products(cpuinfo: str, environ: Mapping[str, str]) -> CpuProducts:
     flags = next((value.split() for key, _, value in lines if key.strip() == "flags"), [])
     variable = next((name for name in ISA_VARIABLES if environ.get(name)), None)
     most = "" if variable is None else environ[variable].upper()
-    if most in _AVX2_SETS:
-        return CpuProducts(False, f"is held to {most} by {variable}", _WITHOUT)
-    if most in _AVX512_SETS:
-        return CpuProducts(False, f"is held to {most} by {variable}", _WITH_AVX512 if "avx512f" in flags else _WITHOUT)
+    times_as_long = _WITH_AVX512 if "avx512f" in flags and most not in _AVX2_SETS else _WITHOUT
+    if most in (*_AVX2_SETS, *_AVX512_SETS):
+        return CpuProducts(False, f"is held to {most} by {variable}", times_as_long)
     has = [flag for flag in _BFLOAT16_FLAGS if flag in flags]
     if has:
         return CpuProducts(True, f"has {' and '.join(flag.upper() for flag in has)}")
-    return CpuProducts(False, "has neither AVX512_BF16 nor AMX", _WITH_AVX512 if "avx512f" in flags else _WITHOUT)
+    return CpuProducts(False, "has neither AVX512_BF16 nor AMX", times_as_long)
 
 
 def cores() -> int:

@@ -45,6 +45,18 @@ main = typer.Typer(
 main.add_typer(data, name="data")
 
 
+def _show_version(asked: bool) -> None:
+    if asked:
+        from importlib import metadata
+
+        try:
+            number = metadata.version("rlhf_ray")
+        except metadata.PackageNotFoundError:
+            number = "(not installed: run from its sources)"
+        typer.echo(f"rlhf-ray {number}")
+        raise typer.Exit
+
+
 @main.callback()
 def rlhf_ray(
     verbose: Annotated[
@@ -52,7 +64,7 @@ def rlhf_ray(
     ] = False,
     version: Annotated[
         bool,
-        typer.Option("--version", is_eager=True, callback=lambda asked: _show_version(asked), help="Show the version."),
+        typer.Option("--version", is_eager=True, callback=_show_version, help="Show the version."),
     ] = False,
 ) -> None:
     """Align language models on a Ray cluster: PPO and reward models with DeepSpeed and vLLM.
@@ -71,18 +83,6 @@ def rlhf_ray(
     setup_logging(logging.DEBUG if verbose else logging.INFO)
     quiet_libraries(verbose)
     _import_from_here()
-
-
-def _show_version(asked: bool) -> None:
-    if asked:
-        from importlib import metadata
-
-        try:
-            number = metadata.version("rlhf_ray")
-        except metadata.PackageNotFoundError:
-            number = "(not installed: run from its sources)"
-        typer.echo(f"rlhf-ray {number}")
-        raise typer.Exit
 
 
 @main.command(short_help="Make models and data of the examples.")

@@ -25,7 +25,7 @@ FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 
 # By name, since importing the modules that define them would load torch or Ray.
 _BAD_INPUT = frozenset(
-    {"ConfigError", "ExportError", "PackageError", "PlanError", "ResumeError", "ShapeError", "UnknownJob"}
+    {"ConfigError", "ExportError", "PackageTooLarge", "PlanError", "ResumeError", "ShapeError", "UnknownJob"}
 )
 
 

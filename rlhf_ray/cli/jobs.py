@@ -177,7 +177,8 @@ def _results_within(job: "Job", working_dir: Path) -> list[str]:
 
 
 def _checked_id(job_id: str) -> str:
-    # It becomes part of addresses and of the name of a log file.
-    if not re.fullmatch(r"[A-Za-z0-9_.-]{1,100}", job_id):
-        raise typer.BadParameter(f"{job_id!r} is not made of at most 100 letters, digits, . _ -", param_hint="--id")
+    # It becomes part of addresses, in which `..` is another one, of the name of a log file, and an argument.
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}", job_id):
+        problem = f"{job_id!r} is not made of at most 100 letters, digits, . _ -, or begins with . or -"
+        raise typer.BadParameter(problem, param_hint="--id")
     return job_id

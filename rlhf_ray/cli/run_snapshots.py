@@ -1,10 +1,7 @@
 """Where the status of runs comes from: the status actors of a cluster while they go on, their folders afterwards."""
 
 import logging
-from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from rlhf_ray.cluster.client import ClusterClient
 from rlhf_ray.cluster.session import ClusterError
@@ -32,7 +29,6 @@ class FolderSight:
 
     def __init__(self, folder: Path, address: str | None) -> None:
         self._folder, self._address = folder, address
-        self._stack = ExitStack()
         self._client: ClusterClient | None = None
         self._told = ""
 
@@ -46,25 +42,23 @@ class FolderSight:
         if session.end is None:
             try:
                 if self._client is None:
-                    self._client = self._stack.enter_context(ClusterClient(self._address or session.address, _LOOK_S))
+                    self._client = ClusterClient(self._address or session.address, _LOOK_S)
                 found = self._client.ask(read_status_actor, session.status_actor, _ANSWER_S)
             except ClusterError as error:
                 if self._address is not None:
                     raise
                 if str(error) != self._told:
                     logger.warning("%s; what follows is from the run's folder", error)
+                self.close()
                 self._client, found, self._told = None, None, str(error)
             if found is not None:
                 return [found]
         return [read_record(self._folder)]  # anew: it may have ended just then
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stack.close()
+    def close(self) -> None:
+        """Leave the cluster."""
+        if self._client is not None:
+            self._client.close()
 
 
 class ClusterSight:
@@ -99,12 +93,8 @@ class ClusterSight:
         self._looked = True
         return list(found)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
+        """Leave the cluster."""
         self._client.close()
 
 

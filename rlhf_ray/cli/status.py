@@ -2,6 +2,7 @@
 
 import os
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -52,11 +53,11 @@ def status(
     """
     from rlhf_ray.cli.status_screen import Screen
 
-    with _sight_of(run, address) as record, Screen(live=watch, as_json=as_json) as screen:
+    with closing(_sight_of(run, address)) as record, Screen(live=watch, as_json=as_json) as screen:
         while True:
             found = record.look()
             screen.show(found)
-            if not (watch and any(snapshot.goes_on for snapshot in found)):
+            if not (watch and any(snapshot.state == "running" for snapshot in found)):
                 return
             time.sleep(every)
 

@@ -5,7 +5,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import groupby
-from types import TracebackType
 from typing import Self
 
 from rich.console import Group, RenderableType
@@ -39,8 +38,7 @@ class Screen:
     """
 
     def __init__(self, *, live: bool, as_json: bool) -> None:
-        # Lines are as long as they are where no terminal limits them.
-        self._console = QuietConsole() if QuietConsole().is_terminal else QuietConsole(width=1000)
+        self._console = QuietConsole()
         on_terminal = live and not as_json and self._console.is_terminal
         self._live = Live(console=self._console, auto_refresh=False) if on_terminal else None
         self._json = as_json
@@ -51,9 +49,7 @@ class Screen:
             self._live.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._live is not None:
             self._live.stop()
 
@@ -61,7 +57,7 @@ class Screen:
         """All runs of one look."""
         if self._json:
             for snapshot in found:
-                line = json.dumps({"state": state_of(snapshot), **asdict(snapshot)}, ensure_ascii=False)
+                line = json.dumps({"state": snapshot.state, **asdict(snapshot)}, ensure_ascii=False)
                 self._console.out(line, highlight=False)
             return
         if self._live is not None:
@@ -85,11 +81,6 @@ class Screen:
             if now != before:
                 self._shown[snapshot.run_dir] = now
                 self._console.print(" · ".join(filter(None, now)), soft_wrap=True, markup=False, highlight=False)
-
-
-def state_of(snapshot: Snapshot) -> str:
-    """In a word."""
-    return snapshot.state if isinstance(snapshot, RunRecord) else "running"
 
 
 def _change(snapshot: Snapshot) -> tuple[str, ...]:
@@ -171,14 +162,15 @@ def _last_step(progress: Progress) -> Iterator[tuple[str, str]]:
 
 def actor_table(run: RunStatus) -> Table:
     """A row for each actor, or for neighbours that do the same."""
-    rows = [_row(actors, run.now_s, _node_names(run.actors)) for actors in _together(run.actors)]
+    nodes = _node_names(run.actors)
+    rows = [_row(actors, run.now_s, nodes) for actors in _together(run.actors)]
     names = ["actor", "node", "process", "state", "phase", "for", "memory", "device", "requests", "weights"]
-    used = [number for number in range(len(names)) if any(row[number].plain for row in rows)]
+    used = [name for name in names if any(row.get(name) for row in rows)]
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    for number in used:
-        table.add_column(names[number], no_wrap=True)
+    for name in used:
+        table.add_column(name, no_wrap=True)
     for row in rows:
-        table.add_row(*(row[number] for number in used))
+        table.add_row(*(row.get(name, Text()) for name in used))
     return table
 
 
@@ -203,40 +195,40 @@ def _node_names(actors: Sequence[ActorStatus]) -> dict[str, str]:
     return {id_: f"{at} ({id_[:4]})" if shared[at] > 1 else at for id_, at in addresses.items()}
 
 
-def _row(actors: Sequence[ActorStatus], now_s: float, nodes: Mapping[str, str]) -> list[Text]:
+def _row(actors: Sequence[ActorStatus], now_s: float, nodes: Mapping[str, str]) -> dict[str, Text]:
+    """What is known, by column."""
     first = actors[0]
     name = first.name if len(actors) == 1 else f"{first.name}–{actors[-1].rank}"
     state = Text(first.state, style=_COLOURS[first.state])
     if first.state == "silent" and first.heard_s is not None:
         state.append(f" for {duration(now_s - first.heard_s)}")
+    cells = {"actor": Text(name), "state": state}
     said = [actor.activity for actor in actors if actor.activity is not None]
     if not said:
-        return [Text(name), Text(), Text(), state, *(Text() for _ in range(6))]
+        return cells
     at = said[0]
     devices = [one.device_bytes for one in said if one.device_bytes is not None]
     running = [one.running for one in said if one.running is not None]
     waiting = [one.waiting for one in said if one.waiting is not None]
     versions = sorted({one.version for one in said if one.version is not None})
-    cells: list[str | Text] = [
-        name,
-        nodes[at.node_id],
-        str(at.pid) if len(said) == 1 else "",
-        state,
-        at.phase or "idle",
-        duration(now_s - min(one.since_s for one in said)) if first.state != "dead" else "",
-        _most([_size(one.host_bytes) for one in said], [one.host_bytes for one in said]),
-        _most([f"{_size(used)} of {_size(all_)}" for used, all_ in devices], [used for used, _ in devices]),
-        f"{sum(running)} running, {sum(waiting)} waiting" if running else "",
-        "–".join(f"{version}" for version in dict.fromkeys((*versions[:1], *versions[-1:]))),
-    ]
-    return [cell if isinstance(cell, Text) else Text(cell) for cell in cells]
+    words = {
+        "node": nodes[at.node_id],
+        "process": str(at.pid) if len(said) == 1 else "",
+        "phase": at.phase or "idle",
+        "for": duration(now_s - min(one.since_s for one in said)) if first.state != "dead" else "",
+        "memory": _most([(one.host_bytes, _size(one.host_bytes)) for one in said]),
+        "device": _most([(used, f"{_size(used)} of {_size(total)}") for used, total in devices]),
+        "requests": f"{sum(running)} running, {sum(waiting)} waiting" if running else "",
+        "weights": "–".join(f"{version}" for version in dict.fromkeys((*versions[:1], *versions[-1:]))),
+    }
+    return cells | {column: Text(word) for column, word in words.items()}
 
 
-def _most(shown: Sequence[str], sizes: Sequence[int]) -> str:
-    """The largest, said to be that when it stands for several."""
+def _most(sizes: Sequence[tuple[int, str]]) -> str:
+    """The largest, in words, said to be that when it stands for several."""
     if not sizes:
         return ""
-    largest = shown[max(range(len(sizes)), key=lambda number: sizes[number])]
+    _, largest = max(sizes)
     return largest if len(sizes) == 1 else f"≤ {largest}"
 
 

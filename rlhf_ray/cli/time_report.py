@@ -4,7 +4,6 @@ from collections.abc import Iterator, Sequence
 from shlex import quote
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -32,7 +31,7 @@ _NONE_FITS = (
 
 def print_time(step: StepTime, lengths: Lengths, known: Sequence[Calibration]) -> None:
     """What a step takes, and who idles meanwhile."""
-    console = _console()
+    console = QuietConsole()
     console.print(Text(f"One step, in seconds: {_seconds(step.seconds)}", "bold"))
     table = _table("phase", "seconds")
     for phase, seconds in step.phases.items():
@@ -50,7 +49,7 @@ def print_time(step: StepTime, lengths: Lengths, known: Sequence[Calibration]) -
 
 def print_proposals(found: Sequence[Proposal], lengths: Lengths, known: Sequence[Calibration]) -> None:
     """The fastest placements that fit, as overrides to give."""
-    console = _console()
+    console = QuietConsole()
     if not found:
         console.print(Text(_NONE_FITS, "bold red"))
         return
@@ -106,8 +105,3 @@ def _table(*columns: str) -> Table:
     for number, column in enumerate(columns):
         table.add_column(column, justify="right" if number else "left")
     return table
-
-
-def _console() -> Console:
-    console = QuietConsole()
-    return console if console.is_terminal else QuietConsole(width=160)

@@ -108,10 +108,8 @@ def matches(selector: str, value: str | None) -> bool:
 
 
 def can_take(request: Request, node: Node) -> bool:
-    """Whether a node has the labels and, when nobody else takes any, the resources of one place of a role."""
-    return all(matches(selector, node.labels.get(label)) for label, selector in request.labels.items()) and all(
-        node.resources.get(key, 0.0) >= amount for key, amount in request.resources.items()
-    )
+    """Whether a node has what one block of a role's bundles takes, when nobody else takes any of it."""
+    return _capacity(request, node, node.resources) > 0
 
 
 def _in_order(requests: Sequence[Request], nodes: Sequence[Node]) -> Assignment:
@@ -132,7 +130,7 @@ def _choices(request: Request, nodes: Sequence[Node]) -> int:
 
 
 def _capacity(request: Request, node: Node, free: dict[str, float]) -> int:
-    """Places that a node can take, a multiple of the block."""
+    """Bundles that a node can take, a multiple of the block."""
     if any(not matches(selector, node.labels.get(label)) for label, selector in request.labels.items()):
         return 0
     # Ray counts in ten-thousandths: without rounding, sums of shares would miss the whole by less than that.

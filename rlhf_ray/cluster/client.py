@@ -7,8 +7,7 @@ import signal
 import socket
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 import ray
 
@@ -42,15 +41,11 @@ class ClusterClient:
         self._process = context.Process(target=_serve, args=(theirs, address), daemon=True)
         self._process.start()
         theirs.close()
-        self._receive(_JOIN_S)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+        try:
+            self._receive(_JOIN_S)
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         """End the child."""

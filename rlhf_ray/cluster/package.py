@@ -29,12 +29,8 @@ _SHOWN = 5
 _MIB = 2**20
 
 
-class PackageError(Exception):
-    """A working directory that can't be sent."""
-
-
-class PackageTooLarge(PackageError):
-    """The files are more than Ray takes.
+class PackageTooLarge(Exception):
+    """The files of a working directory are more than Ray takes.
 
     Attributes:
         folder: that was to be sent.

@@ -89,7 +89,7 @@ def _connect(cluster: Cluster, name: str) -> None:
     # The first failure ends a job with its own error; Ray would print those of all other calls after it.
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     options: dict[str, Any] = {"namespace": name, "log_to_driver": False, "logging_level": logging.WARNING}
-    address = _address(cluster)
+    address = joined_address(cluster)
     if address is not None:
         show_token(address)
         _check_answers(address)
@@ -103,14 +103,10 @@ def _connect(cluster: Cluster, name: str) -> None:
         logger.info("started a local Ray cluster with %s", describe(ray.cluster_resources()))
 
 
-def _address(cluster: Cluster) -> str | None:
-    address = cluster.address or os.environ.get("RAY_ADDRESS")
-    return None if address == "local" else address
-
-
 def joined_address(cluster: Cluster) -> str | None:
     """Address of the cluster that a session joins; None where it starts one on this machine."""
-    return _address(cluster)
+    address = cluster.address or os.environ.get("RAY_ADDRESS")
+    return None if address == "local" else address
 
 
 def _check_answers(address: str) -> None:
@@ -133,7 +129,7 @@ def _check_answers(address: str) -> None:
 
 def _why(cluster: Cluster, error: Exception) -> str:
     """In words, with the cure."""
-    address = _address(cluster)
+    address = joined_address(cluster)
     if address is None:
         return f"a local Ray cluster can't be started: {error}"
     setting = "cluster.address" if cluster.address else "RAY_ADDRESS"

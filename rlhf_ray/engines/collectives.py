@@ -37,7 +37,7 @@ def join_collectives(rendezvous: Rendezvous) -> None:
         LOCAL_RANK="0",  # Ray shows each rank only its own device
         MASTER_ADDR=rendezvous.host,
         MASTER_PORT=str(rendezvous.port),
-        DS_ACCELERATOR=platform().deepspeed,
+        DS_ACCELERATOR=platform().device.type,
     )
     import deepspeed
 

@@ -2,19 +2,16 @@
 
 import os
 import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from tempfile import TemporaryDirectory
 
 import torch
 from transformers import PreTrainedModel
 
-from rlhf_ray.config.jobs import Job
 from rlhf_ray.config.loading import load_config
-from rlhf_ray.config.roles import RoleSpec
-from rlhf_ray.config.training import Dtype, Lora, TrainingEngine
+from rlhf_ray.config.roles import ModelSource, RoleSpec
 from rlhf_ray.engines.saved_weights import saved_weights
 from rlhf_ray.models import heads
 from rlhf_ray.models.folder_checks import read_generation_config
@@ -25,8 +22,6 @@ from rlhf_ray.models.score_scale import ScoreScale, write_scale
 from rlhf_ray.models.weights import model_weights
 from rlhf_ray.recovery.checkpoints import CheckpointStore, checkpoint_metrics
 from rlhf_ray.recovery.seal import CheckpointError, verify
-
-_DTYPES: dict[Dtype, torch.dtype] = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 class ExportError(Exception):
@@ -52,33 +47,6 @@ class Exported:
     adapter: Path | None
 
 
-@dataclass(frozen=True)
-class _TrainedModel:
-    """A role's entry in the config: where its model came from, how it was held, and whether it was trained to score,
-    so that the scale of its scores is known."""
-
-    source: str
-    dtype: Dtype
-    scalar: bool
-    trust_remote_code: bool
-    lora: Lora | None
-    scored: bool
-
-    @classmethod
-    def of(cls, role: RoleSpec) -> Self:
-        assert role.model is not None
-        assert isinstance(role.engine, TrainingEngine)
-        scalar = role.kind == "scalar"
-        return cls(
-            role.model.path,
-            role.engine.dtype,
-            scalar,
-            role.model.trust_remote_code,
-            role.lora,
-            scored=scalar and role.exported,
-        )
-
-
 def export_checkpoint(source: Path, out: Path, role: str | None = None) -> Exported:
     """Write the model of a checkpoint to `out`, adapters merged and beside it: complete, or not at all.
 
@@ -99,17 +67,21 @@ def export_checkpoint(source: Path, out: Path, role: str | None = None) -> Expor
     out = out.resolve()
     _check_free(out)
     run_dir, checkpoint = _find(source.resolve())
-    trained = _trained_models(load_config(run_dir / "config.yaml"))
-    role = next(iter(trained)) if role is None else role
-    if role not in trained:
-        raise ExportError(f"the run in {run_dir} trained no {role}, only {' and '.join(trained)}: see --role")
+    # The one that the job is about comes first.
+    roles = {spec.name: spec for spec in load_config(run_dir / "config.yaml").roles if spec.trained}
+    role = next(iter(roles)) if role is None else role
+    if role not in roles:
+        raise ExportError(f"the run in {run_dir} trained no {role}, only {' and '.join(roles)}: see --role")
     if not (checkpoint / role).is_dir():
         raise CheckpointError(checkpoint, f"holds no {role}, although the run's config.yaml trains one")
-    model, adapter = _rebuild(trained[role], checkpoint, role)
-    scale = ScoreScale.of_metrics(checkpoint_metrics(checkpoint)) if trained[role].scored else None
-    _write(model, adapter, scale, trained[role], out)
-    written = None if adapter is None else out / ADAPTER_FOLDER
-    return Exported(out, checkpoint, role, trained[role].scalar, written)
+    trained, source_model = roles[role], roles[role].model
+    assert source_model is not None
+    model, adapter = _rebuild(trained, source_model, checkpoint)
+    scalar = trained.kind == "scalar"
+    # What was trained to score, unlike a critic, has a scale that is known.
+    scale = ScoreScale.of_metrics(checkpoint_metrics(checkpoint)) if scalar and trained.exported else None
+    _write(model, adapter, scale, source_model, out)
+    return Exported(out, checkpoint, role, scalar, None if adapter is None else out / ADAPTER_FOLDER)
 
 
 def _check_free(out: Path) -> None:
@@ -138,35 +110,36 @@ def _find(source: Path) -> tuple[Path, Path]:
     return source, newest.folder
 
 
-def _trained_models(config: Job) -> dict[str, _TrainedModel]:
-    """By role; the one that the job is about comes first."""
-    return {role.name: _TrainedModel.of(role) for role in config.roles if role.trained}
-
-
-def _rebuild(trained: _TrainedModel, checkpoint: Path, role: str) -> tuple[PreTrainedModel, Adapter | None]:
-    dtype = _DTYPES[trained.dtype]
-    model = _without_weights(trained, dtype)
+def _rebuild(role: RoleSpec, source: ModelSource, checkpoint: Path) -> tuple[PreTrainedModel, Adapter | None]:
+    assert role.model_engine is not None
+    dtype: torch.dtype = getattr(torch, role.model_engine.dtype)
+    model = _without_weights(role, source, dtype)
     try:
-        weights = saved_weights(checkpoint / role, dtype)
+        weights = saved_weights(checkpoint / role.name, dtype)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise CheckpointError(checkpoint, f"its {role} can't be read: {error}") from error
-    what = f"{role} from {trained.source!r}"
+        raise CheckpointError(checkpoint, f"its {role.name} can't be read: {error}") from error
+    what = f"{role.name} from {source.path!r}"
     adapter = None
-    if trained.lora is not None:
-        weights, adapter = _merge(weights, trained, trained.lora, checkpoint, what)
+    if role.lora is not None:
+        weights, adapter = _merge(weights, role, source, dtype, checkpoint, what)
     _fill(model, weights, checkpoint, what)
     return model, adapter
 
 
 def _merge(
-    saved: Mapping[str, torch.Tensor], trained: _TrainedModel, lora: Lora, checkpoint: Path, what: str
+    saved: Mapping[str, torch.Tensor],
+    role: RoleSpec,
+    source: ModelSource,
+    dtype: torch.dtype,
+    checkpoint: Path,
+    what: str,
 ) -> tuple[dict[str, torch.Tensor], Adapter]:
     """All weights of the base model with the saved adapters in them, and the adapter by itself."""
-    dtype, trust = _DTYPES[trained.dtype], trained.trust_remote_code
+    trust = source.trust_remote_code
     model = (
-        heads.load_scalar(trained.source, dtype=dtype, trust_remote_code=trust, lora=lora)
-        if trained.scalar
-        else heads.load_causal(trained.source, dtype=dtype, vocab_chunk_tokens=1, trust_remote_code=trust, lora=lora)
+        heads.load_scalar(source.path, dtype=dtype, trust_remote_code=trust, lora=role.lora)
+        if role.kind == "scalar"
+        else heads.load_causal(source.path, dtype=dtype, vocab_chunk_tokens=1, trust_remote_code=trust, lora=role.lora)
     )
     try:
         model.load_state_dict({f"model.{name}": tensor for name, tensor in saved.items()})
@@ -179,15 +152,14 @@ def _merge(
     return merged, adapter
 
 
-def _without_weights(trained: _TrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+def _without_weights(role: RoleSpec, source: ModelSource, dtype: torch.dtype) -> PreTrainedModel:
+    scalar, trust = role.kind == "scalar", source.trust_remote_code
     try:
-        model = heads.empty_model(
-            trained.source, scalar=trained.scalar, dtype=dtype, trust_remote_code=trained.trust_remote_code
-        )
+        model = heads.empty_model(source.path, scalar=scalar, dtype=dtype, trust_remote_code=trust)
     except ModelError as error:
         note = "config, tokenizer and code of an export come from there; a relative path counts from the current folder"
-        raise ModelError(trained.source, f"{error.reason} ({note})") from error
-    read_generation_config(model, trained.source)
+        raise ModelError(source.path, f"{error.reason} ({note})") from error
+    read_generation_config(model, source.path)
     return model
 
 
@@ -207,17 +179,15 @@ def _fill(model: PreTrainedModel, weights: Mapping[str, torch.Tensor], checkpoin
 
 
 def _write(
-    model: PreTrainedModel, adapter: Adapter | None, scale: ScoreScale | None, trained: _TrainedModel, out: Path
+    model: PreTrainedModel, adapter: Adapter | None, scale: ScoreScale | None, source: ModelSource, out: Path
 ) -> None:
-    partial = out.with_name(f"{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        save_model(model, partial)
-        write_scale(partial, scale)
-        tokenizer = heads.load_tokenizer(trained.source, trust_remote_code=trained.trust_remote_code)
-        tokenizer.save_pretrained(partial)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=".export-", dir=out.parent) as scratch:
+        whole = Path(scratch) / "model"
+        save_model(model, whole)
+        write_scale(whole, scale)
+        tokenizer = heads.load_tokenizer(source.path, trust_remote_code=source.trust_remote_code)
+        tokenizer.save_pretrained(whole)
         if adapter is not None:
-            adapter.write(partial / ADAPTER_FOLDER)
-        os.rename(partial, out)  # an empty folder is replaced
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+            adapter.write(whole / ADAPTER_FOLDER)
+        os.rename(whole, out)  # an empty folder is replaced

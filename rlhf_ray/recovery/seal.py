@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from rlhf_ray.recovery.files import replace_file
+from rlhf_ray.recovery.files import replace_file, sync
 
 COMMITTED = "COMMITTED"
 _BLOCK_BYTES = 4 << 20
@@ -66,7 +66,7 @@ def seal(folder: Path, step: int) -> None:
         content = _Seal(format=1, step=step, files=dict(zip(names, facts, strict=True)))
     # The last two make the folder itself last: run_dir/checkpoints, and run_dir that may have just got it.
     for changed in (*folders, folder, folder.parent, folder.parent.parent):
-        _sync(changed)
+        sync(changed)
     replace_file(folder / COMMITTED, content.model_dump_json().encode())
 
 
@@ -114,7 +114,7 @@ def verify(folder: Path, step: int) -> None:
 def remove(folder: Path) -> None:
     """`COMMITTED` goes first, so that a folder half removed never looks complete."""
     (folder / COMMITTED).unlink(missing_ok=True)
-    _sync(folder)
+    sync(folder)
     shutil.rmtree(folder)
 
 
@@ -132,7 +132,7 @@ def _contents(folder: Path) -> tuple[list[Path], list[Path]]:
 
 
 def _synced(path: Path) -> _File:
-    _sync(path)
+    sync(path)
     return _File(size=path.stat().st_size, crc32=_crc32(path))
 
 
@@ -143,11 +143,3 @@ def _crc32(path: Path) -> int:
         while count := file.readinto(block):
             checksum = zlib.crc32(block[:count], checksum)
     return checksum
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

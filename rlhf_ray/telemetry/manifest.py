@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import AliasPath, Field, TypeAdapter, ValidationError
 
 import rlhf_ray
 from rlhf_ray.cluster.libraries import LIBRARIES
@@ -58,12 +60,12 @@ class Session:
     name: str
     job: str
     started_utc: str
-    address: str
+    address: Annotated[str, Field(validation_alias=AliasPath("cluster", "gcs_address"))]
     status_actor: str
-    host: str
+    host: Annotated[str, Field(validation_alias=AliasPath("host", "name"))]
     pid: int
     steps: int
-    end: End | None
+    end: End | None = None
 
 
 def write_manifest(
@@ -74,8 +76,8 @@ def write_manifest(
     status_actor: str = "",
     steps: int = 0,
     number_formats: Mapping[str, Mapping[str, str]] | None = None,
-) -> Path:
-    """Append this session (a start or a resumption) to the manifest's `sessions`, and return the manifest's path.
+) -> None:
+    """Append this session (a start or a resumption) to the manifest's `sessions`.
 
     Args:
         run_dir: folder of the run.
@@ -115,7 +117,6 @@ def write_manifest(
         }
     )
     _write(path, manifest)
-    return path
 
 
 def end_session(run_dir: Path, outcome: Outcome, error: str = "") -> None:
@@ -140,21 +141,11 @@ def last_session(run_dir: Path) -> Session:
     """
     path = run_dir / "manifest.json"
     try:
-        session = _read(path)["sessions"][-1]
-        end = session.get("end")
-        return Session(
-            name=session["name"],
-            job=session["job"],
-            started_utc=session["started_utc"],
-            address=session["cluster"]["gcs_address"],
-            status_actor=session["status_actor"],
-            host=session["host"]["name"],
-            pid=session["pid"],
-            steps=session["steps"],
-            end=None if end is None else End(end["utc"], end["outcome"], end["error"]),
-        )
-    except (KeyError, IndexError) as error:
-        raise DamagedFileError(path, f"its last session has no {error}, as those of this version have") from None
+        return TypeAdapter(Session).validate_python(_read(path)["sessions"][-1])
+    except ValidationError as error:
+        first = error.errors()[0]
+        reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        raise DamagedFileError(path, f"its last session is not as those of this version are: {reason}") from None
 
 
 def git_state(folder: Path, timeout_s: float = 10.0) -> dict[str, Any] | None:
@@ -236,7 +227,9 @@ def _git(folder: Path, timeout_s: float, *arguments: str) -> str:
 
 
 def _write(path: Path, manifest: dict[str, Any]) -> None:
-    replace_file(path, (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode())
+    text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
+    # A lone surrogate, of a file name or a sampled text, has no UTF-8; its backslash form is the JSON escape of it.
+    replace_file(path, text.encode("utf-8", "backslashreplace"))
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -252,6 +245,7 @@ def _read(path: Path) -> dict[str, Any]:
         manifest = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise DamagedFileError(path, f"is not JSON: {error}") from None
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("sessions"), list):
+    sessions = manifest.get("sessions") if isinstance(manifest, dict) else None
+    if not isinstance(sessions, list) or not sessions or not all(isinstance(session, dict) for session in sessions):
         raise DamagedFileError(path, "is not a manifest with a list of sessions")
     return manifest

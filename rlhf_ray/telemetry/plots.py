@@ -1,7 +1,8 @@
 """curves.png: how a run went, on one picture."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,9 +95,9 @@ def plot_curves(run_dir: Path) -> Path:
     if not drawn:
         raise TelemetryError(f"{run_dir / 'metrics.jsonl'} has none of the metrics that are drawn: finish a step first")
     with matplotlib.rc_context(STYLE):
-        figure = _figure(len(drawn))
+        figure, grid = _layout(len(drawn))
         window = _window(len(rows))
-        for axes, (panel, names) in zip(_grid(figure, len(drawn)), drawn, strict=True):
+        for axes, (panel, names) in zip(grid, drawn, strict=True):
             _draw(axes, panel, names, rows, window)
         if window > 1:
             note = f"faint: each step · bold: mean over {window} steps"
@@ -107,24 +108,17 @@ def plot_curves(run_dir: Path) -> Path:
     return path
 
 
-def _figure(panels: int) -> "Figure":
+def _layout(panels: int) -> tuple["Figure", list["Axes"]]:
+    """A figure and its axes row by row; the first is as wide as it takes to leave no gap at the end."""
     from matplotlib.figure import Figure
 
+    rows, wide = -(-panels // _COLUMNS), 1 + -panels % _COLUMNS
     # A figure of its own, outside pyplot, draws with Agg and leaves the user's backend and figures alone.
-    rows = -(-panels // _COLUMNS)
-    figure = Figure(figsize=(12, 2.7 * rows + 0.2), layout="constrained", facecolor="white")
+    figure = Figure(figsize=(12, 2.7 * rows + 0.2), facecolor="white")
     figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.08, hspace=0.02, wspace=0.02)
-    return figure
-
-
-def _grid(figure: "Figure", panels: int) -> Iterator["Axes"]:
-    """Axes row by row; the first is as wide as it takes to leave no gap at the end."""
-    wide = 1 + -panels % _COLUMNS
-    rows = -(-panels // _COLUMNS)
     grid = figure.add_gridspec(rows, _COLUMNS)
-    yield figure.add_subplot(grid[0, :wide])
-    for cell in range(wide, rows * _COLUMNS):
-        yield figure.add_subplot(grid[cell // _COLUMNS, cell % _COLUMNS])
+    cells = [grid[0, :wide], *(grid[cell // _COLUMNS, cell % _COLUMNS] for cell in range(wide, rows * _COLUMNS))]
+    return figure, [figure.add_subplot(cell) for cell in cells]
 
 
 def _draw(axes: "Axes", panel: Panel, names: Sequence[str], rows: Sequence[Metrics], window: int) -> None:
@@ -133,7 +127,7 @@ def _draw(axes: "Axes", panel: Panel, names: Sequence[str], rows: Sequence[Metri
     axes.set_xlabel("step")
     axes.locator_params(axis="x", integer=True, nbins=7)
     axes.locator_params(axis="y", nbins=5)
-    for name, colour in zip(names, _cycle(COLOURS, len(names)), strict=True):
+    for name, colour in zip(names, cycle(COLOURS), strict=False):
         steps, values = _series(rows, name)
         # A curve with few points of its own, such as an evaluation, is not averaged over its neighbours.
         width = window if panel.smooth and len(values) >= len(rows) // 2 else 1
@@ -163,11 +157,8 @@ def _draw_band(axes: "Axes", rows: Sequence[Metrics], mean: str, deviation: str,
 
 def _present(panel: Panel, rows: Sequence[Metrics]) -> list[str]:
     logged = {name for row in rows for name in row}
-    names: list[str] = []
-    for wanted in panel.metrics:
-        found = {name for name in logged if name.startswith("reward/")} if wanted == "reward/*" else {wanted} & logged
-        names += sorted(found - {"reward/mean", "reward/std"} if wanted == "reward/*" else found)
-    return names
+    parts = sorted(name for name in logged - {"reward/mean", "reward/std"} if name.startswith("reward/"))
+    return parts if panel.metrics == ("reward/*",) else [name for name in panel.metrics if name in logged]
 
 
 def _series(rows: Sequence[Metrics], name: str) -> tuple[Series, Series]:
@@ -186,7 +177,3 @@ def _moving_mean(values: Series, window: int) -> Series:
     kernel, half = np.ones(window), window // 2
     sums = np.convolve(values, kernel)[half : half + len(values)]
     return sums / np.convolve(np.ones_like(values), kernel)[half : half + len(values)]
-
-
-def _cycle(colours: Sequence[str], count: int) -> list[str]:
-    return [colours[index % len(colours)] for index in range(count)]

@@ -9,8 +9,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from rich.console import Console
 from rich.logging import RichHandler
@@ -34,7 +33,13 @@ _SHOWN = (
 
 
 class QuietConsole(Console):
-    """A console that falls silent when nobody reads it any more; rich's own ends the process."""
+    """A console whose lines are as long as they are where no terminal limits them, and that falls silent when nobody
+    reads it any more; rich's own ends the process."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        if "width" not in options and not self.is_terminal:
+            self.width = 1000
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
@@ -87,9 +92,7 @@ class Progress:
         self._safely(self._start)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._safely(self._stop)
 
     def update(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -141,11 +144,13 @@ class Progress:
             logger.debug("progress display failed", exc_info=True)
 
 
-class Silence:
+class Silence(logging.Handler):
     """Says what a run is at when the log has said nothing for a while, as before the first step of a large model.
 
+    It hears the log as one of its handlers.
+
     Args:
-        name: of the run.
+        run: its name.
         steps: of the whole run.
         run_dir: its folder.
         progress: how far it is, with the phase that goes on.
@@ -154,73 +159,59 @@ class Silence:
 
     FIRST_S = 30.0
     AGAIN_S = 60.0
+    _OWN = "breaks_silence"
 
     def __init__(
         self,
-        name: str,
+        run: str,
         steps: int,
         run_dir: Path,
         progress: Callable[[], status.Progress],
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self._name, self._steps, self._run_dir, self._progress, self._clock = name, steps, run_dir, progress, clock
-        self._heard = _Heard(clock)
+        super().__init__(logging.INFO)
+        self._run, self._steps, self._run_dir, self._progress, self._clock = run, steps, run_dir, progress, clock
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="silence", daemon=True)
+        self._thread = threading.Thread(target=self._watch, name="silence", daemon=True)
 
     def __enter__(self) -> Self:
-        logger.addHandler(self._heard)
-        self._heard.restart()
+        self._heard_s, self._limit_s = self._clock(), self.FIRST_S
+        logger.addHandler(self)
         if not stderr_console().is_terminal:  # there a live line moves
             self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stop.set()
         if self._thread.ident is not None:
             self._thread.join(timeout=5)
-        logger.removeHandler(self._heard)
+        logger.removeHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """The log says something."""
+        self._heard_s = self._clock()
+        self._limit_s = self.AGAIN_S if hasattr(record, self._OWN) else self.FIRST_S
 
     def look(self) -> None:
         """Break the silence if it has lasted long enough."""
         now = self._clock()
-        if now - self._heard.last_s < (self.AGAIN_S if self._heard.was_this else self.FIRST_S):
+        if now - self._heard_s < self._limit_s:
             return
         at = self._progress()
         phase = {"start": "start of actors and models", "": "between phases"}.get(at.phase, at.phase)
-        facts = [f"{self._name} step {min(at.step + 1, self._steps)}/{self._steps}"]
+        facts = [f"{self._run} step {min(at.step + 1, self._steps)}/{self._steps}"]
         facts.append(f"{phase} for {_clock_face(max(0.0, now - at.since_s))}")
         if at.phase == "generate" and at.shards is not None:
             facts.append(f"{at.shards.generated} of {sum(vars(at.shards).values())} shards")
         facts.append(f"`rlhf-ray status {self._run_dir}` says what each actor does")
-        logger.info("%s", " · ".join(facts), extra={_Heard.OWN: True})
+        logger.info("%s", " · ".join(facts), extra={self._OWN: True})
 
-    def _run(self) -> None:
+    def _watch(self) -> None:
         while not self._stop.wait(1.0):
             try:
                 self.look()
             except Exception:
                 logger.debug("what the run is at could not be said", exc_info=True)
-
-
-class _Heard(logging.Handler):
-    """When the log last said something, and whether that was only to break the silence."""
-
-    OWN = "breaks_silence"
-
-    def __init__(self, clock: Callable[[], float]) -> None:
-        super().__init__(logging.INFO)
-        self._clock = clock
-        self.restart()
-
-    def restart(self) -> None:
-        """As if it had just been said something."""
-        self.last_s, self.was_this = self._clock(), False
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.last_s, self.was_this = self._clock(), getattr(record, self.OWN, False)
 
 
 def _clock_face(seconds: float) -> str:

@@ -53,7 +53,7 @@ SHARDS = Series("rlhf_shards", "shards of the step that goes on, by state: waiti
 def series_of(metric: str) -> Series:
     """The series of an entry of METRICS: `policy/grad_norm` is `rlhf_policy_grad_norm`."""
     tags = ("part",) if metric.endswith(PART) else ()
-    return Series(f"rlhf_{re.sub(r'[^a-zA-Z0-9]', '_', metric.replace(PART, 'part'))}", METRICS[metric].meaning, tags)
+    return Series(f"rlhf_{re.sub(r'[^a-zA-Z0-9]', '_', metric.replace(PART, 'part'))}", METRICS[metric], tags)
 
 
 def in_ascii(text: str) -> str:
@@ -84,8 +84,8 @@ class RayMetrics(Tracker):
         for name, value in metrics.items():
             entry = find_metric(name)
             if entry is not None:
-                part = {"part": in_ascii(name.partition("/")[2])} if entry.name.endswith(PART) else {}
-                self._set(series_of(entry.name), value, **part)
+                part = {"part": in_ascii(name.partition("/")[2])} if entry.endswith(PART) else {}
+                self._set(series_of(entry), value, **part)
 
     def phases(self, role: str, ranks: Sequence[Sequence[Span]]) -> None:
         """Take what each rank of a role did since the last call."""

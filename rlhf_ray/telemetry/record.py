@@ -40,11 +40,6 @@ class RunRecord:
             return self.session.end.outcome
         return "running" if self.driver_alive else "lost"
 
-    @property
-    def goes_on(self) -> bool:
-        """Whether there is more to come."""
-        return self.state == "running"
-
 
 def read_record(run_dir: Path) -> RunRecord:
     """Read the folder of a run.

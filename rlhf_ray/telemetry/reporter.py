@@ -7,7 +7,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from types import TracebackType
 from typing import Any, Self
 
 from rlhf_ray.telemetry.status import About, Progress, Shards, phase_of
@@ -18,18 +17,17 @@ logger = logging.getLogger(__name__)
 
 # The driver is told to be silent after several of these.
 HEARTBEAT_S = 5.0
+_LOOK_EVERY_S = 0.5
 
 
 class StatusReporter:
-    """Tells the status_actor what changed, at most once in `interval_s`.
+    """Tells the status_actor what changed, at most twice a second.
 
     Args:
         about: the run.
         recorder: of the driver's spans, which are its phases.
         shards: counts the shards of the step that goes on, None while there are none.
         export: gets what the status actor is told, for other watchers.
-        create: starts the status_actor.
-        interval_s: seconds between two looks at what changed.
     """
 
     def __init__(
@@ -40,24 +38,20 @@ class StatusReporter:
         *,
         shards: Callable[[], Shards | None],
         export: Callable[[Progress], None],
-        create: Callable[[About], Any] = create_status_actor,
-        interval_s: float = 0.5,
     ) -> None:
-        self._about, self._recorder, self._create = about, recorder, create
-        self._shards, self._export, self._interval_s = shards, export, interval_s
+        self._about, self._recorder = about, recorder
+        self._shards, self._export = shards, export
         self._done: tuple[int, dict[str, float]] = (step, {})
         self._board: Any = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="status", daemon=True)
 
     def __enter__(self) -> Self:
-        self._board = self._create(self._about)
+        self._board = create_status_actor(self._about)
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         import ray
 
         self._stop.set()
@@ -83,7 +77,7 @@ class StatusReporter:
 
         told: Progress | None = None
         told_s, answer = 0.0, None
-        while not self._stop.wait(self._interval_s):
+        while not self._stop.wait(_LOOK_EVERY_S):
             progress = self.progress()
             if progress == told and time.monotonic() - told_s < HEARTBEAT_S:
                 continue

@@ -5,8 +5,9 @@ import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
+
+import numpy as np
 
 from rlhf_ray.recovery.files import replace_file
 from rlhf_ray.telemetry.errors import DamagedFileError, StepOrderError
@@ -43,7 +44,9 @@ class RowFile:
         """
         if self.last_step is not None and step < self.last_step:
             raise StepOrderError(self.path, step, self.last_step)
-        lines = [json.dumps({"step": step, **row}, ensure_ascii=False, allow_nan=False) for row in rows]
+        # Numpy's numbers, which samples come with, are none to JSON.
+        encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, default=np.generic.item).encode
+        lines = [encode({"step": step, **row}) for row in rows]
         # A lone surrogate in sampled text has no UTF-8; its backslash form is the JSON escape of it.
         self._file.write("".join(line + "\n" for line in lines).encode("utf-8", "backslashreplace"))
         self._file.flush()
@@ -57,9 +60,7 @@ class RowFile:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _take_back(self, resume_step: int | None) -> None:
@@ -95,7 +96,7 @@ def _parsed_lines(path: Path) -> Iterator[tuple[bytes, Row | None]]:
                 continue
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise DamagedFileError(path, f"line {number} is not JSON: {error}") from None
             if not isinstance(row, dict) or not isinstance(row.get("step"), int):
                 raise DamagedFileError(path, f"line {number} is not an object with an integer step")

@@ -2,10 +2,9 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from rlhf_ray.telemetry.errors import NonFiniteError
 from rlhf_ray.telemetry.rows import Row, RowFile, read_rows
@@ -56,19 +55,11 @@ class SamplesLog:
         bad = {name: value for row in rows for name, value in _numbers(row).items() if not math.isfinite(value)}
         if bad:
             raise NonFiniteError(step, bad)
-        self._rows.append(step, [_plain(row) for row in rows])
+        self._rows.append(step, [_content(row) for row in rows])
 
     def close(self) -> None:
         """Close the file; a second call does nothing."""
         self._rows.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def read_samples(run_dir: Path) -> list[tuple[int, SampleRow]]:
@@ -81,19 +72,11 @@ def read_samples(run_dir: Path) -> list[tuple[int, SampleRow]]:
     return [(row.pop("step"), SampleRow(**row)) for row in read_rows(run_dir / "samples.jsonl")]
 
 
-def _plain(row: SampleRow) -> Row:
-    """Numpy's numbers, which samples come with, are none to JSON."""
-    return {
-        "uid": row.uid,
-        "sample_index": int(row.sample_index),
-        "prompt": row.prompt,
-        "response": row.response,
-        "score": float(row.score),
-        "rewards": {name: float(value) for name, value in sorted(row.rewards.items())},
-        "truncated": bool(row.truncated),
-        "kl": float(row.kl),
-        **({} if row.columns == {} else {"columns": row.columns}),
-    }
+def _content(row: SampleRow) -> Row:
+    content = asdict(row) | {"rewards": dict(sorted(row.rewards.items()))}
+    if row.columns == {}:
+        del content["columns"]
+    return content
 
 
 def _numbers(row: SampleRow) -> dict[str, float]:

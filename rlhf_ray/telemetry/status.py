@@ -7,7 +7,7 @@ which is no actor and can't be asked.
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from rlhf_ray.telemetry.trace import OpenSpan
@@ -140,9 +140,9 @@ class RunStatus:
     metrics_urls: tuple[str, ...] = ()
 
     @property
-    def goes_on(self) -> bool:
-        """Whether there is more to come."""
-        return True
+    def state(self) -> Literal["running"]:
+        """As a run's folder tells it of one that is over."""
+        return "running"
 
     @property
     def run_dir(self) -> str:
@@ -177,38 +177,28 @@ def without_traceback(text: str) -> str:
 
 
 class ActorRecord:
-    """What a status actor knows of one actor, from its answers and failures to answer."""
+    """What a status actor knows of one actor, from its answers and failures to answer.
+
+    Attributes:
+        status: all of it.
+    """
 
     def __init__(self, role: str, rank: int) -> None:
-        self.role, self.rank = role, rank
-        self._state: ActorState = "starting"
-        self._heard_s: float | None = None
-        self._activity: Activity | None = None
-        self._error = ""
+        self.status = ActorStatus(role, rank, "starting", heard_s=None, activity=None, error="")
 
     def answered(self, activity: Activity, now_s: float) -> None:
         """It said what it does."""
-        self._state, self._heard_s, self._activity, self._error = "up", now_s, activity, ""
+        self.status = replace(self.status, state="up", heard_s=now_s, activity=activity, error="")
 
     def unanswered(self) -> None:
         """It did not answer in time, which is only to be expected while it starts."""
-        if self._state == "up":
-            self._state = "silent"
+        if self.status.state == "up":
+            self.status = replace(self.status, state="silent")
 
     def failed(self, error: str, now_s: float) -> None:
         """It answered with an error: it is alive and can't say what it does."""
-        self._state, self._heard_s, self._error = "up", now_s, error
+        self.status = replace(self.status, state="up", heard_s=now_s, error=error)
 
     def died(self, error: str) -> None:
         """Ray says that it is dead."""
-        self._state, self._error = "dead", error
-
-    @property
-    def dead(self) -> bool:
-        """Whether there is nothing left to ask."""
-        return self._state == "dead"
-
-    @property
-    def status(self) -> ActorStatus:
-        """All of it."""
-        return ActorStatus(self.role, self.rank, self._state, self._heard_s, self._activity, self._error)
+        self.status = replace(self.status, state="dead", error=error)

@@ -59,7 +59,7 @@ class _Watched:
             ActorUnschedulableError,
         )
 
-        if self.record.dead:
+        if self.record.status.state == "dead":
             return
         if self._question is None:
             self._question = asyncio.ensure_future(_answer(self._actor))

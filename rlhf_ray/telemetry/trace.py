@@ -42,12 +42,10 @@ class OpenSpan:
     Attributes:
         name: of the work.
         start_s: seconds since the epoch.
-        step: of the run, None outside of steps.
     """
 
     name: str
     start_s: float
-    step: int | None = None
 
 
 class SpanRecorder:
@@ -68,7 +66,7 @@ class SpanRecorder:
         """Record the body, also when it raises."""
         # The duration comes from a clock that never jumps; only the start is wall time.
         start_s, began = time.time(), time.perf_counter()
-        going_on = OpenSpan(name, start_s, step)
+        going_on = OpenSpan(name, start_s)
         with self._lock:
             self._open.append(going_on)
         try:

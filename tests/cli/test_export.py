@@ -233,6 +233,17 @@ def test_a_tied_weight_is_written_once(cli: RunCli, tiny_model_dir: Path, tmp_pa
     check_equal(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), weights)
 
 
+def test_what_lies_beside_the_output_folder_stays(
+    cli: RunCli, ppo_run: Path, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    write_checkpoint(ppo_run, 1, policy=policy_weights(tiny_model_dir))
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial/mine.txt").write_text("mine")
+    assert cli("export", ppo_run, tmp_path / "out").exit_code == 0
+    assert {path.name for path in tmp_path.iterdir()} == {ppo_run.name, "out", "out.partial"}
+    assert (tmp_path / "out.partial/mine.txt").exists()
+
+
 def test_what_is_in_the_output_folder_stays(cli: RunCli, ppo_run: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
     write_checkpoint(ppo_run, 2, policy=policy_weights(tiny_model_dir))
     out = tmp_path / "out"

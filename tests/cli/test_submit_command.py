@@ -127,10 +127,12 @@ def test_without_an_address_the_option_is_named(cli: RunCli, monkeypatch: pytest
     assert "--address" in done.stderr
 
 
-def test_an_id_is_a_plain_word(cli: RunCli, cluster: Cluster) -> None:
-    done = cli("submit", "my.yaml", "--id", "a/b", *HEAD)
+@pytest.mark.parametrize("job_id", ["a/b", "..", "-a", "a" * 101])
+def test_an_id_is_a_plain_word(cli: RunCli, cluster: Cluster, job_id: str) -> None:
+    done = cli("submit", "my.yaml", f"--id={job_id}", *HEAD)
     assert done.exit_code == 2
-    assert "'a/b' is not made of at most 100 letters, digits" in done.stderr.replace("\n", " ")
+    assert f"'{job_id}' is not made of at most 100 letters, digits" in done.stderr.replace("\n", " ")
+    assert not cluster.submitted
 
 
 def test_what_is_not_sent_is_told(cli: RunCli, cluster: Cluster) -> None:

@@ -8,6 +8,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -170,7 +171,7 @@ def assert_metrics_are_scraped(url: str) -> None:
 
 
 def test_a_lookout_outlives_the_process_that_is_connected() -> None:
-    with ClusterClient(cluster_facts()["gcs_address"], WITHIN_S) as client:
+    with closing(ClusterClient(cluster_facts()["gcs_address"], WITHIN_S)) as client:
         assert client.ask(status_actors) == []
         os.kill(client.ask(os.getpid), signal.SIGKILL)
         with pytest.raises(ClusterError, match="does not answer"):
@@ -179,9 +180,7 @@ def test_a_lookout_outlives_the_process_that_is_connected() -> None:
 
 def test_a_board_that_dies_leaves_the_run_alone(caplog: pytest.LogCaptureFixture) -> None:
     about = About("status_actor-to-kill", "x", "ppo", "/x", cluster_facts()["gcs_address"], "", os.getpid(), 0.0, 3)
-    reporter = StatusReporter(
-        about, SpanRecorder(), 0, shards=lambda: None, export=lambda progress: None, interval_s=0.01
-    )
+    reporter = StatusReporter(about, SpanRecorder(), 0, shards=lambda: None, export=lambda progress: None)
     with caplog.at_level(logging.WARNING, "rlhf_ray"), reporter:
         deadline = time.monotonic() + WITHIN_S
         while (status := read_status_actor(about.status_actor, 30)) is None or status.progress is None:

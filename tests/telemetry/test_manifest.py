@@ -29,8 +29,8 @@ def _config() -> Job:
 def test_a_session_names_versions_seed_host_cluster_and_command(tmp_path: Path) -> None:
     formats = {"reward.engine.dtype": {"dtype": "float32", "why": "the CPU of this machine is old"}}
     command = ["rlhf-ray", "train", "c.yaml", "api_key=abc"]
-    path = write_manifest(tmp_path / "run", _config(), {"nodes": 2}, command, number_formats=formats)
-    (session,) = json.loads(path.read_text())["sessions"]
+    write_manifest(tmp_path / "run", _config(), {"nodes": 2}, command, number_formats=formats)
+    (session,) = json.loads((tmp_path / "run/manifest.json").read_text())["sessions"]
     assert (session["name"], session["job"], session["seed"]) == ("demo", "reward_model", 7)
     assert session["command"] == ["rlhf-ray", "train", "c.yaml", "api_key=[redacted]"]
     assert session["cluster"] == {"nodes": 2}
@@ -51,7 +51,16 @@ def test_a_resumption_adds_a_session_and_keeps_the_first(tmp_path: Path) -> None
     assert [session["command"] for session in sessions] == [["first"], ["second"]]
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "{}"])
+def test_what_has_no_utf_8_is_kept_as_it_is(tmp_path: Path) -> None:
+    """A file name of other bytes on the command line, or a broken character of a sampled text in an error."""
+    name = os.fsdecode(b"run-\xff.yaml")
+    write_manifest(tmp_path, _config(), {}, [name, "größer"])
+    content = (tmp_path / "manifest.json").read_text(encoding="utf-8")
+    assert json.loads(content)["sessions"][0]["command"] == [name, "größer"]
+    assert "größer" in content
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"sessions": []}', '{"sessions": [1]}'])
 def test_a_manifest_that_cannot_be_read_is_named_and_kept(tmp_path: Path, content: str) -> None:
     (tmp_path / "manifest.json").write_text(content)
     with pytest.raises(DamagedFileError, match=r"manifest\.json.*move it away"):

@@ -17,15 +17,10 @@ def test_every_metric_has_one_line_in_the_table() -> None:
 
 
 def test_a_part_of_the_reward_is_found_under_its_own_name() -> None:
-    assert find_metric("reward/vader") is METRICS["reward/<part>"]
-    assert find_metric("reward/mean") is METRICS["reward/mean"]
+    assert find_metric("reward/vader") == "reward/<part>"
+    assert find_metric("reward/mean") == "reward/mean"
     assert find_metric("policy/vader") is None
     assert find_metric("nothing") is None
-
-
-def test_times_are_told_from_results() -> None:
-    timed = {name for name, metric in METRICS.items() if metric.wall_clock}
-    assert timed == {name for name in METRICS if name.startswith(("time/", "throughput/"))}
 
 
 @pytest.mark.parametrize(

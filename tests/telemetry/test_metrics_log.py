@@ -103,6 +103,9 @@ def test_a_line_damaged_by_something_else_is_named_with_file_and_line(tmp_path: 
     path.write_bytes(path.read_bytes().replace(b'{"step": 2', b'{"step" 2'))
     with pytest.raises(DamagedFileError, match=r"metrics\.jsonl: line 2 is not JSON.*repair"):
         _log(tmp_path, resume_step=3)
+    path.write_text("[" * 100_000 + "\n")
+    with pytest.raises(DamagedFileError, match="line 1 is not JSON"):
+        _log(tmp_path, resume_step=3)
     path.write_text('{"epoch": 2}\n')
     with pytest.raises(DamagedFileError, match="line 1 is not an object with an integer step"):
         read_metrics(tmp_path)

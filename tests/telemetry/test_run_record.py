@@ -55,10 +55,10 @@ def test_a_run_is_what_its_last_session_ended_as(tmp_path: Path, outcome: Outcom
     _start(tmp_path)
     end_session(tmp_path, "failed", "an earlier error")
     _start(tmp_path, "demo-2")
-    assert read_record(tmp_path).goes_on
+    assert read_record(tmp_path).state == "running"
     end_session(tmp_path, outcome, "policy: update failed")
     record = read_record(tmp_path)
-    assert (record.state, record.goes_on) == (outcome, False)
+    assert record.state == outcome
     assert record.session.end is not None
     assert record.session.end.error == "policy: update failed"
     sessions = json.loads((tmp_path / "manifest.json").read_text())["sessions"]
@@ -83,7 +83,7 @@ def test_a_driver_that_was_killed_is_lost(tmp_path: Path) -> None:
     _start(tmp_path)
     _edit(tmp_path, pid=over.pid)
     record = read_record(tmp_path)
-    assert (record.driver_alive, record.state, record.goes_on) == (False, "lost", False)
+    assert (record.driver_alive, record.state) == (False, "lost")
 
 
 def test_of_a_driver_on_another_machine_nothing_is_known(tmp_path: Path) -> None:
@@ -100,5 +100,13 @@ def test_a_folder_without_a_run_is_told_apart_from_a_damaged_one(tmp_path: Path)
     with pytest.raises(DamagedFileError, match=r"manifest\.json"):
         read_record(tmp_path)
     (tmp_path / "manifest.json").write_text('{"sessions": [{"name": "old"}]}')
-    with pytest.raises(DamagedFileError, match="its last session has no 'job'"):
+    with pytest.raises(DamagedFileError, match="its last session .* job: Field required"):
+        read_record(tmp_path)
+
+
+@pytest.mark.parametrize("changes", [{"steps": "many"}, {"host": "head"}, {"end": []}, {"end": {"outcome": "won"}}])
+def test_a_session_of_other_values_is_damage(tmp_path: Path, changes: dict[str, object]) -> None:
+    _start(tmp_path)
+    _edit(tmp_path, **changes)
+    with pytest.raises(DamagedFileError, match=f"its last session .* {next(iter(changes))}"):
         read_record(tmp_path)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from rlhf_ray.cluster.assignment import Assignment, PlacementError, Request, assign, requests_of
+from rlhf_ray.cluster.assignment import Assignment, PlacementError, Request, assign, can_take, requests_of
 from rlhf_ray.cluster.preflight.report import Check
 from rlhf_ray.cluster.topology import Node
 from rlhf_ray.config.jobs import Job
@@ -18,7 +18,8 @@ def check_placement(config: Job, nodes: Sequence[Node]) -> tuple[Check, Seats]:
     problems = _problems(requests, whole)
     chosen: Assignment = {}
     if problems:
-        chosen = {request.role: _able(request, whole) for request in requests}
+        # Where a role has no place, the nodes that could take a part of it.
+        chosen = {request.role: [node for node in nodes if can_take(request, node)] for request in requests}
         check = Check("placement", "", tuple(problems))
         if config.cluster.autoscaling:
             check = Check("placement", f"the autoscaler has to add nodes: {problems[0]}", skipped=True)
@@ -46,12 +47,6 @@ def _problem(requests: Sequence[Request], nodes: Sequence[Node]) -> list[str]:
     except PlacementError as error:
         return [str(error)]
     return []
-
-
-def _able(request: Request, nodes: Sequence[Node]) -> list[Node]:
-    """Nodes that could take at least one bundle."""
-    one = replace(request, bundles=request.block, nodes=None)
-    return [node for node in nodes if not _problem([one], [node])]
 
 
 def _words(chosen: Assignment) -> str:
