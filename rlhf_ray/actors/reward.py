@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from rlhf_ray.actors.columns import micro_batches
-from rlhf_ray.actors.group import ActorGroup, Calls
+from rlhf_ray.actors.group import ActorGroup, Calls, on_all
 from rlhf_ray.actors.shards import GeneratedShard
 from rlhf_ray.actors.worker import RankGroup, Worker
 from rlhf_ray.config.rewards import FunctionReward, HttpReward, ModelReward
@@ -164,11 +164,7 @@ class TextRewardWorker(Worker):
 class RewardModelGroup(RankGroup[RewardModelWorker]):
     """The ranks of a reward model, which may divide a shard."""
 
-    def load_model(
-        self, part: ModelReward, name: str, policy_model: str, policy_trusted: bool, same_tokens: bool
-    ) -> Calls[None]:
-        """Have all ranks load the model."""
-        return self.call(RewardModelWorker.load_model, part, name, policy_model, policy_trusted, same_tokens)
+    load_model = on_all(RewardModelWorker.load_model)
 
     def score(self, shard: GeneratedShard) -> Calls[ScorePart]:
         """Scores of a shard."""
@@ -178,11 +174,7 @@ class RewardModelGroup(RankGroup[RewardModelWorker]):
 class TextRewardGroup(ActorGroup[TextRewardWorker]):
     """The workers of a function or a service, which take turns with whole shards."""
 
-    def load_model(
-        self, part: FunctionReward | HttpReward, policy_model: str, trust_remote_code: bool, columns: Sequence[str]
-    ) -> Calls[None]:
-        """Have all workers make ready; `columns` are those of the prompts' rows."""
-        return self.call(TextRewardWorker.load_model, part, policy_model, trust_remote_code, columns)
+    load_model = on_all(TextRewardWorker.load_model)
 
     def score(self, shard: GeneratedShard) -> Calls[ScorePart]:
         """Scores of a shard."""

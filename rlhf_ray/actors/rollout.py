@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
-from rlhf_ray.actors.address import own_address
 from rlhf_ray.actors.group import ActorGroup, Calls
 from rlhf_ray.actors.shards import GeneratedShard, ShardFacts
 from rlhf_ray.actors.waiting import fetch, settle, wait_any
@@ -36,10 +35,6 @@ class RolloutWorker(Watched):
         self.recorder = SpanRecorder()
         self.engine: Any = None  # vLLM is imported when the engine starts
         self._load: EngineLoad | None = None
-
-    async def address(self) -> tuple[str, int]:
-        """Address of this node and a free port on it."""
-        return own_address()
 
     async def load_model(self, setup: RolloutSetup, node: EngineNode | None = None) -> None:
         """Start the engine, or that part of its workers which sits here."""

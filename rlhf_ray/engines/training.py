@@ -193,10 +193,7 @@ class ForwardEngine:
 
     def save(self, folder: Path, *, write: bool) -> None:
         """Write the weights whole; collective, one rank writes."""
-        weights = {}
-        for name, weight in full_weights(self.model, bucket_bytes=256 * 2**20):
-            if write:
-                weights[name] = weight.to("cpu", copy=True)
+        weights = copy_to_host(self.model, keep=write)
         if write:
             folder.mkdir(parents=True, exist_ok=True)
             save_file(weights, folder / _REFERENCE_FILE)
@@ -244,6 +241,15 @@ def full_weights(model: nn.Module, bucket_bytes: int) -> Iterator[tuple[str, tor
         bucket.append(weight)
         held += weight.bytes
     yield from _gathered(bucket)
+
+
+def copy_to_host(model: nn.Module, *, keep: bool) -> dict[str, torch.Tensor]:
+    """Copies of `full_weights` in host memory, none on a rank that does not keep them; collective."""
+    copies = {}
+    for name, tensor in full_weights(model, bucket_bytes=256 * 2**20):
+        if keep:
+            copies[name] = tensor.detach().to("cpu", copy=True)
+    return copies
 
 
 def _gathered(bucket: list[Weight]) -> Iterator[tuple[str, torch.Tensor]]:
