@@ -4,9 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
-from rlhf_ray.actors.columns import micro_batches
+from rlhf_ray.actors.columns import response_column
 from rlhf_ray.actors.group import ActorGroup, Calls, on_all
 from rlhf_ray.actors.shards import GeneratedShard
 from rlhf_ray.actors.worker import RankGroup, Worker
@@ -15,9 +14,7 @@ from rlhf_ray.data.trajectory import Floats, TrajectoryBatch, offsets_of
 from rlhf_ray.engines.training import DTYPES, ForwardEngine
 from rlhf_ray.models.folder_checks import positions_of
 from rlhf_ray.models.heads import load_scalar, load_tokenizer
-from rlhf_ray.models.responses import ResponsePack
 from rlhf_ray.models.score_scale import scale_of
-from rlhf_ray.platform import platform
 from rlhf_ray.rewards.errors import RewardError
 from rlhf_ray.rewards.function import FunctionScorer
 from rlhf_ray.rewards.http import HttpScorer
@@ -74,24 +71,20 @@ class RewardModelWorker(Worker):
 
     def score(self, batch: TrajectoryBatch, index: int = 0, count: int = 1) -> ScorePart:
         """Scores of the samples in one of `count` slices."""
-        data_slice = self.slice_of(index, count)
         with self.recorder.span("score"):
             if self._tokenizers is not None:
                 batch = self._translate(batch)
-            samples: list[int] = []
-            scores: list[torch.Tensor] = []
-            for micro_batch in micro_batches(batch, data_slice, self.part.engine.micro_batch_tokens):
-                pack = ResponsePack.of(batch, micro_batch, platform().device)
-                scores.append(self.engine(pack.packed, pack.last).float())
-                samples += micro_batch
-            if not data_slice.reports:
-                return ScorePart((), np.empty(0, np.float32))
-            together = torch.cat(scores).cpu().numpy()
-            found = ScorePart(tuple(samples), self._scale.normalise(together) if self._scale else together)
-        bad = [batch.uids[s] for s, score in zip(samples, found.scores, strict=True) if not np.isfinite(score)]
+            found = response_column(
+                batch,
+                self.slice_of(index, count),
+                self.part.engine.micro_batch_tokens,
+                lambda pack: self.engine(pack.packed, pack.last),
+            )
+            scores = self._scale.normalise(found.values) if self._scale else found.values
+        bad = [batch.uids[s] for s, score in zip(found.samples, scores, strict=True) if not np.isfinite(score)]
         if bad:
             raise RewardError(self.name, f"the reward model {self.part.model!r} gave NaN or infinity", bad)
-        return found
+        return ScorePart(found.samples, scores)
 
     def _check_room(self, batch: TrajectoryBatch, lengths: Sequence[int]) -> None:
         """How long a sample is in this model's tokens is known only now."""

@@ -2,8 +2,8 @@
 
 import math
 import shutil
-import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -75,6 +75,7 @@ class TrainedWorker(Worker):
     engine: TrainingEngine
     model_source: str
     trust_remote_code: bool
+    _export: Future[None] | None = None
 
     def load_language_model(self, policy: Policy, total_steps: int, token_ids: int | None = None) -> None:
         """Load a causal model and build its training engine; collective. `token_ids` as in `load_causal`."""
@@ -169,10 +170,7 @@ class TrainedWorker(Worker):
                 weights = copy_to_host(model, keep=writes)
             adapter = full_adapter(model) if has_adapters(model) else None
         if writes:
-            arguments = (partial, weights, adapter, scale, folder)
-            self._export = threading.Thread(target=self._write_export, args=arguments, daemon=True)
-            self._export_error: Exception | None = None
-            self._export.start()
+            self._export = ThreadPoolExecutor(1).submit(self._write_export, partial, weights, adapter, scale, folder)
 
     def finish_export(self) -> None:
         """Wait for an export that is being written.
@@ -180,13 +178,9 @@ class TrainedWorker(Worker):
         Raises:
             Exception: what writing it raised.
         """
-        thread: threading.Thread | None = getattr(self, "_export", None)
-        if thread is None:
-            return
-        thread.join()
-        del self._export
-        if self._export_error is not None:
-            raise self._export_error
+        export, self._export = self._export, None
+        if export is not None:
+            export.result()
 
     def _write_export(
         self,
@@ -196,25 +190,18 @@ class TrainedWorker(Worker):
         scale: ScoreScale | None,
         folder: Path,
     ) -> None:
-        try:
-            if weights is not None:  # else they are there
-                save_model(self.engine.model.model, partial, weights)
-            write_scale(partial, scale)
-            if adapter is not None:
-                adapter.write(partial / ADAPTER_FOLDER)
-            load_tokenizer(self.model_source, trust_remote_code=self.trust_remote_code).save_pretrained(partial)
-            self.finish_export_folder(partial)
-            previous = folder.with_name(folder.name + ".previous")
-            shutil.rmtree(previous, ignore_errors=True)
-            if folder.exists():
-                folder.rename(previous)
-            partial.rename(folder)
-            shutil.rmtree(previous, ignore_errors=True)
-        except Exception as error:  # raised again by finish_export, in the caller's thread
-            self._export_error = error
-
-    def finish_export_folder(self, folder: Path) -> None:
-        """Add what a role's export has beside model and tokenizer."""
+        if weights is not None:  # else they are there
+            save_model(self.engine.model.model, partial, weights)
+        write_scale(partial, scale)
+        if adapter is not None:
+            adapter.write(partial / ADAPTER_FOLDER)
+        load_tokenizer(self.model_source, trust_remote_code=self.trust_remote_code).save_pretrained(partial)
+        previous = folder.with_name(folder.name + ".previous")
+        shutil.rmtree(previous, ignore_errors=True)
+        if folder.exists():
+            folder.rename(previous)
+        partial.rename(folder)
+        shutil.rmtree(previous, ignore_errors=True)
 
     def check_finite(
         self, quantity: str, value: float, samples: Sequence[int], names_of: Callable[[Sequence[int]], list[str]]

@@ -1,12 +1,14 @@
 """What a config says, in short lines for people."""
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol
 
 from rlhf_ray.config.jobs import Job
 from rlhf_ray.config.placement import RolloutPlacement
 from rlhf_ray.config.roles import RoleSpec
 from rlhf_ray.config.training import Lora, ScoringEngine, TrainingEngine
+from rlhf_ray.data.comparisons import ComparisonSet
+from rlhf_ray.data.conversations import ConversationSet
+from rlhf_ray.data.prompts import PromptSet
 from rlhf_ray.telemetry.metrics import Metrics
 
 Line = tuple[str, str]
@@ -59,21 +61,7 @@ def _held(count: int, what: str, cpus: float, gpus: float) -> str:
     return f"{several(count, what)} with {resources}{'' if count == 1 else ' each'}"
 
 
-class Rows(Protocol):
-    """A data set that was read."""
-
-    @property
-    def dropped(self) -> int:
-        """Rows left out."""
-
-    @property
-    def truncated(self) -> int:
-        """Rows that were cut."""
-
-    def __len__(self) -> int: ...
-
-
-def counts(rows: Rows) -> str:
+def counts(rows: PromptSet | ComparisonSet | ConversationSet) -> str:
     """`800 kept, 0 dropped, 3 truncated`."""
     return f"{len(rows):,} kept, {rows.dropped:,} dropped, {rows.truncated:,} truncated"
 

@@ -7,7 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlhf_ray.actors.group import ActorGroup
-from rlhf_ray.actors.preference import PreferenceGroup, Refs, StepContext
+from rlhf_ray.actors.preference import PreferenceGroup, StepContext
+from rlhf_ray.actors.shards import Refs
 from rlhf_ray.actors.trained import UpdateReport
 from rlhf_ray.algorithms.preference.unpaired import RewardShift
 from rlhf_ray.config.jobs import PreferenceJob
