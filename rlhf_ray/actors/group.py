@@ -158,8 +158,8 @@ class ActorGroup(Generic[Worker]):
 
     def kill(self) -> None:
         """End the processes, whatever they do."""
-        liveness.forget(self.actors)
-        for actor in self.actors:
+        liveness.forget(self.processes)
+        for actor in self.processes:
             ray.kill(actor)
 
     def _calls(self, refs: list[ray.ObjectRef], method: Callable[..., Any]) -> Calls[Any]:

@@ -205,7 +205,7 @@ class RolloutGroup(ActorGroup[RolloutWorker]):
         nodes_per_engine: int = 1,
     ) -> None:
         super().__init__("rollout", actors[::nodes_per_engine])
-        self._all = ActorGroup[RolloutWorker]("rollout", actors, nodes_per_engine)
+        self._all = list(actors)
         self._nodes_per_engine = nodes_per_engine
         self._rollout = rollout
         self._deterministic = deterministic
@@ -225,7 +225,7 @@ class RolloutGroup(ActorGroup[RolloutWorker]):
         count = self._nodes_per_engine
         addresses = self.call(RolloutWorker.address).wait(self._timeouts.setup)
         nodes = [EngineNode(n, count, host, port) for host, port in addresses for n in range(count)]
-        refs = [actor.load_model.remote(setup, node) for actor, node in zip(self._all.actors, nodes, strict=True)]
+        refs = [actor.load_model.remote(setup, node) for actor, node in zip(self._all, nodes, strict=True)]
         return Calls(refs, "rollout: load_model")
 
     def end_engines(self, timeout_s: float) -> list[str]:
@@ -233,16 +233,12 @@ class RolloutGroup(ActorGroup[RolloutWorker]):
 
         All are waited for, as one that is dead already must not keep the others from ending.
         """
-        return settle(self._all.call(RolloutWorker.shutdown).refs, timeout_s)
+        return settle([actor.shutdown.remote() for actor in self._all], timeout_s)
 
     @property
     def processes(self) -> list[Any]:
         """All actors, those that lead no engine too."""
-        return self._all.actors
-
-    def kill(self) -> None:
-        """End the processes of all nodes."""
-        self._all.kill()
+        return self._all
 
     def move(self, level: Level) -> Calls[None]:
         """Have all engines leave their devices, or come back to them."""
