@@ -112,7 +112,9 @@ def check_ppo(config: PPOJob, problems: list[str]) -> PPOInputs | None:
                 f"positions of policy.model {policy.model!r}"
             )
         check_role_model(config.role("policy"), problems)
-        _check_tensor_parallel(problems, config)
+        if (workers := config.placement.rollout.tensor_parallel) > 1:
+            with collect(problems, "placement.rollout.tensor_parallel"):
+                check_heads(policy.model, workers, trust_remote_code=policy.trust_remote_code)
     if not config.policy_is_reference:
         _check_reader(config.role("reference"), "reference.from", config, tokenizer, problems)
     if config.critic is not None:
@@ -313,14 +315,6 @@ def _check_row_room(model: ModelSource, path: str, budget: int, problems: list[s
         logger.warning(
             "%s: longer rows are trained on all the same; lower data.max_tokens where that is not meant", said
         )
-
-
-def _check_tensor_parallel(problems: list[str], config: PPOJob) -> None:
-    workers = config.placement.rollout.tensor_parallel
-    if workers == 1:
-        return
-    with collect(problems, "placement.rollout.tensor_parallel"):
-        check_heads(config.policy.model, workers, trust_remote_code=config.policy.trust_remote_code)
 
 
 def _mixed(config: SFTJob, tokenizer: PreTrainedTokenizerBase, problems: list[str]) -> ConversationSet | None:

@@ -35,16 +35,12 @@ from rlhf_ray.engines.socket_folder import socket_folder
 from rlhf_ray.engines.vocabulary_mask import TOKEN_IDS, TOKENS_ONLY
 from rlhf_ray.models.heads import count_ids, load_config, load_tokenizer
 from rlhf_ray.models.lora import Adapter
-from rlhf_ray.platform import TransferBackend, platform, transfer_backend
+from rlhf_ray.platform import platform, transfer_backend
 
 _T = TypeVar("_T")
 
 _LOOK_S = 0.5
 """How often to look whether the engine's own process lives, while its answer is awaited."""
-
-PICKLED: frozenset[TransferBackend] = frozenset({"ipc"})
-"""Transfer backends whose updates hold what vLLM sends to the engine's own process only as pickles, and those only if
-it is allowed to: handles of GPU memory. The pickles come from the policy's ranks, through this actor."""
 
 
 class RolloutEngine:
@@ -253,7 +249,9 @@ def _engine_args(setup: RolloutSetup, node: EngineNode | None) -> AsyncEngineArg
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # engines and trainers share the cores
         os.environ["TORCHDYNAMO_DISABLE"] = "1"
     backend = transfer_backend(setup.beside_policy)
-    if backend in PICKLED:
+    if backend == "ipc":
+        # Its updates hold handles of GPU memory, which vLLM sends to the engine's own process only as pickles, if that
+        # is allowed. They come from the policy's ranks, through this actor.
         os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
     extras = _cpu_extras() if on_cpu else {}
     if node is not None:
