@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from rlhf_ray.actors.group import ActorGroup, Calls
+from rlhf_ray.actors.group import ActorGroup, Calls, on_all
 from rlhf_ray.actors.trained import TrainedGroup, TrainedWorker, UpdateReport
 from rlhf_ray.actors.worker import Worker
 from rlhf_ray.config.training import SFTPolicy
@@ -41,13 +41,8 @@ class StudentWorker(TrainedWorker):
 class StudentGroup(TrainedGroup[StudentWorker]):
     """The ranks of the student."""
 
-    def load_model(self, student: SFTPolicy, steps: int) -> Calls[None]:
-        """Have all ranks load the model."""
-        return self.call(StudentWorker.load_model, student, steps)
-
-    def step(self, rows: Sequence[Sequence[int]], weights: Sequence[float]) -> Calls[UpdateReport]:
-        """One optimizer step."""
-        return self.call(StudentWorker.step, rows, weights)
+    load_model = on_all(StudentWorker.load_model)
+    step = on_all(StudentWorker.step)
 
 
 class TellerWorker(Worker):
