@@ -54,11 +54,6 @@ class LiveReference:
         """References to `AnswerLogProbs`, together those of the answers of these rows."""
         return self._ask(split, rows).refs
 
-    def mix(self, shared: Sequence[Refs], fraction: float) -> None:
-        """Move the reference's weights by `fraction` of their way to those that the policy's ranks shared."""
-        assert isinstance(self.group, ReferenceGroup)
-        self.group.mix_weights(shared, fraction).wait(self._timeouts.sync)
-
     def _ask(self, split: Split, rows: NDArray[np.int64]) -> Calls[AnswerLogProbs]:
         plan = plan_rows(split, rows, self.group.dp_size, self._max_tokens)
         if isinstance(self.group, ReferenceGroup):
