@@ -48,7 +48,7 @@ def on_all(
     """A group's method that calls the worker's method of the same name with the same arguments on every rank."""
 
     @wraps(method)
-    def call(group: "ActorGroup[Worker]", *args: Arguments.args, **kwargs: Arguments.kwargs) -> Calls[Result]:
+    def call(group: "ActorGroup[Worker]", /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Calls[Result]:
         return group.call(method, *args, **kwargs)
 
     return call
