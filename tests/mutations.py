@@ -51,8 +51,9 @@ class Mutation:
         file.write_text(text.replace(self.old, self.new))
 
 
-SHARDS, UPDATE, POLICY, CRITIC = (
+SHARDS, TRAINED, UPDATE, POLICY, CRITIC = (
     "actors/training_shards.py",
+    "actors/trained.py",
     "actors/ppo_update.py",
     "actors/policy.py",
     "actors/critic.py",
@@ -132,17 +133,17 @@ MUTATIONS = tuple(
             "weights-of-the-micro-batch-alone",
             UPDATE,
             "step.step_tokens, step.step_samples, actions",
-            "int(pack.lengths.sum()), len(micro_batch), actions",
+            "int(pack.lengths.sum()), len(samples), actions",
         ),
         ("weights-without-mask", UPDATE, "step.step_samples, actions)", "step.step_samples)"),
-        ("every-micro-batch-is-the-last", UPDATE, "last=number == len(step.micro_batches) - 1", "last=True"),
-        ("loss-is-not-checked", UPDATE, 'self.check_finite("loss", value, partial(data.names, micro_batch))', "pass"),
+        ("every-micro-batch-is-the-last", TRAINED, "last=number == len(micro_batches) - 1", "last=True"),
+        ("loss-is-not-checked", TRAINED, 'self.check_finite("loss", value, micro_batch, names_of)', "pass"),
         ("early-stop-is-ignored", UPDATE, "if not self.after_step(stats):", "if not self.after_step(stats) and False:"),
         (
             "early-stop-before-the-step-is-counted",
             UPDATE,
-            "lr, steps = done.lr, steps + 1",
-            "lr, steps = done.lr, steps",
+            "steps += 1",
+            "steps += 0",
         ),
         (
             "advantages-of-other-samples",

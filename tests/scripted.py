@@ -18,7 +18,7 @@ import pytest
 import ray
 import torch
 
-from rlhf_ray.actors import critic, policy, reference, reward, trained
+from rlhf_ray.actors import policy, reference, reward, trained
 from rlhf_ray.actors.group import Calls
 from rlhf_ray.actors.shards import GeneratedShard, ShardFacts
 from rlhf_ray.config.jobs import Job, PPOJob
@@ -355,14 +355,13 @@ def script(monkeypatch: pytest.MonkeyPatch) -> World:
     monkeypatch.setitem(__import__("sys").modules, sender, ModuleType(sender))
     for module in (trained, reference):
         monkeypatch.setattr(module, "load_causal", lambda source, **_: ("causal", source))
-    for module in (critic, reward):
+    for module in (trained, reward):
         monkeypatch.setattr(module, "load_scalar", lambda source, **_: ("scalar", source))
-    for module in (trained, critic):
-        monkeypatch.setattr(
-            module,
-            "TrainingEngine",
-            lambda model, engine, optimizer, steps: ScriptedEngine(world, model[0], model[1], True, steps),
-        )
+    monkeypatch.setattr(
+        trained,
+        "TrainingEngine",
+        lambda model, engine, optimizer, steps: ScriptedEngine(world, model[0], model[1], True, steps),
+    )
     for module in (reference, reward):
         monkeypatch.setattr(
             module, "ForwardEngine", lambda model, engine: ScriptedEngine(world, model[0], model[1], False)

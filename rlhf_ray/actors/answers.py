@@ -1,12 +1,11 @@
 """Log-probs of answers as they travel between actors."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
-import ray
 import torch
 
 from rlhf_ray.data.comparisons import ComparisonSet
@@ -14,9 +13,8 @@ from rlhf_ray.data.trajectory import Floats, Offsets, offsets_of, take_rows
 from rlhf_ray.models.answers import AnswerPack
 from rlhf_ray.platform import platform
 
-AnswerPlan = Sequence[tuple[list[ray.ObjectRef], list[list[int]]]]
-"""For each data-parallel rank, a reference to a `ComparisonSet`, in a list so that it stays in the object store, and
-the rows of each of its micro-batches."""
+if TYPE_CHECKING:
+    from rlhf_ray.engines.training import ForwardEngine, TrainingEngine
 
 
 @dataclass(frozen=True)
@@ -34,19 +32,29 @@ class AnswerLogProbs:
     values: Floats
 
     @classmethod
+    @torch.no_grad()
     def of(
         cls,
+        engine: "TrainingEngine | ForwardEngine",
         data: ComparisonSet,
         micro_batches: Sequence[Sequence[int]],
-        forward: Callable[[AnswerPack], torch.Tensor],
+        *,
+        reports: bool = True,
     ) -> Self:
-        """`forward` gives float32 `[answer tokens]` for each pack of rows."""
+        """What a model makes of the answers in some micro-batches of rows; collective.
+
+        Args:
+            reports: whether to give them; else the passes are made for neighbours that share sequences.
+        """
         found: list[int] = []
         values: list[torch.Tensor] = []
         for rows in micro_batches:
             candidates = data.candidates(rows).tolist()
-            values.append(forward(AnswerPack.of(data, candidates, platform().device)).float())
+            pack = AnswerPack.of(data, candidates, platform().device)
+            values.append(engine(pack.packed, pack.positions, pack.targets, 1.0, "nothing")[0].float())
             found += candidates
+        if not reports:
+            return cls((), offsets_of([]), np.empty(0, np.float32))
         lengths = data.answer_lengths[np.asarray(found, np.int64)]
         return cls(tuple(found), offsets_of(lengths), torch.cat(values).cpu().numpy())
 

@@ -18,7 +18,7 @@ from rlhf_ray.platform import platform, to_device
 def response_column(
     batch: TrajectoryBatch, data_slice: DataSlice, max_tokens: int, forward: Callable[[ResponsePack], torch.Tensor]
 ) -> ColumnPart:
-    """A rank's slice of a column: `forward` gives float32 `[response tokens]` for each pack."""
+    """A rank's slice of a column: `forward` gives numbers of a pack's response tokens, or of its samples."""
     samples: list[int] = []
     values: list[torch.Tensor] = []
     for micro_batch in micro_batches(batch, data_slice, max_tokens):

@@ -7,7 +7,7 @@ import torch
 
 from rlhf_ray.actors.columns import on_device, response_column
 from rlhf_ray.actors.device_means import MicroStats
-from rlhf_ray.actors.group import Calls
+from rlhf_ray.actors.group import Calls, on_all
 from rlhf_ray.actors.ppo_update import PPOTrainedGroup, PPOTrainedWorker, counted_places, token_mean
 from rlhf_ray.actors.shards import GeneratedShard
 from rlhf_ray.actors.trained import UpdateReport
@@ -17,8 +17,6 @@ from rlhf_ray.config.algorithm import PPO
 from rlhf_ray.data.columns import ColumnPart, Columns
 from rlhf_ray.data.minibatches import OptimizerStep
 from rlhf_ray.data.trajectory import TrajectoryBatch
-from rlhf_ray.engines.training import DTYPES, TrainingEngine
-from rlhf_ray.models.heads import load_scalar
 from rlhf_ray.models.responses import ResponsePack
 from rlhf_ray.telemetry.trace import in_span
 
@@ -30,16 +28,7 @@ class CriticWorker(PPOTrainedWorker):
     def load_model(self, critic: config.Critic, model: str, ppo: PPO, total_steps: int, seed: int) -> None:
         """Load the model and build its training engine; collective."""
         self.critic, self.ppo = critic, ppo
-        self.model_source, self.trust_remote_code = model, critic.trust_remote_code
-        loaded = load_scalar(
-            model,
-            dtype=DTYPES[critic.engine.dtype],
-            seed=seed,
-            trust_remote_code=critic.trust_remote_code,
-            lora=critic.lora,
-            sharded=critic.engine.zero_stage == 3,
-        )
-        self.engine = TrainingEngine(loaded, critic.engine, critic.optimizer, total_steps)
+        self.load_scalar_model(critic, model, total_steps, seed)
 
     @torch.no_grad()
     def values(self, batch: TrajectoryBatch, index: int = 0, count: int = 1) -> ColumnPart:
@@ -71,9 +60,7 @@ class CriticWorker(PPOTrainedWorker):
 class CriticGroup(PPOTrainedGroup[CriticWorker]):
     """The ranks of the critic."""
 
-    def load_model(self, critic: config.Critic, model: str, ppo: PPO, total_steps: int, seed: int) -> Calls[None]:
-        """Have all ranks load the model."""
-        return self.call(CriticWorker.load_model, critic, model, ppo, total_steps, seed)
+    load_model = on_all(CriticWorker.load_model)
 
     def values(self, shard: GeneratedShard) -> Calls[ColumnPart]:
         """Values of a shard's responses."""

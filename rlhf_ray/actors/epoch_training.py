@@ -1,8 +1,8 @@
 """The optimizer steps and evaluations of a job that goes over a data set in epochs."""
 
+import time
 from abc import abstractmethod
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, TypeVar
 
 import ray
@@ -10,9 +10,8 @@ import torch
 
 from rlhf_ray.actors.device_means import MicroStats, StepNumbers
 from rlhf_ray.actors.group import Calls
-from rlhf_ray.actors.trained import Stats, Stopwatch, TrainedGroup, TrainedWorker, UpdateReport
+from rlhf_ray.actors.trained import Stats, TrainedGroup, TrainedWorker, UpdateReport
 from rlhf_ray.actors.waiting import fetch_data
-from rlhf_ray.telemetry.metrics import Mean
 
 
 class EpochTrainedWorker(TrainedWorker):
@@ -40,38 +39,29 @@ class EpochTrainedWorker(TrainedWorker):
             context: for `prepare_losses`.
 
         Raises:
-            NonFiniteLossError: before the optimizer step.
+            NonFiniteLossError: as `optimizer_step`.
         """
-        watch = Stopwatch()
-        found = fetch_data(data, "the data set")[0]
+        began = time.perf_counter()
+        [found] = fetch_data(data, "the data set")
+
+        def loss_of(rows: Sequence[int]) -> tuple[torch.Tensor, MicroStats]:
+            loss, stats = self.micro_batch_loss(found, rows)
+            return loss / step_weight, stats
+
         with self.recorder.span("update"):
             self.prepare_losses(found, context)
-            numbers = StepNumbers()
-            for number, micro_batch in enumerate(micro_batches):
-                loss, stats = self.micro_batch_loss(found, micro_batch)
-                self.engine.backward(loss / step_weight, last=number == len(micro_batches) - 1)
-                numbers.add(stats, loss)
-            losses, means = numbers.read()
-            for value, micro_batch in zip(losses, micro_batches, strict=True):
-                self.check_finite("loss", value, partial(_uids, found, micro_batch))
-            done = self.engine.step()
-            self.check_finite(
-                "gradient norm",
-                done.grad_norm,
-                partial(_uids, found, [row for micro in micro_batches for row in micro]),
-            )
-        means["grad_norm"] = Mean(done.grad_norm, 1.0)
+            _, means, lr = self.optimizer_step(micro_batches, loss_of, lambda rows: [found.uids[row] for row in rows])
         samples = sum(len(micro) for micro in micro_batches)
         if not self.data_slice.reports:
             means, samples = {}, 0
-        return UpdateReport(means, done.lr, 1, samples, watch.seconds)
+        return UpdateReport(means, lr, 1, samples, time.perf_counter() - began)
 
     @torch.no_grad()
     def evaluate(
         self, data: Sequence[ray.ObjectRef], micro_batches: Sequence[Sequence[int]], context: Any = None
     ) -> Stats:
         """What is logged of a step, for this rank's micro-batches and without learning from them."""
-        found = fetch_data(data, "the data set")[0]
+        [found] = fetch_data(data, "the data set")
         numbers = StepNumbers()
         with self.recorder.span("evaluate"):
             self.prepare_losses(found, context)
@@ -98,7 +88,3 @@ class EpochTrainedGroup(TrainedGroup[EpochTrainedT]):
     def evaluate(self, plan: RowPlan, context: Any) -> Calls[Stats]:
         """What is logged of a step, without learning."""
         return self.call_each(EpochTrainedWorker.evaluate, [(*mine, context) for mine in plan])
-
-
-def _uids(data: Any, rows: Sequence[int]) -> list[str]:
-    return [data.uids[row] for row in rows]

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar, TypeVarTuple, overload
 
 import ray
@@ -12,7 +13,6 @@ from rlhf_ray.actors.waiting import wait_all
 from rlhf_ray.actors.watched import Watched
 from rlhf_ray.config.run import Limit
 from rlhf_ray.data.trajectory import TrajectoryBatch
-from rlhf_ray.telemetry.trace import Span
 
 Worker = TypeVar("Worker", bound=Watched)
 Arguments = ParamSpec("Arguments")
@@ -40,6 +40,18 @@ class Calls(Generic[Result]):
 def wait_together(calls: Sequence[Calls[Any]], limit: Limit, what: str) -> None:
     """Wait for calls to several groups, whichever fails first. Raises as `wait_all`."""
     wait_all([ref for each in calls for ref in each.refs], limit.seconds, what, limit.setting)
+
+
+def on_all(
+    method: Callable[Concatenate[Worker, Arguments], Result],
+) -> Callable[Concatenate[Any, Arguments], Calls[Result]]:
+    """A group's method that calls the worker's method of the same name with the same arguments on every rank."""
+
+    @wraps(method)
+    def call(group: "ActorGroup[Worker]", /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Calls[Result]:
+        return group.call(method, *args, **kwargs)
+
+    return call
 
 
 class ActorGroup(Generic[Worker]):
@@ -142,14 +154,12 @@ class ActorGroup(Generic[Worker]):
         first, second = called.remote(*args, **kwargs)
         return first, second
 
-    def drain_spans(self) -> Calls[list[Span]]:
-        """What each rank did since the last call."""
-        return self.call(Watched.drain_spans)
+    drain_spans = on_all(Watched.drain_spans)
 
     def kill(self) -> None:
         """End the processes, whatever they do."""
-        liveness.forget(self.actors)
-        for actor in self.actors:
+        liveness.forget(self.processes)
+        for actor in self.processes:
             ray.kill(actor)
 
     def _calls(self, refs: list[ray.ObjectRef], method: Callable[..., Any]) -> Calls[Any]:

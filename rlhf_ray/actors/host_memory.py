@@ -2,6 +2,7 @@
 
 import ctypes
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -28,10 +29,8 @@ def sum_of_held_bytes(processes: Iterable[psutil.Process]) -> int:
     each of them."""
     total = 0
     for process in processes:
-        try:
+        with suppress(psutil.NoSuchProcess):  # it ended meanwhile
             total += held_bytes(process)
-        except psutil.NoSuchProcess:  # it ended meanwhile
-            continue
     return total
 
 

@@ -9,7 +9,7 @@ from typing_extensions import TypeVar
 
 from rlhf_ray.actors.columns import on_device, response_column
 from rlhf_ray.actors.device_means import MicroStats
-from rlhf_ray.actors.group import Calls
+from rlhf_ray.actors.group import Calls, on_all
 from rlhf_ray.actors.ppo_update import PPOTrainedGroup, PPOTrainedWorker, counted_places, token_mean
 from rlhf_ray.actors.shards import GeneratedShard
 from rlhf_ray.actors.trained import Stats, UpdateReport, sum_over_ranks
@@ -160,11 +160,8 @@ PolicyT = TypeVar("PolicyT", bound=PolicyWorker, default=PolicyWorker)
 class PolicyGroup(PPOTrainedGroup[PolicyT]):
     """The ranks of the policy."""
 
-    def load_model(
-        self, policy: config.Policy, ppo: PPO, temperature: float, total_steps: int, lora_sync: LoraSync
-    ) -> Calls[None]:
-        """Have all ranks load the model."""
-        return self.call(PolicyWorker.load_model, policy, ppo, temperature, total_steps, lora_sync)
+    load_model = on_all(PolicyWorker.load_model)
+    send_weights = on_all(PolicyWorker.send_weights)
 
     def logprobs(self, shard: GeneratedShard) -> Calls[ColumnPart]:
         """Log-probs of a shard's responses."""
@@ -211,7 +208,3 @@ class PolicyGroup(PPOTrainedGroup[PolicyT]):
             timeouts.sync_s,
             same_devices,
         )
-
-    def send_weights(self, version: int) -> Calls[None]:
-        """Give every engine the present weights under the name `version`."""
-        return self.call(PolicyWorker.send_weights, version)

@@ -1,8 +1,8 @@
 """The optimizer steps of one PPO update, for policy and critic alike."""
 
+import time
 from abc import abstractmethod
 from collections.abc import Sequence
-from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -10,9 +10,9 @@ import ray
 import torch
 
 from rlhf_ray.actors.columns import RankBatch
-from rlhf_ray.actors.device_means import DeviceMean, MicroStats, StepNumbers
+from rlhf_ray.actors.device_means import DeviceMean, MicroStats
 from rlhf_ray.actors.shards import ScoredColumns
-from rlhf_ray.actors.trained import Stats, Stopwatch, TrainedGroup, TrainedWorker, UpdateReport
+from rlhf_ray.actors.trained import Stats, TrainedGroup, TrainedWorker, UpdateReport
 from rlhf_ray.actors.training_shards import TrainingShardReport, make_training_shard
 from rlhf_ray.actors.waiting import fetch_data
 from rlhf_ray.algorithms.aggregation import token_weights
@@ -67,47 +67,35 @@ class PPOTrainedWorker(TrainedWorker):
             advantages: of whole samples, float32 `[samples of the batch]`; None where the shards have a column of them.
 
         Raises:
-            NonFiniteLossError: before the optimizer step that the loss belongs to, or after one whose gradient is no
-                number.
+            NonFiniteLossError: as `optimizer_step`.
         """
-        watch = Stopwatch()
+        began = time.perf_counter()
         mine = {sample for step in plan for micro in step.micro_batches for sample in micro}
         data = RankBatch.of(fetch_data(shards, "samples to train on"), starts, sorted(mine), advantages)
         total: Stats = {}
         lr, steps, samples = 0.0, 0, 0
         for step in plan:
-            stats = self._accumulate(data, step)
-            done = self.engine.step()
-            self.check_finite(
-                "gradient norm",
-                done.grad_norm,
-                partial(data.names, [sample for micro in step.micro_batches for sample in micro]),
-            )
-            stats["grad_norm"] = Mean(done.grad_norm, 1.0)
+            stats, lr = self._step(data, step)
             total = sum_means((total, stats))
-            lr, steps = done.lr, steps + 1
+            steps += 1
             samples += sum(len(micro) for micro in step.micro_batches)
             if not self.after_step(stats):
                 break
         if not self.data_slice.reports:
             total, samples = {}, 0
-        return UpdateReport(total, lr, steps, samples, watch.seconds)
+        return UpdateReport(total, lr, steps, samples, time.perf_counter() - began)
 
-    def _accumulate(self, data: RankBatch, step: OptimizerStep) -> Stats:
-        numbers = StepNumbers()
-        for number, micro_batch in enumerate(step.micro_batches):
-            pack, columns = data.pack(micro_batch)
+    def _step(self, data: RankBatch, step: OptimizerStep) -> tuple[Stats, float]:
+        def loss_of(samples: Sequence[int]) -> tuple[torch.Tensor, MicroStats]:
+            pack, columns = data.pack(samples)
             actions = None if columns.loss_mask is None else torch.from_numpy(columns.loss_mask)
             weights = token_weights(pack.lengths, self.ppo.loss_mean, step.step_tokens, step.step_samples, actions)
-            loss, found = self.micro_batch_loss(pack, columns, to_device(weights))
-            self.engine.backward(loss, last=number == len(step.micro_batches) - 1)
-            numbers.add(found, loss)
-        losses, stats = numbers.read()
-        for value, micro_batch in zip(losses, step.micro_batches, strict=True):
-            self.check_finite("loss", value, partial(data.names, micro_batch))
+            return self.micro_batch_loss(pack, columns, to_device(weights))
+
+        losses, stats, lr = self.optimizer_step(step.micro_batches, loss_of, data.names)
         # A loss is its micro-batch's share of the step's: shares add up, and steps average.
         weight = 1.0 / (len(step.micro_batches) * self.data_slice.count)
-        return sum_means((stats, *({"loss": Mean(value, weight)} for value in losses)))
+        return sum_means((stats, *({"loss": Mean(value, weight)} for value in losses))), lr
 
 
 PPOTrainedT = TypeVar("PPOTrainedT", bound=PPOTrainedWorker)

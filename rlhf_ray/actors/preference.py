@@ -6,11 +6,12 @@ from dataclasses import dataclass, replace
 import ray
 import torch
 
-from rlhf_ray.actors.answers import AnswerLogProbs, AnswerPlan
+from rlhf_ray.actors.answers import AnswerLogProbs
 from rlhf_ray.actors.device_means import DeviceMean, MicroStats
-from rlhf_ray.actors.epoch_training import EpochTrainedGroup, EpochTrainedWorker
-from rlhf_ray.actors.group import Calls
+from rlhf_ray.actors.epoch_training import EpochTrainedGroup, EpochTrainedWorker, RowPlan
+from rlhf_ray.actors.group import Calls, on_all
 from rlhf_ray.actors.preference_objective import Answers, label_losses, pair_losses
+from rlhf_ray.actors.shards import Refs
 from rlhf_ray.actors.waiting import fetch_data
 from rlhf_ray.algorithms.preference.sequence import (
     length_desensitised_weights,
@@ -27,8 +28,6 @@ from rlhf_ray.models.answers import AnswerPack
 from rlhf_ray.models.lora import adapters_off
 from rlhf_ray.platform import platform, to_device
 from rlhf_ray.telemetry.trace import in_span
-
-Refs = Sequence[ray.ObjectRef]
 
 _BUCKET_BYTES = 256 * 2**20
 
@@ -90,19 +89,12 @@ class PreferenceWorker(EpochTrainedWorker):
         self._alone = [loss for loss in algorithm.loss if not isinstance(loss, TransportLoss)]
         self._together = [loss for loss in algorithm.loss if isinstance(loss, TransportLoss)]
 
-    @torch.no_grad()
     def answer_logprobs(self, data: Refs, micro_batches: Sequence[Sequence[int]]) -> AnswerLogProbs:
         """The policy's log-probs of the answers in this rank's slice of some rows."""
         [found] = fetch_data(data, "the data set")
         with self.recorder.span("log-probs"):
-            logprobs = AnswerLogProbs.of(
-                found,
-                micro_batches,
-                lambda pack: self.engine(pack.packed, pack.positions, pack.targets, 1.0, "nothing")[0],
-            )
-            return logprobs if self.data_slice.reports else logprobs.select(())
+            return AnswerLogProbs.of(self.engine, found, micro_batches, reports=self.data_slice.reports)
 
-    @torch.no_grad()
     def base_logprobs(self, data: Refs, micro_batches: Sequence[Sequence[int]]) -> AnswerLogProbs:
         """The same of the policy's base model, with its adapters off: the reference of a policy with LoRA."""
         with adapters_off(self.engine.model):
@@ -185,7 +177,7 @@ class PreferenceWorker(EpochTrainedWorker):
         sums = [float(part.values.sum(dtype="float64")) for part in parts]
         total = sums[0] - sum(sums[1:])
         self.check_finite(
-            "log-ratio of mismatched answers", total, lambda: [data.uids[row] for row in policy.candidates]
+            "log-ratio of mismatched answers", total, policy.candidates, lambda rows: [data.uids[row] for row in rows]
         )
         return kto_kl(total, len(policy.candidates))
 
@@ -221,21 +213,16 @@ class PreferenceWorker(EpochTrainedWorker):
 class PreferenceGroup(EpochTrainedGroup[PreferenceWorker]):
     """The ranks of a policy that learns from preferences."""
 
-    def load_model(self, policy: Policy, algorithm: Preference, total_steps: int) -> Calls[None]:
-        """Have all ranks load the model."""
-        return self.call(PreferenceWorker.load_model, policy, algorithm, total_steps)
+    load_model = on_all(PreferenceWorker.load_model)
+    share_weights = on_all(PreferenceWorker.share_weights)
 
-    def answer_logprobs(self, plan: AnswerPlan) -> Calls[AnswerLogProbs]:
+    def answer_logprobs(self, plan: RowPlan) -> Calls[AnswerLogProbs]:
         """Log-probs of the answers of some rows."""
         return self.call_each(PreferenceWorker.answer_logprobs, plan)
 
-    def base_logprobs(self, plan: AnswerPlan) -> Calls[AnswerLogProbs]:
+    def base_logprobs(self, plan: RowPlan) -> Calls[AnswerLogProbs]:
         """The same with adapters off."""
         return self.call_each(PreferenceWorker.base_logprobs, plan)
-
-    def share_weights(self) -> Calls[list[ray.ObjectRef]]:
-        """References to the present weights, in buckets by name, from rank 0."""
-        return self.call(PreferenceWorker.share_weights)
 
 
 def _fetch(parts: Refs) -> AnswerLogProbs | None:

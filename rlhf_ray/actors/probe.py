@@ -12,14 +12,12 @@ import ray
 import torch
 import torch.distributed as dist
 
-from rlhf_ray.actors.address import own_address
-from rlhf_ray.actors.group import ActorGroup, Calls
+from rlhf_ray.actors.group import ActorGroup
 from rlhf_ray.actors.host_memory import give_back, host_bytes
 from rlhf_ray.actors.policy import PolicyGroup, PolicyWorker
-from rlhf_ray.actors.rollout import RolloutGroup, RolloutWorker
+from rlhf_ray.actors.rollout import RolloutWorker
 from rlhf_ray.actors.watched import Watched
 from rlhf_ray.config.algorithm import PPO
-from rlhf_ray.config.run import Limit
 from rlhf_ray.config.training import Dtype, Policy
 from rlhf_ray.data.trajectory import Trajectory, TrajectoryBatch
 from rlhf_ray.engines.training import DTYPES
@@ -134,21 +132,12 @@ class ProbeRolloutWorker(RolloutWorker):
         return host_bytes()
 
 
-def engine_memory(engines: RolloutGroup) -> Calls[int]:
-    """Bytes of host memory of each engine's processes, of a group of `ProbeRolloutWorker`."""
-    return ActorGroup[ProbeRolloutWorker](engines.role, engines.actors).call(ProbeRolloutWorker.memory)
-
-
 class PairWorker(Watched):
     """One of two processes that talk as ranks of a role do."""
 
     def __init__(self, rank: int) -> None:
         self.rank = rank
         self.recorder = SpanRecorder()
-
-    def address(self) -> tuple[str, int]:
-        """Address of this node and a free port on it."""
-        return own_address()
 
     def join(self, host: str, port: int, timeout_s: float) -> None:
         """Meet the other."""
@@ -184,49 +173,8 @@ class PairWorker(Watched):
         return found
 
 
-class ProbeGroup(PolicyGroup[ProbeWorker]):
-    """One rank of a policy that is its own clock."""
-
-    def peak_flops(self, dtype: Dtype, size: int) -> Calls[float]:
-        """See `ProbeWorker`."""
-        return self.call(ProbeWorker.peak_flops, dtype, size)
-
-    def memory_bandwidth(self, size: int) -> Calls[float]:
-        """See `ProbeWorker`."""
-        return self.call(ProbeWorker.memory_bandwidth, size)
-
-    def replace_model(self, policy: Policy) -> Calls[float]:
-        """See `ProbeWorker`."""
-        return self.call(ProbeWorker.replace_model, policy)
-
-    def time_passes(self, samples: Samples, vocabulary: int, repeats: int) -> Calls[PassTimes]:
-        """See `ProbeWorker`."""
-        return self.call(ProbeWorker.time_passes, samples, vocabulary, repeats)
-
-    def memory(self) -> Calls[int]:
-        """See `ProbeWorker`."""
-        return self.call(ProbeWorker.memory)
-
-    def length(self, data: list[ray.ObjectRef]) -> Calls[int]:
-        """See `ProbeWorker`."""
-        return self.call(ProbeWorker.length, data)
-
-    def nothing(self) -> Calls[None]:
-        """See `ProbeWorker`."""
-        return self.call(ProbeWorker.nothing)
-
-
-class PairGroup(ActorGroup[PairWorker]):
-    """Two processes that talk as ranks of a role do."""
-
-    def meet(self, timeout_s: float) -> Calls[None]:
-        """Have them meet."""
-        [(host, port)] = self.call_rank(0, PairWorker.address).wait(Limit(timeout_s, "the limit of a calibration"))
-        return self.call(PairWorker.join, host, port, timeout_s)
-
-    def time_collectives(self, size: int, repeats: int) -> Calls[dict[str, float]]:
-        """See `PairWorker`."""
-        return self.call(PairWorker.time_collectives, size, repeats)
+ProbeGroup = PolicyGroup[ProbeWorker]
+PairGroup = ActorGroup[PairWorker]
 
 
 class _Clock:

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import ray
 
-from rlhf_ray.actors.answers import AnswerLogProbs, AnswerPlan
+from rlhf_ray.actors.answers import AnswerLogProbs
 from rlhf_ray.actors.columns import response_column
-from rlhf_ray.actors.group import Calls
+from rlhf_ray.actors.epoch_training import RowPlan
+from rlhf_ray.actors.group import Calls, on_all
 from rlhf_ray.actors.shards import GeneratedShard
 from rlhf_ray.actors.waiting import fetch_data
 from rlhf_ray.actors.worker import RankGroup, Worker
@@ -64,12 +65,7 @@ class ReferenceWorker(Worker):
         """Log-probs of the answers in this rank's slice of some rows of a `ComparisonSet`."""
         [found] = fetch_data(data, "the data set")
         with self.recorder.span("log-probs"):
-            logprobs = AnswerLogProbs.of(
-                found,
-                micro_batches,
-                lambda pack: self.engine(pack.packed, pack.positions, pack.targets, self.temperature, "nothing")[0],
-            )
-            return logprobs if self.data_slice.reports else logprobs.select(())
+            return AnswerLogProbs.of(self.engine, found, micro_batches, reports=self.data_slice.reports)
 
     def mix_weights(self, shared: Sequence[Sequence[ray.ObjectRef]], fraction: float) -> None:
         """Move every weight by `fraction` of its way to the policy's; collective.
@@ -81,48 +77,29 @@ class ReferenceWorker(Worker):
             for bucket in (ref for refs in shared for ref in refs):
                 self.engine.mix(fetch_data([bucket], "the policy's weights")[0], fraction)
 
-    def save(self, folder: str) -> None:
+    def save(self, folder: Path) -> None:
         """Write the weights of a reference that is updated; rank 0 writes them whole."""
         with self.recorder.span("checkpoint"):
-            self.engine.save(Path(folder), write=self.rank == 0)
+            self.engine.save(folder, write=self.rank == 0)
 
-    def load(self, folder: str) -> None:
+    def load(self, folder: Path) -> None:
         """Read what `save` wrote."""
         with self.recorder.span("load checkpoint"):
-            self.engine.load(Path(folder))
+            self.engine.load(folder)
 
 
 class ReferenceGroup(RankGroup[ReferenceWorker]):
     """The ranks of the reference model."""
 
-    def load_model(
-        self,
-        model: str,
-        engine: ScoringEngine,
-        temperature: float,
-        trust_remote_code: bool,
-        *,
-        tokens_only: bool = False,
-    ) -> Calls[None]:
-        """Have all ranks load the model."""
-        return self.call(ReferenceWorker.load_model, model, engine, temperature, trust_remote_code, tokens_only)
+    load_model = on_all(ReferenceWorker.load_model)
+    mix_weights = on_all(ReferenceWorker.mix_weights)
+    save = on_all(ReferenceWorker.save)
+    load = on_all(ReferenceWorker.load)
 
     def logprobs(self, shard: GeneratedShard) -> Calls[ColumnPart]:
         """Log-probs of a shard's responses."""
         return self.call_shard(ReferenceWorker.logprobs, shard)
 
-    def answer_logprobs(self, plan: AnswerPlan) -> Calls[AnswerLogProbs]:
+    def answer_logprobs(self, plan: RowPlan) -> Calls[AnswerLogProbs]:
         """Log-probs of the answers of some rows."""
         return self.call_each(ReferenceWorker.answer_logprobs, plan)
-
-    def mix_weights(self, shared: Sequence[Sequence[ray.ObjectRef]], fraction: float) -> Calls[None]:
-        """Move every weight by `fraction` of its way to the policy's."""
-        return self.call(ReferenceWorker.mix_weights, shared, fraction)
-
-    def save(self, folder: Path) -> Calls[None]:
-        """Write the weights of a reference that is updated."""
-        return self.call(ReferenceWorker.save, str(folder))
-
-    def load(self, folder: Path) -> Calls[None]:
-        """Read what `save` wrote."""
-        return self.call(ReferenceWorker.load, str(folder))

@@ -4,10 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
-from rlhf_ray.actors.columns import micro_batches
-from rlhf_ray.actors.group import ActorGroup, Calls
+from rlhf_ray.actors.columns import response_column
+from rlhf_ray.actors.group import ActorGroup, Calls, on_all
 from rlhf_ray.actors.shards import GeneratedShard
 from rlhf_ray.actors.worker import RankGroup, Worker
 from rlhf_ray.config.rewards import FunctionReward, HttpReward, ModelReward
@@ -15,9 +14,7 @@ from rlhf_ray.data.trajectory import Floats, TrajectoryBatch, offsets_of
 from rlhf_ray.engines.training import DTYPES, ForwardEngine
 from rlhf_ray.models.folder_checks import positions_of
 from rlhf_ray.models.heads import load_scalar, load_tokenizer
-from rlhf_ray.models.responses import ResponsePack
 from rlhf_ray.models.score_scale import scale_of
-from rlhf_ray.platform import platform
 from rlhf_ray.rewards.errors import RewardError
 from rlhf_ray.rewards.function import FunctionScorer
 from rlhf_ray.rewards.http import HttpScorer
@@ -74,24 +71,20 @@ class RewardModelWorker(Worker):
 
     def score(self, batch: TrajectoryBatch, index: int = 0, count: int = 1) -> ScorePart:
         """Scores of the samples in one of `count` slices."""
-        data_slice = self.slice_of(index, count)
         with self.recorder.span("score"):
             if self._tokenizers is not None:
                 batch = self._translate(batch)
-            samples: list[int] = []
-            scores: list[torch.Tensor] = []
-            for micro_batch in micro_batches(batch, data_slice, self.part.engine.micro_batch_tokens):
-                pack = ResponsePack.of(batch, micro_batch, platform().device)
-                scores.append(self.engine(pack.packed, pack.last).float())
-                samples += micro_batch
-            if not data_slice.reports:
-                return ScorePart((), np.empty(0, np.float32))
-            together = torch.cat(scores).cpu().numpy()
-            found = ScorePart(tuple(samples), self._scale.normalise(together) if self._scale else together)
-        bad = [batch.uids[s] for s, score in zip(samples, found.scores, strict=True) if not np.isfinite(score)]
+            found = response_column(
+                batch,
+                self.slice_of(index, count),
+                self.part.engine.micro_batch_tokens,
+                lambda pack: self.engine(pack.packed, pack.last),
+            )
+            scores = self._scale.normalise(found.values) if self._scale else found.values
+        bad = [batch.uids[s] for s, score in zip(found.samples, scores, strict=True) if not np.isfinite(score)]
         if bad:
             raise RewardError(self.name, f"the reward model {self.part.model!r} gave NaN or infinity", bad)
-        return found
+        return ScorePart(found.samples, scores)
 
     def _check_room(self, batch: TrajectoryBatch, lengths: Sequence[int]) -> None:
         """How long a sample is in this model's tokens is known only now."""
@@ -164,11 +157,7 @@ class TextRewardWorker(Worker):
 class RewardModelGroup(RankGroup[RewardModelWorker]):
     """The ranks of a reward model, which may divide a shard."""
 
-    def load_model(
-        self, part: ModelReward, name: str, policy_model: str, policy_trusted: bool, same_tokens: bool
-    ) -> Calls[None]:
-        """Have all ranks load the model."""
-        return self.call(RewardModelWorker.load_model, part, name, policy_model, policy_trusted, same_tokens)
+    load_model = on_all(RewardModelWorker.load_model)
 
     def score(self, shard: GeneratedShard) -> Calls[ScorePart]:
         """Scores of a shard."""
@@ -178,11 +167,7 @@ class RewardModelGroup(RankGroup[RewardModelWorker]):
 class TextRewardGroup(ActorGroup[TextRewardWorker]):
     """The workers of a function or a service, which take turns with whole shards."""
 
-    def load_model(
-        self, part: FunctionReward | HttpReward, policy_model: str, trust_remote_code: bool, columns: Sequence[str]
-    ) -> Calls[None]:
-        """Have all workers make ready; `columns` are those of the prompts' rows."""
-        return self.call(TextRewardWorker.load_model, part, policy_model, trust_remote_code, columns)
+    load_model = on_all(TextRewardWorker.load_model)
 
     def score(self, shard: GeneratedShard) -> Calls[ScorePart]:
         """Scores of a shard."""

@@ -10,14 +10,12 @@ from numpy.typing import NDArray
 
 from rlhf_ray.actors.device_means import MicroStats
 from rlhf_ray.actors.epoch_training import EpochTrainedGroup, EpochTrainedWorker, RowPlan
-from rlhf_ray.actors.group import Calls
+from rlhf_ray.actors.group import Calls, on_all
 from rlhf_ray.actors.reward_losses import Judgements, row_losses, row_stats
 from rlhf_ray.actors.waiting import fetch_data
 from rlhf_ray.config.jobs import RewardModel
 from rlhf_ray.config.reward_loss import RewardLoss
 from rlhf_ray.data.comparisons import ComparisonSet
-from rlhf_ray.engines.training import DTYPES, TrainingEngine
-from rlhf_ray.models.heads import load_scalar
 from rlhf_ray.models.packed import PackedSequences
 from rlhf_ray.platform import platform
 from rlhf_ray.telemetry.trace import in_span
@@ -43,16 +41,7 @@ class RewardTrainingWorker(EpochTrainedWorker):
     def load_model(self, reward: RewardModel, loss: RewardLoss, total_steps: int, seed: int) -> None:
         """Load the model and build its training engine; collective."""
         self.loss = loss
-        self.model_source, self.trust_remote_code = reward.model, reward.trust_remote_code
-        model = load_scalar(
-            reward.model,
-            dtype=DTYPES[reward.engine.dtype],
-            seed=seed,
-            trust_remote_code=reward.trust_remote_code,
-            lora=reward.lora,
-            sharded=reward.engine.zero_stage == 3,
-        )
-        self.engine = TrainingEngine(model, reward.engine, reward.optimizer, total_steps)
+        self.load_scalar_model(reward, reward.model, total_steps, seed)
 
     def micro_batch_loss(self, data: ComparisonSet, rows: Sequence[int]) -> tuple[torch.Tensor, MicroStats]:
         """Weighted sum of the losses of some rows."""
@@ -70,7 +59,8 @@ class RewardTrainingWorker(EpochTrainedWorker):
         Args:
             data: reference to the data set, in a list so that it stays in the object store.
         """
-        found: ComparisonSet = fetch_data(data, "the data set")[0]
+        found: ComparisonSet
+        [found] = fetch_data(data, "the data set")
         with self.recorder.span("evaluate"):
             # An empty micro-batch is a forward pass too, which ZeRO-3's collectives need.
             scores = [self._scores(found, rows)[: len(found.candidates(rows))] for rows in micro_batches]
@@ -90,9 +80,7 @@ class RewardTrainingWorker(EpochTrainedWorker):
 class RewardTrainingGroup(EpochTrainedGroup[RewardTrainingWorker]):
     """The ranks of a reward model in training."""
 
-    def load_model(self, reward: RewardModel, loss: RewardLoss, total_steps: int, seed: int) -> Calls[None]:
-        """Have all ranks load the model."""
-        return self.call(RewardTrainingWorker.load_model, reward, loss, total_steps, seed)
+    load_model = on_all(RewardTrainingWorker.load_model)
 
     def score(self, plan: RowPlan) -> Calls[CandidateScores]:
         """Scores of the candidates of rows."""

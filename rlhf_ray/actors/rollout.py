@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import ray
 
-from rlhf_ray.actors.address import own_address
 from rlhf_ray.actors.group import ActorGroup, Calls
 from rlhf_ray.actors.shards import GeneratedShard, ShardFacts
 from rlhf_ray.actors.waiting import fetch, settle, wait_any
@@ -40,10 +39,6 @@ class RolloutWorker(Watched):
         self.recorder = SpanRecorder()
         self.engine: Any = None  # vLLM is imported when the engine starts
         self._load: EngineLoad | None = None
-
-    async def address(self) -> tuple[str, int]:
-        """Address of this node and a free port on it."""
-        return own_address()
 
     async def load_model(self, setup: RolloutSetup, node: EngineNode | None = None) -> None:
         """Start the engine, or that part of its workers which sits here."""
@@ -221,7 +216,7 @@ class RolloutGroup(ActorGroup[RolloutWorker]):
         nodes_per_engine: int = 1,
     ) -> None:
         super().__init__("rollout", actors[::nodes_per_engine])
-        self._all = ActorGroup[RolloutWorker]("rollout", actors, nodes_per_engine)
+        self._all = list(actors)
         self._nodes_per_engine = nodes_per_engine
         self._rollout = rollout
         self._deterministic = deterministic
@@ -241,7 +236,7 @@ class RolloutGroup(ActorGroup[RolloutWorker]):
         count = self._nodes_per_engine
         addresses = self.call(RolloutWorker.address).wait(self._timeouts.setup)
         nodes = [EngineNode(n, count, host, port) for host, port in addresses for n in range(count)]
-        refs = [actor.load_model.remote(setup, node) for actor, node in zip(self._all.actors, nodes, strict=True)]
+        refs = [actor.load_model.remote(setup, node) for actor, node in zip(self._all, nodes, strict=True)]
         return Calls(refs, "rollout: load_model")
 
     def end_engines(self, timeout_s: float) -> list[str]:
@@ -250,20 +245,16 @@ class RolloutGroup(ActorGroup[RolloutWorker]):
         All are waited for, as one that is dead already must not keep the others from ending. The processes of those
         that take longer are killed.
         """
-        ending = self._all.call(RolloutWorker.shutdown).refs
+        ending = [actor.shutdown.remote() for actor in self._all]
         errors = settle(ending, timeout_s)
         _, busy = ray.wait(ending, num_returns=len(ending), timeout=0)
-        stuck = [actor for actor, call in zip(self._all.actors, ending, strict=True) if call in busy]
+        stuck = [actor for actor, call in zip(self._all, ending, strict=True) if call in busy]
         return errors + settle([actor.kill_processes.remote() for actor in stuck], _KILL_S)
 
     @property
     def processes(self) -> list[Any]:
         """All actors, those that lead no engine too."""
-        return self._all.actors
-
-    def kill(self) -> None:
-        """End the processes of all nodes."""
-        self._all.kill()
+        return self._all
 
     def move(self, level: Level) -> Calls[None]:
         """Have all engines leave their devices, or come back to them."""

@@ -7,7 +7,7 @@ import torch
 
 from rlhf_ray.actors.device_means import DeviceMean, MicroStats
 from rlhf_ray.actors.epoch_training import EpochTrainedGroup, EpochTrainedWorker
-from rlhf_ray.actors.group import Calls
+from rlhf_ray.actors.group import on_all
 from rlhf_ray.config.training import SFTPolicy
 from rlhf_ray.data.conversations import ConversationSet
 from rlhf_ray.models.packed import PackedSequences
@@ -36,9 +36,7 @@ class SFTWorker(EpochTrainedWorker):
 class SFTGroup(EpochTrainedGroup[SFTWorker]):
     """The ranks of the policy."""
 
-    def load_model(self, policy: SFTPolicy, total_steps: int) -> Calls[None]:
-        """Have all ranks load the model."""
-        return self.call(SFTWorker.load_model, policy, total_steps)
+    load_model = on_all(SFTWorker.load_model)
 
 
 def pack_learnt(

@@ -1,23 +1,24 @@
 """A rank of a model that is trained: policy, critic, reward model."""
 
+import math
 import shutil
-import threading
-import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
-from rlhf_ray.actors.group import Calls
+from rlhf_ray.actors.device_means import MicroStats, StepNumbers
+from rlhf_ray.actors.group import on_all
 from rlhf_ray.actors.worker import RankGroup, Worker, load_rng, save_rng
-from rlhf_ray.config.training import Policy
-from rlhf_ray.engines.training import DTYPES, TrainingEngine, full_adapter, full_weights
+from rlhf_ray.config.reward_model import RewardModel
+from rlhf_ray.config.training import Critic, Policy
+from rlhf_ray.engines.training import DTYPES, TrainingEngine, copy_to_host, full_adapter
 from rlhf_ray.engines.weight_files import is_written_as_held, write_sharded
-from rlhf_ray.models.heads import load_causal, load_tokenizer
+from rlhf_ray.models.heads import load_causal, load_scalar, load_tokenizer
 from rlhf_ray.models.lora import ADAPTER_FOLDER, Adapter, has_adapters
 from rlhf_ray.models.saving import save_model
 from rlhf_ray.models.score_scale import ScoreScale, write_scale
@@ -74,6 +75,7 @@ class TrainedWorker(Worker):
     engine: TrainingEngine
     model_source: str
     trust_remote_code: bool
+    _export: Future[None] | None = None
 
     def load_language_model(self, policy: Policy, total_steps: int, token_ids: int | None = None) -> None:
         """Load a causal model and build its training engine; collective. `token_ids` as in `load_causal`."""
@@ -89,20 +91,64 @@ class TrainedWorker(Worker):
         )
         self.engine = TrainingEngine(model, policy.engine, policy.optimizer, total_steps)
 
-    def save(self, folder: str) -> None:
+    def load_scalar_model(self, section: Critic | RewardModel, model: str, total_steps: int, seed: int) -> None:
+        """Load a model with a scalar head, new ones by `seed`, and build its training engine; collective."""
+        self.model_source, self.trust_remote_code = model, section.trust_remote_code
+        loaded = load_scalar(
+            model,
+            dtype=DTYPES[section.engine.dtype],
+            seed=seed,
+            trust_remote_code=section.trust_remote_code,
+            lora=section.lora,
+            sharded=section.engine.zero_stage == 3,
+        )
+        self.engine = TrainingEngine(loaded, section.engine, section.optimizer, total_steps)
+
+    def optimizer_step(
+        self,
+        micro_batches: Sequence[Sequence[int]],
+        loss_of: Callable[[Sequence[int]], tuple[torch.Tensor, MicroStats]],
+        names_of: Callable[[Sequence[int]], list[str]],
+    ) -> tuple[list[float], Stats, float]:
+        """One optimizer step on this rank's micro-batches of samples.
+
+        Args:
+            loss_of: a micro-batch's share of the loss, which adds up over micro-batches and ranks, and what to log.
+            names_of: what errors call samples.
+
+        Returns:
+            The losses, the sums of what is logged, and the learning rate.
+
+        Raises:
+            NonFiniteLossError: before the optimizer step, or after one whose gradient is no number.
+        """
+        numbers = StepNumbers()
+        for number, micro_batch in enumerate(micro_batches):
+            loss, stats = loss_of(micro_batch)
+            self.engine.backward(loss, last=number == len(micro_batches) - 1)
+            numbers.add(stats, loss)
+        losses, means = numbers.read()
+        for value, micro_batch in zip(losses, micro_batches, strict=True):
+            self.check_finite("loss", value, micro_batch, names_of)
+        done = self.engine.step()
+        everything = [sample for micro_batch in micro_batches for sample in micro_batch]
+        self.check_finite("gradient norm", done.grad_norm, everything, names_of)
+        return losses, means | {"grad_norm": Mean(done.grad_norm, 1.0)}, done.lr
+
+    def save(self, folder: Path) -> None:
         """Write this rank's part of a checkpoint."""
         with self.recorder.span("checkpoint"):
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            self.engine.save(Path(folder))
-            save_rng(Path(folder) / f"rng_rank{self.rank}.pt")
+            folder.mkdir(parents=True, exist_ok=True)
+            self.engine.save(folder)
+            save_rng(folder / f"rng_rank{self.rank}.pt")
 
-    def load(self, folder: str) -> None:
+    def load(self, folder: Path) -> None:
         """Read this rank's part of a checkpoint."""
         with self.recorder.span("load checkpoint"):
-            self.engine.load(Path(folder))
-            load_rng(Path(folder) / f"rng_rank{self.rank}.pt")
+            self.engine.load(folder)
+            load_rng(folder / f"rng_rank{self.rank}.pt")
 
-    def start_export(self, folder: str, scale: ScoreScale | None = None) -> None:
+    def start_export(self, folder: Path, scale: ScoreScale | None = None) -> None:
         """Write the weights in Hugging Face format; collective, rank 0 writes.
 
         They are copied to host memory and written from a thread. Of a sharded model no rank has the room for all: its
@@ -112,7 +158,7 @@ class TrainedWorker(Worker):
             scale: of the scores, for the config.json of a reward model.
         """
         self.finish_export()
-        writes, partial = self.rank == 0, Path(f"{folder}.partial")
+        writes, partial = self.rank == 0, folder.with_name(f"{folder.name}.partial")
         model = self.engine.model
         with self.recorder.span("export"):
             if writes:
@@ -121,13 +167,10 @@ class TrainedWorker(Worker):
             if self.engine.sharded and is_written_as_held(model):
                 write_sharded(model, partial if writes else None)
             else:
-                weights = _host_copy(model, keep=writes)
+                weights = copy_to_host(model, keep=writes)
             adapter = full_adapter(model) if has_adapters(model) else None
         if writes:
-            arguments = (partial, weights, adapter, scale, Path(folder))
-            self._export = threading.Thread(target=self._write_export, args=arguments, daemon=True)
-            self._export_error: Exception | None = None
-            self._export.start()
+            self._export = ThreadPoolExecutor(1).submit(self._write_export, partial, weights, adapter, scale, folder)
 
     def finish_export(self) -> None:
         """Wait for an export that is being written.
@@ -135,13 +178,9 @@ class TrainedWorker(Worker):
         Raises:
             Exception: what writing it raised.
         """
-        thread: threading.Thread | None = getattr(self, "_export", None)
-        if thread is None:
-            return
-        thread.join()
-        del self._export
-        if self._export_error is not None:
-            raise self._export_error
+        export, self._export = self._export, None
+        if export is not None:
+            export.result()
 
     def _write_export(
         self,
@@ -151,30 +190,25 @@ class TrainedWorker(Worker):
         scale: ScoreScale | None,
         folder: Path,
     ) -> None:
-        try:
-            if weights is not None:  # else they are there
-                save_model(self.engine.model.model, partial, weights)
-            write_scale(partial, scale)
-            if adapter is not None:
-                adapter.write(partial / ADAPTER_FOLDER)
-            load_tokenizer(self.model_source, trust_remote_code=self.trust_remote_code).save_pretrained(partial)
-            self.finish_export_folder(partial)
-            previous = folder.with_name(folder.name + ".previous")
-            shutil.rmtree(previous, ignore_errors=True)
-            if folder.exists():
-                folder.rename(previous)
-            partial.rename(folder)
-            shutil.rmtree(previous, ignore_errors=True)
-        except Exception as error:  # raised again by finish_export, in the caller's thread
-            self._export_error = error
+        if weights is not None:  # else they are there
+            save_model(self.engine.model.model, partial, weights)
+        write_scale(partial, scale)
+        if adapter is not None:
+            adapter.write(partial / ADAPTER_FOLDER)
+        load_tokenizer(self.model_source, trust_remote_code=self.trust_remote_code).save_pretrained(partial)
+        previous = folder.with_name(folder.name + ".previous")
+        shutil.rmtree(previous, ignore_errors=True)
+        if folder.exists():
+            folder.rename(previous)
+        partial.rename(folder)
+        shutil.rmtree(previous, ignore_errors=True)
 
-    def finish_export_folder(self, folder: Path) -> None:
-        """Add what a role's export has beside model and tokenizer."""
-
-    def check_finite(self, quantity: str, value: float, samples: Callable[[], Sequence[str]]) -> None:
+    def check_finite(
+        self, quantity: str, value: float, samples: Sequence[int], names_of: Callable[[Sequence[int]], list[str]]
+    ) -> None:
         """Raise `NonFiniteLossError` for NaN and infinity."""
-        if value != value or value in (float("inf"), float("-inf")):
-            raise NonFiniteLossError(self.role, quantity, value, samples())
+        if not math.isfinite(value):
+            raise NonFiniteLossError(self.role, quantity, value, names_of(samples))
 
 
 TrainedT = TypeVar("TrainedT", bound=TrainedWorker)
@@ -183,21 +217,10 @@ TrainedT = TypeVar("TrainedT", bound=TrainedWorker)
 class TrainedGroup(RankGroup[TrainedT]):
     """The ranks of a model that is trained."""
 
-    def save(self, folder: Path) -> Calls[None]:
-        """Have every rank write its part of a checkpoint."""
-        return self.call(TrainedWorker.save, str(folder))
-
-    def load(self, folder: Path) -> Calls[None]:
-        """Have every rank read its part of a checkpoint."""
-        return self.call(TrainedWorker.load, str(folder))
-
-    def start_export(self, folder: Path, scale: ScoreScale | None) -> Calls[None]:
-        """Have the weights copied, and written in the background."""
-        return self.call(TrainedWorker.start_export, str(folder), scale)
-
-    def finish_export(self) -> Calls[None]:
-        """Wait until they are written."""
-        return self.call(TrainedWorker.finish_export)
+    save = on_all(TrainedWorker.save)
+    load = on_all(TrainedWorker.load)
+    start_export = on_all(TrainedWorker.start_export)
+    finish_export = on_all(TrainedWorker.finish_export)
 
 
 def sum_over_ranks(value: float, device: torch.device) -> float:
@@ -205,23 +228,3 @@ def sum_over_ranks(value: float, device: torch.device) -> float:
     total = torch.tensor(value, dtype=torch.float64, device=device)
     dist.all_reduce(total)
     return float(total)
-
-
-class Stopwatch:
-    """Seconds since it was made."""
-
-    def __init__(self) -> None:
-        self._began = time.perf_counter()
-
-    @property
-    def seconds(self) -> float:
-        """Seconds so far."""
-        return time.perf_counter() - self._began
-
-
-def _host_copy(model: nn.Module, *, keep: bool) -> dict[str, torch.Tensor]:
-    copies = {}
-    for name, tensor in full_weights(model, bucket_bytes=256 * 2**20):
-        if keep:
-            copies[name] = tensor.detach().to("cpu", copy=True)
-    return copies

@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import socket
 import time
 from collections.abc import Callable
 from functools import cached_property
@@ -77,6 +78,13 @@ class Watched:
     def device_bytes(self) -> tuple[int, int] | None:
         """Device memory in use and in all; None for a role without a device."""
         return None
+
+    def address(self) -> tuple[str, int]:
+        """Address of this node and a port that is free on it."""
+        host = ray.util.get_node_ip_address()
+        with socket.socket() as probe:
+            probe.bind((host, 0))
+            return host, int(probe.getsockname()[1])
 
     def drain_spans(self) -> list[Span]:
         """What this process did since the last call."""

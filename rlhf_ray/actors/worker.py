@@ -11,8 +11,7 @@ import numpy as np
 import ray
 import torch
 
-from rlhf_ray.actors.address import own_address
-from rlhf_ray.actors.group import ActorGroup, Calls, wait_together
+from rlhf_ray.actors.group import ActorGroup, on_all, wait_together
 from rlhf_ray.actors.watched import Watched
 from rlhf_ray.config.roles import Level
 from rlhf_ray.config.run import Timeouts
@@ -53,10 +52,6 @@ class Worker(Watched):
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
         seed_everything(derive_seed(seed, role, rank), deterministic)
 
-    def address(self) -> tuple[str, int]:
-        """Address of this node and a free port on it."""
-        return own_address()
-
     @in_span("join")
     def join(self, host: str, port: int, timeout_s: float) -> None:
         """Join the group's collectives."""
@@ -89,9 +84,7 @@ WorkerT = TypeVar("WorkerT", bound=Worker)
 class RankGroup(ActorGroup[WorkerT]):
     """Ranks that meet for collectives."""
 
-    def move(self, level: Level) -> Calls[None]:
-        """Have all ranks leave their devices, or come back to them."""
-        return self.call(Worker.move, level)
+    move = on_all(Worker.move)
 
 
 def join_collectives_of(groups: Sequence[RankGroup[Any]], timeouts: Timeouts) -> None:

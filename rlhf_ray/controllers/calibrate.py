@@ -18,7 +18,7 @@ import numpy as np
 import ray
 
 from rlhf_ray.actors.group import wait_together
-from rlhf_ray.actors.probe import ProbeGroup, Samples
+from rlhf_ray.actors.probe import PairWorker, ProbeGroup, ProbeWorker, Samples
 from rlhf_ray.actors.rollout import RolloutGroup
 from rlhf_ray.cluster.session import ray_session
 from rlhf_ray.config.placement import Cluster
@@ -140,10 +140,10 @@ def _measure(
         policy = roles.policy
         logger.info("measuring peaks")
         flops: dict[Dtype, float] = {
-            "bfloat16": policy.peak_flops("bfloat16", sizes.product).wait(LIMIT)[0],
-            "float32": policy.peak_flops("float32", sizes.product).wait(LIMIT)[0],
+            "bfloat16": policy.call(ProbeWorker.peak_flops, "bfloat16", sizes.product).wait(LIMIT)[0],
+            "float32": policy.call(ProbeWorker.peak_flops, "float32", sizes.product).wait(LIMIT)[0],
         }
-        [memory] = policy.memory_bandwidth(sizes.copy).wait(LIMIT)
+        [memory] = policy.call(ProbeWorker.memory_bandwidth, sizes.copy).wait(LIMIT)
         ray_rates = _ray_rates(policy, sizes)
         logger.info("measuring generation")
         decoding = [
@@ -158,7 +158,7 @@ def _measure(
         memory_of = roles.memory
         for model, shape in zip(models, shapes, strict=True):
             logger.info("measuring passes of %.0f million weights", shape.parameters / 1e6)
-            [loaded] = policy.replace_model(_policy(model, sizes)).wait(LIMIT)
+            [loaded] = policy.call(ProbeWorker.replace_model, _policy(model, sizes)).wait(LIMIT)
             loads.append(shape.parameters * BYTES[DTYPE] / loaded / GB)
             passes += _passes(policy, shape, sizes)
             # By the smallest model; a GPU keeps what training leaves in its own memory.
@@ -192,7 +192,7 @@ def _measure(
 
 def _mib_beside_model(policy: ProbeGroup, shape: ModelShape) -> float:
     states = (BYTES[DTYPE] + STATE_BYTES) * shape.parameters
-    return (policy.memory().wait(LIMIT)[0] - states) / MIB
+    return (policy.call(ProbeWorker.memory).wait(LIMIT)[0] - states) / MIB
 
 
 def _policy(model: Path, sizes: Sizes) -> Policy:
@@ -203,20 +203,20 @@ def _policy(model: Path, sizes: Sizes) -> Policy:
 def _collectives(sizes: Sizes, on_gpus: bool) -> CollectiveSeconds:
     logger.info("measuring collectives")
     with probed_pair(on_gpus) as pair:
-        found = pair.time_collectives(sizes.collective, 5).wait(LIMIT)
+        found = pair.call(PairWorker.time_collectives, sizes.collective, 5).wait(LIMIT)
     return CollectiveSeconds(sizes.collective, {name: max(each[name] for each in found) for name in found[0]})
 
 
 def _ray_rates(policy: ProbeGroup, sizes: Sizes) -> RayRates:
-    policy.nothing().wait(LIMIT)
+    policy.call(ProbeWorker.nothing).wait(LIMIT)
     began = time.perf_counter()
-    wait_together([policy.nothing() for _ in range(_CALLS)], LIMIT, "policy: nothing")
+    wait_together([policy.call(ProbeWorker.nothing) for _ in range(_CALLS)], LIMIT, "policy: nothing")
     call_s = (time.perf_counter() - began) / _CALLS
     data = np.zeros(sizes.stored, np.uint8)
     seconds = []
     for _ in range(3):
         began = time.perf_counter()
-        policy.length([ray.put(data)]).wait(LIMIT)
+        policy.call(ProbeWorker.length, [ray.put(data)]).wait(LIMIT)
         seconds.append(time.perf_counter() - began)
     return RayRates(call_s=call_s, object_store_gb_s=sizes.stored / min(seconds) / GB)
 
@@ -224,7 +224,7 @@ def _ray_rates(policy: ProbeGroup, sizes: Sizes) -> RayRates:
 def _passes(policy: ProbeGroup, shape: ModelShape, sizes: Sizes) -> list[PassSeconds]:
     points = []
     for samples in sizes.passes:
-        [found] = policy.time_passes(samples, shape.vocab, _REPEATS).wait(LIMIT)
+        [found] = policy.call(ProbeWorker.time_passes, samples, shape.vocab, _REPEATS).wait(LIMIT)
         sequences = Sequences.of(samples.count, samples.prompt, samples.response)
         points.append(PassSeconds(shape, sequences, found.scoring, found.training, found.step))
     return points

@@ -1,13 +1,17 @@
 """What a config says, in short lines for people."""
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from rlhf_ray.config.jobs import Job
 from rlhf_ray.config.placement import RolloutPlacement
 from rlhf_ray.config.roles import RoleSpec
 from rlhf_ray.config.training import Lora, ScoringEngine, TrainingEngine
 from rlhf_ray.telemetry.metrics import Metrics
+
+if TYPE_CHECKING:  # the command line, which shows lines, is to import no tokenizers
+    from rlhf_ray.controllers.inputs import RowSet
+    from rlhf_ray.data.prompts import PromptSet
 
 Line = tuple[str, str]
 """A name, and what there is to say of it."""
@@ -59,21 +63,7 @@ def _held(count: int, what: str, cpus: float, gpus: float) -> str:
     return f"{several(count, what)} with {resources}{'' if count == 1 else ' each'}"
 
 
-class Rows(Protocol):
-    """A data set that was read."""
-
-    @property
-    def dropped(self) -> int:
-        """Rows left out."""
-
-    @property
-    def truncated(self) -> int:
-        """Rows that were cut."""
-
-    def __len__(self) -> int: ...
-
-
-def counts(rows: Rows) -> str:
+def counts(rows: "RowSet | PromptSet") -> str:
     """`800 kept, 0 dropped, 3 truncated`."""
     return f"{len(rows):,} kept, {rows.dropped:,} dropped, {rows.truncated:,} truncated"
 

@@ -1,12 +1,14 @@
 """`job: sft` and `job: reward_model`: what runs them, and what people are told of them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 from rlhf_ray.actors.reward_training import RewardTrainingGroup, RewardTrainingWorker
 from rlhf_ray.actors.sft import SFTGroup, SFTWorker
 from rlhf_ray.actors.worker import join_collectives_of
-from rlhf_ray.config.jobs import RewardModelJob, SFTJob
+from rlhf_ray.config.jobs import EpochJob, RewardModelJob, SFTJob
 from rlhf_ray.config.number_formats import NumberFormats
 from rlhf_ray.config.reward_loss import BradleyTerry
 from rlhf_ray.controllers.descriptions import Line, counts, held_out_line, role_text, several
@@ -23,8 +25,47 @@ from rlhf_ray.data.streaming import ConversationStream
 from rlhf_ray.telemetry.metrics import Metrics
 from rlhf_ray.telemetry.reliability_plot import plot_reliability
 
+ConfigT = TypeVar("ConfigT", bound=EpochJob)
+InputsT = TypeVar("InputsT", bound=EpochInputs)
 
-class SFTDefinition(JobDefinition[SFTJob, EpochInputs]):
+
+class EpochDefinition(JobDefinition[ConfigT, InputsT]):
+    """What is told alike of all jobs over a data set."""
+
+    def lines(
+        self,
+        config: ConfigT,
+        inputs: InputsT | None,
+        *,
+        steps: int | None = None,
+        rows: str = "rows",
+        beside: Iterable[Line] = (),
+    ) -> Iterator[Line]:
+        """Steps, model, what there is beside it, and what was read of the rows.
+
+        Args:
+            steps: of a run that is not counted in epochs.
+            rows: what a row is called.
+        """
+        epochs = several(config.run.epochs, "epoch")
+        planned = epochs if inputs is None else f"{inputs.steps} ({epochs})"
+        yield "steps", f"{steps or planned}, {config.rows_per_step} {rows} a step"
+        yield config.trained.name, role_text(config.trained)
+        yield from beside
+        if inputs is not None:
+            train = inputs.train
+            yield rows, "read while training" if isinstance(train, ConversationStream) else counts(train)
+            if inputs.held_out is not None:
+                yield f"held-out {rows}", counts(inputs.held_out)
+
+    def sources(self, config: ConfigT) -> list[DataSource]:
+        """Those to train on, and the held-out one."""
+        data = config.data
+        limits = {"data.eval": data.eval_rows}
+        return [replace(each, limit=limits.get(each.key, data.train_rows)) for each in super().sources(config)]
+
+
+class SFTDefinition(EpochDefinition[SFTJob, EpochInputs]):
     """Supervised fine-tuning."""
 
     mark = "⟦…⟧ counts in the loss"
@@ -44,13 +85,7 @@ class SFTDefinition(JobDefinition[SFTJob, EpochInputs]):
 
     def describe(self, config: SFTJob, inputs: EpochInputs | None) -> Iterator[Line]:
         """Steps, model, rows."""
-        epochs = several(config.run.epochs, "epoch")
-        steps = epochs if inputs is None else f"{inputs.steps} ({epochs})"
-        if config.run.steps is not None:
-            steps = str(config.run.steps)
-        yield "steps", f"{steps}, {config.rows_per_step} rows a step"
-        yield config.trained.name, role_text(config.trained)
-        yield from row_lines(inputs, "rows")
+        return self.lines(config, inputs, steps=config.run.steps)
 
     def results(self, config: SFTJob, rows: Sequence[Metrics]) -> Iterator[Line]:
         """The held-out perplexity."""
@@ -58,16 +93,10 @@ class SFTDefinition(JobDefinition[SFTJob, EpochInputs]):
 
     def sources(self, config: SFTJob) -> list[DataSource]:
         """Those to train on with their weights, and the held-out one."""
-        data = config.data
-        train = (
-            [DataSource("data.train", data.train, data.train_rows)]
-            if isinstance(data.train, str)
-            else [
-                DataSource(f"data.train.{index}.path", source.path, data.train_rows, source.weight)
-                for index, source in enumerate(data.train)
-            ]
-        )
-        return train + held_out_source(data.eval, data.eval_rows)
+        found = super().sources(config)
+        train = config.data.sources
+        weighted = [replace(each, weight=source.weight) for each, source in zip(found, train, strict=False)]
+        return weighted + found[len(train) :]
 
     def load_source(self, config: SFTJob, source: DataSource, report: SourceReport) -> None:
         """Conversations."""
@@ -75,7 +104,7 @@ class SFTDefinition(JobDefinition[SFTJob, EpochInputs]):
         report.show_conversations(talks, source.limit)
 
 
-class RewardModelDefinition(JobDefinition[RewardModelJob, EpochInputs]):
+class RewardModelDefinition(EpochDefinition[RewardModelJob, EpochInputs]):
     """Training of a reward model."""
 
     mark = "⟦…⟧ is where the score is read"
@@ -100,44 +129,17 @@ class RewardModelDefinition(JobDefinition[RewardModelJob, EpochInputs]):
 
     def describe(self, config: RewardModelJob, inputs: EpochInputs | None) -> Iterator[Line]:
         """Steps, model, rows."""
-        rows = "pairs" if isinstance(config.loss, BradleyTerry) else "rows"
-        epochs = several(config.run.epochs, "epoch")
-        steps = epochs if inputs is None else f"{inputs.steps} ({epochs})"
-        yield "steps", f"{steps}, {config.rows_per_step} {rows} a step"
-        yield config.trained.name, role_text(config.trained)
-        yield from row_lines(inputs, rows)
+        return self.lines(config, inputs, rows="pairs" if isinstance(config.loss, BradleyTerry) else "rows")
 
     def results(self, config: RewardModelJob, rows: Sequence[Metrics]) -> Iterator[Line]:
         """The held-out accuracy."""
         yield held_out_line(rows, "accuracy")
-
-    def sources(self, config: RewardModelJob) -> list[DataSource]:
-        """Those to train on and to evaluate on."""
-        data = config.data
-        return [
-            DataSource("data.train", data.train, data.train_rows),
-            *held_out_source(data.eval, data.eval_rows),
-        ]
 
     def load_source(self, config: RewardModelJob, source: DataSource, report: SourceReport) -> None:
         """Judged answers."""
         found = load_comparisons(config.data, source.name, report.tokenizer, config.kind, report.findings)
         judged = report.show_comparisons(found, source.limit, whole=True)
         report.problems += unfit_rows(config, source.key, judged)
-
-
-def row_lines(inputs: EpochInputs | None, rows: str) -> Iterator[Line]:
-    """What was read of the rows of a data set."""
-    if inputs is not None:
-        train = inputs.train
-        yield rows, "read while training" if isinstance(train, ConversationStream) else counts(train)
-        if inputs.held_out is not None:
-            yield f"held-out {rows}", counts(inputs.held_out)
-
-
-def held_out_source(name: str | None, limit: int | None) -> list[DataSource]:
-    """What `data.eval` names."""
-    return [] if name is None else [DataSource("data.eval", name, limit)]
 
 
 SFT = SFTDefinition()

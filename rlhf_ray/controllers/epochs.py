@@ -16,7 +16,7 @@ from rlhf_ray.config.run import Timeouts
 from rlhf_ray.controllers.diverged import TrainingDiverged, write_failed_samples
 from rlhf_ray.controllers.early_stop import EarlyStop
 from rlhf_ray.controllers.inputs import EpochInputs
-from rlhf_ray.controllers.row_sources import LoadedRows, RowSource, Split, StreamedRows, plan_rows
+from rlhf_ray.controllers.row_sources import LoadedRows, Split, StreamedRows, plan_rows
 from rlhf_ray.controllers.run_folder import Checkpointing, RunFolder
 from rlhf_ray.controllers.step_record import StepRecord
 from rlhf_ray.data.streaming import ConversationStream
@@ -49,7 +49,7 @@ class EpochController:
         self.metrics: Metrics = {}
         run = config.run
         self.early_stop = EarlyStop(run.keep_best, run.patience) if run.keep_best and run.patience else None
-        self.rows: RowSource = (
+        self.rows: LoadedRows | StreamedRows = (
             StreamedRows(config, inputs.train, folder)
             if isinstance(inputs.train, ConversationStream)
             else LoadedRows(config, inputs, inputs.train)

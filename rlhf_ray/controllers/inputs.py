@@ -6,20 +6,12 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_ray.config.base import MOST
-from rlhf_ray.config.jobs import (
-    EpochJob,
-    PPOJob,
-    PreferenceJob,
-    RewardModelJob,
-    SFTJob,
-)
+from rlhf_ray.config.jobs import EpochJob, PPOJob, PreferenceJob, RewardModelJob, SFTJob
 from rlhf_ray.config.reward_loss import BradleyTerry
 from rlhf_ray.config.rewards import FunctionReward, HttpReward, ModelReward, part_name
 from rlhf_ray.config.roles import ModelSource, RoleSpec
@@ -70,26 +62,8 @@ class PPOInputs:
     same_tokens: list[bool]
 
 
-class RowSet(Protocol):
-    """A data set as the controller sees it: `ComparisonSet` or `ConversationSet`."""
-
-    @property
-    def dropped(self) -> int:
-        """Rows left out."""
-
-    @property
-    def truncated(self) -> int:
-        """Rows that were cut."""
-
-    def __len__(self) -> int: ...
-
-    @property
-    def lengths(self) -> NDArray[np.int64]:
-        """Tokens of each row, int64 `[rows]`."""
-
-    @property
-    def weights(self) -> NDArray[np.floating | np.integer]:
-        """What each row counts in the mean that is the loss, `[rows]`."""
+RowSet = ComparisonSet | ConversationSet
+"""A data set as the controller sees it."""
 
 
 @dataclass(frozen=True)
@@ -138,13 +112,13 @@ def check_ppo(config: PPOJob, problems: list[str]) -> PPOInputs | None:
                 f"positions of policy.model {policy.model!r}"
             )
         check_role_model(config.role("policy"), problems)
-        _check_tensor_parallel(problems, config)
+        if (workers := config.placement.rollout.tensor_parallel) > 1:
+            with collect(problems, "placement.rollout.tensor_parallel"):
+                check_heads(policy.model, workers, trust_remote_code=policy.trust_remote_code)
     if not config.policy_is_reference:
-        with collect(problems, "reference.from"):
-            _check_vocabulary(config.role("reference"), "reference.from", config, tokenizer, problems)
+        _check_reader(config.role("reference"), "reference.from", config, tokenizer, problems)
     if config.critic is not None:
-        with collect(problems, "critic.init_from"):
-            _check_vocabulary(config.role("critic"), "critic.init_from", config, tokenizer, problems)
+        _check_reader(config.role("critic"), "critic.init_from", config, tokenizer, problems)
     same_tokens = []
     functions: dict[int, FunctionScorer] = {}
     for index, part in enumerate(config.reward):
@@ -182,21 +156,26 @@ def check_ppo(config: PPOJob, problems: list[str]) -> PPOInputs | None:
     return PPOInputs(config.run.steps, tokenizer, prompts, same_tokens)
 
 
-def _check_vocabulary(
+def _check_reader(
     role: RoleSpec, path: str, config: PPOJob, tokenizer: PreTrainedTokenizerBase | None, problems: list[str]
 ) -> None:
     """A role that reads the policy's tokens, and what every role's model must be."""
-    model = _source(role)
-    if tokenizer is not None:
-        if _same_vocabulary(model.path, tokenizer, trust_remote_code=model.trust_remote_code):
-            check_tokenizer_matches(model.path, tokenizer, trust_remote_code=model.trust_remote_code)
-        else:
-            problems.append(
-                f"{path}: {model.path!r} has another vocabulary than policy.model {config.policy.model!r}, whose "
-                "tokens it reads"
-            )
-    _check_room(role, path, config, problems)
-    check_role_model(role, problems)
+    with collect(problems, path):
+        if tokenizer is not None:
+            _check_vocabulary(_source(role), path, config.policy.model, tokenizer, problems)
+        _check_room(role, path, config, problems)
+        check_role_model(role, problems)
+
+
+def _check_vocabulary(
+    model: ModelSource, path: str, policy: str, tokenizer: PreTrainedTokenizerBase, problems: list[str]
+) -> None:
+    if _same_vocabulary(model.path, tokenizer, trust_remote_code=model.trust_remote_code):
+        check_tokenizer_matches(model.path, tokenizer, trust_remote_code=model.trust_remote_code)
+    else:
+        problems.append(
+            f"{path}: {model.path!r} has another vocabulary than policy.model {policy!r}, whose tokens it reads"
+        )
 
 
 def check_sft(config: SFTJob, problems: list[str]) -> EpochInputs | None:
@@ -270,12 +249,7 @@ def _check_reference(config: PreferenceJob, tokenizer: PreTrainedTokenizerBase, 
     role = config.role("reference")
     model = _source(role)
     with collect(problems, "reference.from"):
-        if _same_vocabulary(model.path, tokenizer, trust_remote_code=model.trust_remote_code):
-            check_tokenizer_matches(model.path, tokenizer, trust_remote_code=model.trust_remote_code)
-        else:
-            problems.append(
-                f"reference.from: {model.path!r} has another vocabulary than policy.model {config.policy.model!r}"
-            )
+        _check_vocabulary(model, "reference.from", config.policy.model, tokenizer, problems)
         if model.path != config.policy.model:
             _check_row_room(model, "reference.from", config.data.max_tokens, problems)
         check_role_model(role, problems)
@@ -341,14 +315,6 @@ def _check_row_room(model: ModelSource, path: str, budget: int, problems: list[s
         logger.warning(
             "%s: longer rows are trained on all the same; lower data.max_tokens where that is not meant", said
         )
-
-
-def _check_tensor_parallel(problems: list[str], config: PPOJob) -> None:
-    workers = config.placement.rollout.tensor_parallel
-    if workers == 1:
-        return
-    with collect(problems, "placement.rollout.tensor_parallel"):
-        check_heads(config.policy.model, workers, trust_remote_code=config.policy.trust_remote_code)
 
 
 def _mixed(config: SFTJob, tokenizer: PreTrainedTokenizerBase, problems: list[str]) -> ConversationSet | None:

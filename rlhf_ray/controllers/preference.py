@@ -7,7 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlhf_ray.actors.group import ActorGroup
-from rlhf_ray.actors.preference import PreferenceGroup, Refs, StepContext
+from rlhf_ray.actors.preference import PreferenceGroup, StepContext
+from rlhf_ray.actors.shards import Refs
 from rlhf_ray.actors.trained import UpdateReport
 from rlhf_ray.algorithms.preference.unpaired import RewardShift
 from rlhf_ray.config.jobs import PreferenceJob
@@ -24,7 +25,6 @@ class PreferenceController(EpochController):
     """Runs the epochs; what a loss needs beside its rows is gathered here.
 
     Args:
-        reference: actors with the reference model, None when none are needed.
         cache: of the reference's log-probs, None when they are computed for each step.
     """
 
@@ -41,16 +41,20 @@ class PreferenceController(EpochController):
         checkpointing: Checkpointing,
     ) -> None:
         super().__init__(config, inputs, roles.policy, folder, checkpointing)
-        self._devices = roles.devices
+        self._devices, self._updated = roles.devices, roles.reference
         self._shift = RewardShift()
         self._others = {name: Split(f"{name}, mismatched", rows) for name, rows in inputs.mismatched.items()}
         splits = [split for split in (self.training, self.held_out, *self._others.values()) if split is not None]
         live = LiveReference.with_roles(config, roles)
         self._live = live if cache is None else None
-        self._reference = live if cache is None else CachedReference(cache, live, splits)
-        if cache is not None and roles.reference is not None:
-            folder.unwatch(roles.reference)
-            roles.reference.kill()  # its work is done
+        self._reference: LiveReference | CachedReference | None = live
+        if cache is not None:
+            self._devices.enter("score")
+            self._reference = CachedReference(cache, live, splits)
+            self._devices.enter("update")
+            if roles.reference is not None:
+                folder.unwatch(roles.reference)
+                roles.reference.kill()  # its work is done
 
     @property
     def groups(self) -> list[ActorGroup[Any]]:
@@ -60,7 +64,8 @@ class PreferenceController(EpochController):
     def context(self, split: Split, rows: NDArray[np.int64]) -> StepContext:
         """Log-probs of reference and policy that the losses of these rows take as given."""
         algorithm = self.config.algorithm
-        self._devices.enter("score")
+        # A reference whose log-probs are read from a cache has ended.
+        self._devices.enter("score", None if self._live is not None else ["policy"])
         context = StepContext(
             reference=self._of_reference(split, rows),
             policy=self._of_policy(split, rows) if algorithm.couples_rows else (),
@@ -80,10 +85,10 @@ class PreferenceController(EpochController):
             wanted, unwanted = ratios["wanted_ratio"], ratios["unwanted_ratio"]
             self._shift.update(bco.beta * wanted.total, wanted.weight, bco.beta * unwanted.total, unwanted.weight)
         every = self.config.reference.update_every
-        if self._live is not None and every and step % every == 0:
+        if self._updated is not None and every and step % every == 0:
             self._devices.enter("score")
             shared = self.group.share_weights().wait(self.config.run.timeouts.sync)
-            self._live.mix(shared, self.config.reference.update_mix)
+            self._updated.mix_weights(shared, self.config.reference.update_mix).wait(self.config.run.timeouts.sync)
         return metrics
 
     def state_dict(self) -> dict[str, Any]:

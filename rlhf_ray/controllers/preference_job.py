@@ -4,11 +4,11 @@ from collections.abc import Iterator, Sequence
 
 from rlhf_ray.config.jobs import PreferenceJob
 from rlhf_ray.config.number_formats import NumberFormats
-from rlhf_ray.controllers.descriptions import Line, held_out_line, role_text, several
-from rlhf_ray.controllers.epoch_jobs import held_out_source, row_lines
+from rlhf_ray.controllers.descriptions import Line, held_out_line, role_text
+from rlhf_ray.controllers.epoch_jobs import EpochDefinition
 from rlhf_ray.controllers.inputs import PreferenceInputs, check_preference
 from rlhf_ray.controllers.inspection import SourceReport
-from rlhf_ray.controllers.job import DataSource, JobDefinition
+from rlhf_ray.controllers.job import DataSource
 from rlhf_ray.controllers.preference import PreferenceController
 from rlhf_ray.controllers.preference_roles import start_preference_roles
 from rlhf_ray.controllers.reference_columns import reference_cache
@@ -18,7 +18,7 @@ from rlhf_ray.data.comparisons import load_comparisons
 from rlhf_ray.telemetry.metrics import Metrics
 
 
-class PreferenceDefinition(JobDefinition[PreferenceJob, PreferenceInputs]):
+class PreferenceDefinition(EpochDefinition[PreferenceJob, PreferenceInputs]):
     """Offline preference learning."""
 
     mark = "⟦…⟧ counts in the loss"
@@ -43,31 +43,19 @@ class PreferenceDefinition(JobDefinition[PreferenceJob, PreferenceInputs]):
 
     def describe(self, config: PreferenceJob, inputs: PreferenceInputs | None) -> Iterator[Line]:
         """Steps, roles, losses, rows."""
-        epochs = several(config.run.epochs, "epoch")
-        steps = epochs if inputs is None else f"{inputs.steps} ({epochs})"
-        yield "steps", f"{steps}, {config.rows_per_step} rows a step"
-        yield config.trained.name, role_text(config.trained)
         losses = (loss.type if loss.weight == 1 else f"{loss.weight:g} {loss.type}" for loss in config.algorithm.loss)
-        yield "loss", " + ".join(losses)
+        beside = [("loss", " + ".join(losses))]
         if config.algorithm.needs_reference and config.policy_is_reference:
-            yield "reference", "the policy with its adapters off"
+            beside.append(("reference", "the policy with its adapters off"))
         elif config.algorithm.needs_reference:
             kept = config.reference.cache
             cache = "" if kept is None else f" · log-probs kept in {kept}"
-            yield "reference", f"{role_text(config.role('reference'))}{cache}"
-        yield from row_lines(inputs, "rows")
+            beside.append(("reference", f"{role_text(config.role('reference'))}{cache}"))
+        return self.lines(config, inputs, beside=beside)
 
     def results(self, config: PreferenceJob, rows: Sequence[Metrics]) -> Iterator[Line]:
         """The held-out accuracy, or loss of what was judged one by one."""
         yield held_out_line(rows, "loss" if config.algorithm.unpaired else "accuracy")
-
-    def sources(self, config: PreferenceJob) -> list[DataSource]:
-        """Those to train on and to evaluate on."""
-        data = config.data
-        return [
-            DataSource("data.train", data.train, data.train_rows),
-            *held_out_source(data.eval, data.eval_rows),
-        ]
 
     def load_source(self, config: PreferenceJob, source: DataSource, report: SourceReport) -> None:
         """Judged answers."""

@@ -6,8 +6,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlhf_ray.actors.group import wait_together
-from rlhf_ray.actors.probe import PairGroup, PairWorker, ProbeGroup, ProbeRolloutWorker, ProbeWorker, engine_memory
+from rlhf_ray.actors.group import ActorGroup, wait_together
+from rlhf_ray.actors.probe import PairGroup, PairWorker, ProbeGroup, ProbeRolloutWorker, ProbeWorker
 from rlhf_ray.actors.rollout import RolloutGroup
 from rlhf_ray.actors.worker import join_collectives_of
 from rlhf_ray.config.placement import RolePlacement, RolloutPlacement
@@ -77,7 +77,9 @@ def probed_roles(gpus: int, threads: int, models: Sequence[Path]) -> Iterator[Pr
             engine.load_model(setup).wait(LIMIT)
         engine_s = time.perf_counter() - began
         weights = read_shape(str(models[0])).parameters * BYTES[DTYPE]
-        [rank_memory], [engine_bytes] = policy.memory().wait(LIMIT), engine_memory(engines[0]).wait(LIMIT)
+        [rank_memory] = policy.call(ProbeWorker.memory).wait(LIMIT)
+        first = ActorGroup[ProbeRolloutWorker]("rollout", started[:1])
+        [engine_bytes] = first.call(ProbeRolloutWorker.memory).wait(LIMIT)
         memory = ProcessMemory(rank_mib=rank_memory / MIB, engine_mib=max(0.0, engine_bytes - weights) / MIB)
         yield ProbedRoles(policy, engines, process_s, engine_s, memory)
 
@@ -88,5 +90,6 @@ def probed_pair(on_gpus: bool) -> Iterator[PairGroup]:
     placement = RolePlacement(ranks=2, cpus=0, gpus=1 if on_gpus else 0, threads=max(1, cores() // 2))
     with Actors({"pair": placement}, LIMIT.seconds) as actors:
         pair = actors.own(PairGroup("pair", actors.start(PairWorker, "pair", 2, lambda rank: {"rank": rank})))
-        pair.meet(LIMIT.seconds).wait(LIMIT)
+        [(host, port)] = pair.call_rank(0, PairWorker.address).wait(LIMIT)
+        pair.call(PairWorker.join, host, port, LIMIT.seconds).wait(LIMIT)
         yield pair

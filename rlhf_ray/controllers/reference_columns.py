@@ -4,7 +4,6 @@ import hashlib
 import json
 import logging
 import os
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,9 @@ from safetensors.numpy import load_file, save_file
 
 from rlhf_ray.actors.answers import AnswerLogProbs
 from rlhf_ray.actors.group import Calls
-from rlhf_ray.actors.preference import PreferenceGroup, Refs
+from rlhf_ray.actors.preference import PreferenceGroup
 from rlhf_ray.actors.reference import ReferenceGroup
+from rlhf_ray.actors.shards import Refs
 from rlhf_ray.config.jobs import PreferenceJob
 from rlhf_ray.config.run import Timeouts
 from rlhf_ray.controllers.preference_roles import PreferenceRoles
@@ -33,15 +33,7 @@ logger = logging.getLogger("rlhf_ray")
 _ROWS_PER_CALL = 512
 
 
-class ReferenceColumns(ABC):
-    """Where the reference's log-probs come from."""
-
-    @abstractmethod
-    def of(self, split: Split, rows: NDArray[np.int64]) -> Refs:
-        """References to `AnswerLogProbs`, together those of the answers of these rows."""
-
-
-class LiveReference(ReferenceColumns):
+class LiveReference:
     """Asks actors for each step's rows: the reference's, or with LoRA the policy's with their adapters off."""
 
     def __init__(self, group: ReferenceGroup | PreferenceGroup, max_tokens: int, timeouts: Timeouts) -> None:
@@ -59,12 +51,8 @@ class LiveReference(ReferenceColumns):
         return None
 
     def of(self, split: Split, rows: NDArray[np.int64]) -> Refs:
+        """References to `AnswerLogProbs`, together those of the answers of these rows."""
         return self._ask(split, rows).refs
-
-    def mix(self, shared: Sequence[Refs], fraction: float) -> None:
-        """Move the reference's weights by `fraction` of their way to those that the policy's ranks shared."""
-        assert isinstance(self.group, ReferenceGroup)
-        self.group.mix_weights(shared, fraction).wait(self._timeouts.sync)
 
     def _ask(self, split: Split, rows: NDArray[np.int64]) -> Calls[AnswerLogProbs]:
         plan = plan_rows(split, rows, self.group.dp_size, self._max_tokens)
@@ -84,7 +72,7 @@ class LiveReference(ReferenceColumns):
         return AnswerLogProbs.join(parts)
 
 
-class CachedReference(ReferenceColumns):
+class CachedReference:
     """Reads the log-probs of whole data sets from disk; the sets that are not there yet are computed first.
 
     Args:
@@ -104,6 +92,7 @@ class CachedReference(ReferenceColumns):
             self._whole[split.name] = found
 
     def of(self, split: Split, rows: NDArray[np.int64]) -> Refs:
+        """As `LiveReference.of`."""
         assert isinstance(split.rows, ComparisonSet)
         candidates = split.rows.candidates(rows.tolist()).tolist()
         return [ray.put(self._whole[split.name].select(candidates))]

@@ -1,7 +1,7 @@
 """Which rows a step learns from: of a data set in the object store, or of a stream."""
 
 import logging
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import ray
@@ -41,19 +41,6 @@ def plan_rows(
     return [(split.ref, [rows[micro].tolist() for micro in mine]) for mine in plan]
 
 
-class RowSource(Protocol):
-    """Gives each step its rows, and goes on exactly from its state."""
-
-    def take(self, step: int) -> tuple[Split, NDArray[np.int64], Metrics]:
-        """A data set, the numbers of the rows of it that the next step learns from, and what to log of them."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint holds."""
-
-    def load_state_dict(self, state: Any) -> None:
-        """Go on from a checkpoint."""
-
-
 class LoadedRows:
     """Epochs over a data set in memory, each in an order of its own."""
 
@@ -63,7 +50,10 @@ class LoadedRows:
         self._cursor = PromptCursor(len(rows), derive_seed(config.seed, "rows"), shuffle=True)
 
     def take(self, step: int) -> tuple[Split, NDArray[np.int64], Metrics]:
-        """Epochs do not run into each other, so the last step of one takes what is left."""
+        """A data set, the numbers of the rows of it that the next step learns from, and what to log of them.
+
+        Epochs do not run into each other, so the last step of one takes what is left.
+        """
         before = (step - 1) % (self._steps // self._epochs) * self._per_step
         count = min(self._per_step, len(self.split.rows) - before)
         rows = np.array([ticket.index for ticket in self._cursor.take(count)])
@@ -88,7 +78,7 @@ class StreamedRows:
         self._dropped = folder.open_rows("dropped_rows.jsonl")
 
     def take(self, step: int) -> tuple[Split, NDArray[np.int64], Metrics]:
-        """The next rows of the stream."""
+        """The same, of the next rows of the stream."""
         rows, dropped = self._stream.take(self._per_step)
         new = [row for row in dropped if not row.again]
         for row in new:

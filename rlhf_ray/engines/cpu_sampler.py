@@ -30,4 +30,4 @@ def _gather(logprobs: Tensor, num_logprobs: int, token_ids: Tensor) -> LogprobsT
     return LogprobsTensors(ids.to(torch.int32), logprobs.gather(-1, ids), torch.full_like(token_ids, NO_RANK))
 
 
-Sampler.gather_logprobs = staticmethod(_gather)  # type: ignore[method-assign]
+Sampler.gather_logprobs = staticmethod(_gather)

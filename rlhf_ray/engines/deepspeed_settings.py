@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from rlhf_ray.config import training as config
-from rlhf_ray.engines.swap_folder import SwapFolder
+from rlhf_ray.engines.own_folder import OwnFolder
 from rlhf_ray.platform import platform
 
 REDUCE_BUCKET = 500_000_000
@@ -14,7 +14,7 @@ REDUCE_BUCKET = 500_000_000
 
 
 def deepspeed_settings(
-    engine: config.TrainingEngine | config.ScoringEngine, model: nn.Module, swap: SwapFolder | None
+    engine: config.TrainingEngine | config.ScoringEngine, model: nn.Module, swap: OwnFolder | None
 ) -> dict[str, Any]:
     """What `deepspeed.initialize` is told.
 
@@ -69,5 +69,5 @@ def overlaps(device: str, ranks: int) -> bool:
     return device == "cuda" and ranks > 1
 
 
-def _offload(place: config.Offload, swap: SwapFolder | None) -> dict[str, Any]:
+def _offload(place: config.Offload, swap: OwnFolder | None) -> dict[str, Any]:
     return {"device": place} if swap is None else {"device": place, "nvme_path": str(swap.path)}

@@ -35,16 +35,12 @@ from rlhf_ray.engines.socket_folder import socket_folder
 from rlhf_ray.engines.vocabulary_mask import TOKEN_IDS, TOKENS_ONLY
 from rlhf_ray.models.heads import count_ids, load_config, load_tokenizer
 from rlhf_ray.models.lora import Adapter
-from rlhf_ray.platform import TransferBackend, platform, transfer_backend
+from rlhf_ray.platform import platform, transfer_backend
 
 _T = TypeVar("_T")
 
 _LOOK_S = 0.5
 """How often to look whether the engine's own process lives, while its answer is awaited."""
-
-PICKLED: frozenset[TransferBackend] = frozenset({"ipc"})
-"""Transfer backends whose updates hold what vLLM sends to the engine's own process only as pickles, and those only if
-it is allowed to: handles of GPU memory. The pickles come from the policy's ranks, through this actor."""
 
 
 class RolloutEngine:
@@ -248,14 +244,22 @@ def _first_dead(processes: Sequence[BaseProcess], what: str) -> str | None:
 
 def _engine_args(setup: RolloutSetup, node: EngineNode | None) -> AsyncEngineArgs:
     engine, on_cpu = setup.engine, platform().device.type == "cpu"
+    extras: dict[str, Any] = {}
     if on_cpu:
         os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(engine.cpu_kv_cache_gib)
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # engines and trainers share the cores
         os.environ["TORCHDYNAMO_DISABLE"] = "1"
+        from rlhf_ray.engines import cpu_kernels
+
+        extras = {
+            "worker_extension_cls": "rlhf_ray.engines.cpu_worker.WorkerExtension",
+            "ir_op_priority": cpu_kernels.PRIORITY,
+        }
     backend = transfer_backend(setup.beside_policy)
-    if backend in PICKLED:
+    if backend == "ipc":
+        # Its updates hold handles of GPU memory, which vLLM sends to the engine's own process only as pickles, if that
+        # is allowed. They come from the policy's ranks, through this actor.
         os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
-    extras = _cpu_extras() if on_cpu else {}
     if node is not None:
         extras |= {
             "nnodes": node.count,
@@ -308,15 +312,6 @@ def _vocabulary_settings(setup: RolloutSetup) -> dict[str, Any]:
     if ids == config.get_text_config().vocab_size:
         return {}
     return {"logits_processors": [TOKENS_ONLY], "additional_config": {TOKEN_IDS: ids}}
-
-
-def _cpu_extras() -> dict[str, Any]:
-    from rlhf_ray.engines import cpu_kernels
-
-    return {
-        "worker_extension_cls": "rlhf_ray.engines.cpu_worker.WorkerExtension",
-        "ir_op_priority": cpu_kernels.PRIORITY,
-    }
 
 
 def _sampling_params(sampling: Sampling, seed: int) -> SamplingParams:

@@ -24,8 +24,8 @@ class SwapError(Exception):
         return type(self), (self.node, self.reason)
 
 
-class SwapFolder:
-    """An `OwnFolder` that DeepSpeed can use.
+def swap_folder(nvme_path: str) -> OwnFolder:
+    """A folder that DeepSpeed can use.
 
     Args:
         nvme_path: where it is made; it may have folders of other ranks, roles and runs.
@@ -33,16 +33,13 @@ class SwapFolder:
     Raises:
         SwapError: it can't be made, or DeepSpeed can't read and write there.
     """
-
-    def __init__(self, nvme_path: str) -> None:
-        if not AsyncIOBuilder().is_compatible():
-            raise SwapError(
-                socket.gethostname(),
-                "DeepSpeed needs libaio with its headers and a C++ compiler (apt-get install g++ libaio-dev); where "
-                "they are elsewhere, set CFLAGS and LDFLAGS in placement.ROLE.env",
-            )
-        try:
-            self._folder = OwnFolder(Path(nvme_path))
-        except OSError as error:
-            raise SwapError(socket.gethostname(), f"engine.nvme_path {nvme_path!r} can't be used: {error}") from error
-        self.path = self._folder.path
+    if not AsyncIOBuilder().is_compatible():
+        raise SwapError(
+            socket.gethostname(),
+            "DeepSpeed needs libaio with its headers and a C++ compiler (apt-get install g++ libaio-dev); where "
+            "they are elsewhere, set CFLAGS and LDFLAGS in placement.ROLE.env",
+        )
+    try:
+        return OwnFolder(Path(nvme_path))
+    except OSError as error:
+        raise SwapError(socket.gethostname(), f"engine.nvme_path {nvme_path!r} can't be used: {error}") from error

@@ -19,9 +19,10 @@ from rlhf_ray.engines.cpu_adam import cpu_adam
 from rlhf_ray.engines.deepspeed_settings import deepspeed_settings
 from rlhf_ray.engines.device_states import DeviceStates, tensors_of
 from rlhf_ray.engines.host_copies import HostCopies
+from rlhf_ray.engines.own_folder import OwnFolder
 from rlhf_ray.engines.partitioned_loading import read_partitions
 from rlhf_ray.engines.presence import check_there
-from rlhf_ray.engines.swap_folder import SwapFolder
+from rlhf_ray.engines.swap_folder import swap_folder
 from rlhf_ray.engines.swapped_state import load_into_swap_files, swap_files_mapped
 from rlhf_ray.models.lora import Adapter
 from rlhf_ray.models.role_models import RoleModel
@@ -64,14 +65,9 @@ class TrainingEngine:
         self._world_size = torch.distributed.get_world_size()
         self.sharded = engine.zero_stage == 3
         self.sequence_parallel = engine.sequence_parallel
-        _share_sequences(model, engine)
         if engine.activation_checkpointing:
             _checkpoint_activations(model)
-        model.train()
-        self._swap = SwapFolder(engine.nvme_path) if engine.nvme_path is not None else None
-        settings = deepspeed_settings(engine, model, self._swap)
-        read_partitions(model, settings)
-        model.to(platform().device)
+        self._swap, settings = _prepare(model.train(), engine)
         adam = _adam(model, engine, optimizer)
         self._schedule = LambdaLR(adam, lr_factor(optimizer, total_steps))
         self._engine, *_ = deepspeed.initialize(
@@ -143,17 +139,12 @@ class ForwardEngine:
 
     def __init__(self, model: RoleModel, engine: config.ScoringEngine) -> None:
         self.sequence_parallel = engine.sequence_parallel
-        _share_sequences(model, engine)
-        self._swap = SwapFolder(engine.nvme_path) if engine.nvme_path is not None else None
-        settings = deepspeed_settings(engine, model, self._swap)
-        model.eval().requires_grad_(False)
-        read_partitions(model, settings)
-        model.to(platform().device)
+        self._swap, settings = _prepare(model.eval().requires_grad_(False), engine)
         self.model = model
         self._level, self._host, self._changed = Level.FULL, HostCopies(), False
         self._sharded = engine.zero_stage == 3
         self._forward: Any = model
-        if engine.zero_stage == 3:
+        if self._sharded:
             self._forward, *_ = deepspeed.initialize(model=model, config=settings)
             _announce_shared_weights(model)
 
@@ -193,10 +184,7 @@ class ForwardEngine:
 
     def save(self, folder: Path, *, write: bool) -> None:
         """Write the weights whole; collective, one rank writes."""
-        weights = {}
-        for name, weight in full_weights(self.model, bucket_bytes=256 * 2**20):
-            if write:
-                weights[name] = weight.to("cpu", copy=True)
+        weights = copy_to_host(self.model, keep=write)
         if write:
             folder.mkdir(parents=True, exist_ok=True)
             save_file(weights, folder / _REFERENCE_FILE)
@@ -246,6 +234,15 @@ def full_weights(model: nn.Module, bucket_bytes: int) -> Iterator[tuple[str, tor
     yield from _gathered(bucket)
 
 
+def copy_to_host(model: nn.Module, *, keep: bool) -> dict[str, torch.Tensor]:
+    """Copies of `full_weights` in host memory, none on a rank that does not keep them; collective."""
+    copies = {}
+    for name, tensor in full_weights(model, bucket_bytes=256 * 2**20):
+        if keep:
+            copies[name] = tensor.detach().to("cpu", copy=True)
+    return copies
+
+
 def _gathered(bucket: list[Weight]) -> Iterator[tuple[str, torch.Tensor]]:
     with _whole([part for weight in bucket for part in weight.parts]):
         for weight in bucket:
@@ -277,9 +274,20 @@ def _adam(model: nn.Module, engine: config.TrainingEngine, optimizer: config.Opt
     return torch.optim.AdamW(parameters, fused=True, **settings)
 
 
-def _share_sequences(model: RoleModel, engine: config.TrainingEngine | config.ScoringEngine) -> None:
+def _prepare(
+    model: RoleModel, engine: config.TrainingEngine | config.ScoringEngine
+) -> tuple[OwnFolder | None, dict[str, Any]]:
+    """Have a model on its device, or its part of the model; the folder that it may swap to, and DeepSpeed's settings.
+
+    Collective.
+    """
     if engine.sequence_parallel > 1:
         model.sequence_parallel = share_sequences(engine.sequence_parallel)
+    swap = None if engine.nvme_path is None else swap_folder(engine.nvme_path)
+    settings = deepspeed_settings(engine, model, swap)
+    read_partitions(model, settings)
+    model.to(platform().device)
+    return swap, settings
 
 
 def _checkpoint_activations(model: nn.Module) -> None:

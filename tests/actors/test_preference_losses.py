@@ -307,14 +307,7 @@ def test_the_gradient_of_a_step_does_not_depend_on_its_micro_batches(
 def before_the_step(worker: PreferenceWorker, data: ComparisonSet, parts: Sequence[Sequence[int]]) -> AnswerLogProbs:
     """What the ranks give of the policy's log-probs, each of its part of the rows."""
     with torch.no_grad():
-        return AnswerLogProbs.join(
-            [
-                AnswerLogProbs.of(
-                    data, [rows], lambda pack: worker.engine(pack.packed, pack.positions, pack.targets, 1.0)[0]
-                )
-                for rows in parts
-            ]
-        )
+        return AnswerLogProbs.join([AnswerLogProbs.of(worker.engine, data, [rows]) for rows in parts])
 
 
 @pytest.mark.parametrize("kind", ["aot", "aot_unpaired"])

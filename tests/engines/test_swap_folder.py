@@ -9,7 +9,7 @@ from typing import TextIO
 import pytest
 
 from rlhf_ray.engines import own_folder, swap_folder
-from rlhf_ray.engines.swap_folder import SwapError, SwapFolder
+from rlhf_ray.engines.swap_folder import SwapError
 
 
 class Builder:
@@ -34,7 +34,7 @@ def folders(root: Path) -> set[Path]:
 
 def test_a_folder_goes_with_what_uses_it(tmp_path: Path) -> None:
     root = tmp_path / "made/when/missing"
-    one, other = SwapFolder(str(root)), SwapFolder(str(root))
+    one, other = swap_folder.swap_folder(str(root)), swap_folder.swap_folder(str(root))
     assert folders(root) == {one.path, other.path}
     (one.path / "weights.swp").write_bytes(b"x")
     del one
@@ -43,12 +43,12 @@ def test_a_folder_goes_with_what_uses_it(tmp_path: Path) -> None:
 
 
 def test_what_a_killed_process_left_goes_when_the_next_one_comes(tmp_path: Path) -> None:
-    alive, killed = SwapFolder(str(tmp_path)), SwapFolder(str(tmp_path))
+    alive, killed = swap_folder.swap_folder(str(tmp_path)), swap_folder.swap_folder(str(tmp_path))
     (killed.path / "weights.swp").write_bytes(b"x")
-    killed._folder._lock.close()  # as the kernel does when a process ends
+    killed._lock.close()  # as the kernel does when a process ends
     others = tmp_path / "not-ours"
     others.mkdir()
-    new = SwapFolder(str(tmp_path))
+    new = swap_folder.swap_folder(str(tmp_path))
     assert folders(tmp_path) == {alive.path, new.path, others}
 
 
@@ -56,9 +56,9 @@ def test_folders_that_their_processes_remove_meanwhile_are_no_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "rlhf-ray-gone").symlink_to(tmp_path / "nowhere")  # seen by glob, and not there when its lock is opened
-    going = SwapFolder(str(tmp_path))
+    going = swap_folder.swap_folder(str(tmp_path))
     lock = fcntl.flock
-    going._folder._lock.close()
+    going._lock.close()
 
     def remove_after_opening(file: TextIO, how: int) -> None:
         if Path(file.name).parent == going.path:
@@ -66,7 +66,7 @@ def test_folders_that_their_processes_remove_meanwhile_are_no_error(
         lock(file, how)
 
     monkeypatch.setattr(own_folder.fcntl, "flock", remove_after_opening)
-    new = SwapFolder(str(tmp_path))
+    new = swap_folder.swap_folder(str(tmp_path))
     assert folders(tmp_path) == {new.path}
 
 
@@ -75,11 +75,11 @@ def test_a_machine_without_libaio_is_named_with_the_cure(
 ) -> None:
     monkeypatch.setattr(libaio, "found", False)
     with pytest.raises(SwapError, match=r"on node .+: DeepSpeed needs libaio .* \(apt-get install g\+\+ libaio-dev\)"):
-        SwapFolder(str(tmp_path))
+        swap_folder.swap_folder(str(tmp_path))
     assert not folders(tmp_path)
 
 
 def test_a_path_that_is_no_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(SwapError, match=r"engine\.nvme_path '.*/file' can't be used: .*File exists"):
-        SwapFolder(str(tmp_path / "file"))
+        swap_folder.swap_folder(str(tmp_path / "file"))

@@ -214,3 +214,13 @@ def test_a_reference_that_leaves_its_device_to_the_policy_changes_nothing(
     sharing = config(folder, "run.checkpoint_every=2", "run.keep_last=9", "placement.offload_idle=true")
     assert_same_run(resumed(run, folder, sharing), run)
     assert {"going to out", "going to weights", "going to full"} <= span_names(folder)
+
+
+def test_a_cache_is_filled_by_a_reference_that_leaves_its_device_to_the_policy(
+    run: Path, config: MakeConfig, tmp_path: Path
+) -> None:
+    sharing = (f"reference.cache={tmp_path}/cache", "placement.offload_idle=true")
+    folder = train(config(tmp_path / "run", *sharing))
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+    for mine, theirs in zip(rows_of(folder), rows_of(run), strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-4, abs=1e-5)

@@ -1,12 +1,13 @@
 """Who does the work of the job."""
 
+import time
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 
-from rlhf_ray.actors.group import ActorGroup, Calls
-from rlhf_ray.actors.trained import Stopwatch, TrainedGroup, TrainedWorker, UpdateReport
+from rlhf_ray.actors.group import ActorGroup, Calls, on_all
+from rlhf_ray.actors.trained import TrainedGroup, TrainedWorker, UpdateReport
 from rlhf_ray.actors.worker import Worker
 from rlhf_ray.config.training import SFTPolicy
 from rlhf_ray.models.packed import PackedSequences
@@ -23,7 +24,7 @@ class StudentWorker(TrainedWorker):
 
     def step(self, rows: Sequence[Sequence[int]], weights: Sequence[float]) -> UpdateReport:
         """One optimizer step."""
-        watch = Stopwatch()
+        began = time.perf_counter()
         texts = [np.asarray(row, np.int32) for row in rows]
         packed = PackedSequences.of(texts, platform().device)
         ends = np.cumsum([len(text) for text in texts])
@@ -34,19 +35,14 @@ class StudentWorker(TrainedWorker):
         loss = -(by_token * logprobs).sum() / by_token.sum()
         self.engine.backward(loss, last=True)
         done = self.engine.step()
-        return UpdateReport({"loss": Mean(loss.item(), 1.0)}, done.lr, 1, len(rows), watch.seconds)
+        return UpdateReport({"loss": Mean(loss.item(), 1.0)}, done.lr, 1, len(rows), time.perf_counter() - began)
 
 
 class StudentGroup(TrainedGroup[StudentWorker]):
     """The ranks of the student."""
 
-    def load_model(self, student: SFTPolicy, steps: int) -> Calls[None]:
-        """Have all ranks load the model."""
-        return self.call(StudentWorker.load_model, student, steps)
-
-    def step(self, rows: Sequence[Sequence[int]], weights: Sequence[float]) -> Calls[UpdateReport]:
-        """One optimizer step."""
-        return self.call(StudentWorker.step, rows, weights)
+    load_model = on_all(StudentWorker.load_model)
+    step = on_all(StudentWorker.step)
 
 
 class TellerWorker(Worker):
