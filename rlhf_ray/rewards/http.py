@@ -93,10 +93,6 @@ class HttpScorer(TextScorer):
         except httpx.RequestError as error:
             raise self._error(f"can't be reached: {self._describe(error)}; start it, or correct url") from error
 
-    def close(self) -> None:
-        """Close the connections."""
-        self._client.close()
-
     def _post(self, body: dict[str, Any], uids: Sequence[str]) -> bytes:
         tries = self._config.retries + 1
         for attempt in range(1, tries + 1):

@@ -9,7 +9,6 @@ network.
 import difflib
 import logging
 import os
-import shutil
 import tempfile
 import time
 from pathlib import Path
@@ -97,17 +96,18 @@ def _prepare_item(item: Item, target: Path, force: bool) -> PreparedItem:
         return PreparedItem(item.name, paths, built=False, seconds=0.0)
     started = time.monotonic()
     logger.info("preparing %s", item.name)
-    stage: Path | None = None
     try:
         target.mkdir(parents=True, exist_ok=True)
         # In the target itself: a rename is atomic only within one file system.
-        stage = Path(tempfile.mkdtemp(prefix=f".prepare-{item.name}-", dir=target))
-        staged = [stage / output for output in item.outputs]
-        for folder in ("models", "data", "work"):
-            (stage / folder).mkdir()
-        item.build(stage, target)
-        for source, path in zip(staged, paths, strict=True):
-            _publish(source, path, trash=stage / "work")
+        with tempfile.TemporaryDirectory(
+            prefix=f".prepare-{item.name}-", dir=target, ignore_cleanup_errors=True
+        ) as scratch:
+            stage = Path(scratch)
+            for folder in ("models", "data", "work"):
+                (stage / folder).mkdir()
+            item.build(stage, target)
+            for output, path in zip(item.outputs, paths, strict=True):
+                _publish(stage / output, path, trash=stage / "work")
     except PrepareError:
         raise
     except Exception as error:
@@ -117,9 +117,6 @@ def _prepare_item(item: Item, target: Path, force: bool) -> PreparedItem:
             "Check free disk space and that the extra `examples` is installed (scripts/install.sh does it), then run "
             f"`rlhf-ray prepare --only {item.name}` again.",
         ) from error
-    finally:
-        if stage is not None:
-            shutil.rmtree(stage, ignore_errors=True)
     return PreparedItem(item.name, paths, built=True, seconds=time.monotonic() - started)
 
 
