@@ -6,13 +6,13 @@ registry is pinned by hash and read as an archive: nothing of it is installed or
 network.
 """
 
-import difflib
 import logging
 import os
 import tempfile
 import time
 from pathlib import Path
 
+from rlhf_ray.config.base import nearest
 from rlhf_ray.data.prepare.demos import build_dpo_demo, build_kto_demo
 from rlhf_ray.data.prepare.imdb import build_imdb_prompts, build_imdb_reviews
 from rlhf_ray.data.prepare.item import Item, PreparedItem, PrepareError
@@ -83,8 +83,8 @@ def prepare(target: Path, *, only: set[str] | None = None, force: bool = False) 
     """
     chosen = set(ITEMS) if only is None else set(only)
     for name in sorted(chosen - set(ITEMS)):
-        nearest = difflib.get_close_matches(name, ITEMS, n=1)
-        hint = f"Did you mean {nearest[0]!r}?" if nearest else f"The items are: {', '.join(ITEMS)}."
+        close = nearest(name, ITEMS)
+        hint = f"Did you mean {close!r}?" if close else f"The items are: {', '.join(ITEMS)}."
         raise PrepareError(name, "there is no such item", hint)
     wanted = chosen | {need for name in chosen for need in ITEMS[name].needs}
     return [_prepare_item(item, target, force and name in chosen) for name, item in ITEMS.items() if name in wanted]
