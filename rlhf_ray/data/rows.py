@@ -1,5 +1,6 @@
 """What a row may hold: its uid, its texts, its numbers. What is wrong with it is a `RowProblem`."""
 
+from collections.abc import Iterator
 from typing import Any
 
 from rlhf_ray.data.errors import RowProblem
@@ -84,6 +85,17 @@ def check_encodable(text: str, what: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise RowProblem(f"{what} has half of a surrogate pair at character {error.start + 1}") from error
+
+
+def nested(value: Any) -> Iterator[tuple[Any, int]]:
+    """A value and all values within it, each with its depth, which is 1 for the value itself. Without recursion, so that
+    the depth has no limit."""
+    left = [(value, 1)]
+    while left:
+        inner, depth = left.pop()
+        yield inner, depth
+        if isinstance(inner, dict | list | tuple):
+            left.extend((each, depth + 1) for each in (inner.values() if isinstance(inner, dict) else inner))
 
 
 def kind_of(value: Any) -> str:
