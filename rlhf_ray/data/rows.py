@@ -88,8 +88,8 @@ def check_encodable(text: str, what: str) -> None:
 
 
 def nested(value: Any) -> Iterator[tuple[Any, int]]:
-    """A value and all values within it, each with its depth, which is 1 for the value itself. Without recursion, so that
-    the depth has no limit."""
+    """A value and all values within it, each with its depth: 1 for the value itself. Without recursion, so that the
+    depth has no limit."""
     left = [(value, 1)]
     while left:
         inner, depth = left.pop()
