@@ -7,7 +7,7 @@ from itertools import takewhile
 from typing import Any
 
 from rlhf_ray.config.data import ComparisonKind, RepeatedPrompt
-from rlhf_ray.data.answers import AnsweredText, render_turns
+from rlhf_ray.data.answers import AnsweredText, ParsedRow, render_turns
 from rlhf_ray.data.chat import ChatRenderer, Messages, check_chat, check_prompt_chat
 from rlhf_ray.data.errors import RowProblem
 from rlhf_ray.data.repeated_prompt import messages_of_prompt, texts_without_prompt
@@ -20,21 +20,16 @@ _LARGEST = 1e30
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
-    """One row.
+class Comparison(ParsedRow):
+    """One row. Its texts are `[candidates]`; for kind `rewards` without a mark on the answer.
 
     Attributes:
-        number, uid: of the row.
         keys: `[candidates]`, where each stands in the row, for errors.
-        texts: `[candidates]`; for kind `rewards` without a mark on the answer.
         ranks: `[candidates]`, 0 for the best.
         margin, weight: 0 and 1 where the row does not say.
     """
 
-    number: int
-    uid: str
     keys: tuple[str, ...]
-    texts: tuple[AnsweredText, ...]
     ranks: tuple[int, ...]
     margin: float
     weight: float
@@ -77,7 +72,7 @@ class ComparisonParser:
         if weight <= 0:
             raise RowProblem(f"'weight' is {weight:g}, but must be more than 0")
         given = {"prompt": row["prompt"]} if "prompt" in row else {}
-        return Comparison(number, uid, tuple(answers), self._texts(given, answers), ranks, margin, weight)
+        return Comparison(number, uid, self._texts(given, answers), tuple(answers), ranks, margin, weight)
 
     def _rating_margin(self, row: dict[str, Any], ranks: tuple[int, ...]) -> float:
         """By how much the chosen text was rated higher; 0 for a tie, and where the row has no ratings."""

@@ -19,15 +19,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlhf_ray.config.data import ConversationData
-from rlhf_ray.data.answers import mark_answers, tokenise_answered
-from rlhf_ray.data.conversations import ConversationParser, ConversationSet, ParsedRow
+from rlhf_ray.data.answers import ParsedRow, mark_answers, tokenise_answered
+from rlhf_ray.data.conversations import ConversationParser, ConversationSet
 from rlhf_ray.data.cursor import CursorError
 from rlhf_ray.data.errors import DataError, RowProblem, raise_all
 from rlhf_ray.data.formats import Row
 from rlhf_ray.data.rows import uid_of
 from rlhf_ray.data.sources import read_rows, stem_of
 from rlhf_ray.data.tokens import Tokenizer
-from rlhf_ray.data.trajectory import Tokens, offsets_of
+from rlhf_ray.data.trajectory import Tokens
 
 # Tokenised at once, which is faster than one by one.
 _CHUNK = 64
@@ -103,11 +103,8 @@ class ConversationStream:
             drawn.append(self._buffer[place])
             self._buffer[place] = self._buffer[-1]
             self._buffer.pop()
-        found = ConversationSet(
-            uids=tuple(row.uid for row in drawn),
-            token_ids=np.concatenate([row.ids for row in drawn]),
-            learnt=np.concatenate([row.learnt for row in drawn]),
-            offsets=offsets_of([len(row.ids) for row in drawn]),
+        found = ConversationSet.of(
+            ((row.uid, row.ids, row.learnt) for row in drawn),
             dropped=len(dropped),
             truncated=sum(row.truncated for row in drawn),
         )
@@ -255,13 +252,13 @@ class SourceReader:
                 parsed.append(self._parser.parse(number, uid, content))
             except RowProblem as problem:
                 parsed.append(problem)
-        good = [row.text for row in parsed if not isinstance(row, RowProblem)]
+        good = [row.texts[0] for row in parsed if not isinstance(row, RowProblem)]
         tokens = tokenise_answered(good, self._tokenizer)
         for (place, number, _), row in zip(chunk, parsed, strict=True):
             try:
                 if isinstance(row, RowProblem):
                     raise row
-                ids, learnt = mark_answers(row.text, next(tokens), self._tokenizer)
+                ids, learnt = mark_answers(row.texts[0], next(tokens), self._tokenizer)
                 yield self._within_budget(place, row.uid, ids, learnt)
             except RowProblem as problem:
                 yield DroppedRow(self._source, number, str(problem), again=self.passes > 0)
