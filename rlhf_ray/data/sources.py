@@ -21,7 +21,7 @@ from rlhf_ray.config.data import ComparisonData, ConversationData
 from rlhf_ray.data.errors import DataError, Findings, KnownProblem, RowProblem
 from rlhf_ray.data.formats import FORMATS, ROWS_PER_READ, Entries, Row, arrow_rows, check_regular, file_rows
 from rlhf_ray.data.hub import reach_hub, tell_of_cache
-from rlhf_ray.data.rows import Uids
+from rlhf_ray.data.rows import uid_of
 
 _T = TypeVar("_T")
 
@@ -46,14 +46,17 @@ def parse_rows(
     Raises:
         DataError: the source can't be read or is empty.
     """
-    uids = Uids(stem_of(source), unit_of(source))
+    number_of: dict[str, int] = {}
     parsed: list[_T] = []
     for number, row in read_rows(source, setting, columns):
         found.read += 1
         try:
             if isinstance(row, RowProblem):
                 raise row
-            parsed.append(parse(number, uids.of(number, row), row))
+            uid = uid_of(stem_of(source), number, row)
+            if number_of.setdefault(uid, number) != number:
+                raise RowProblem(f"uid {uid!r} stands in {unit_of(source)} {number_of[uid]} already")
+            parsed.append(parse(number, uid, row))
         except KnownProblem:
             continue
         except RowProblem as problem:

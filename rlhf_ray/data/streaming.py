@@ -8,7 +8,6 @@ A state says how far each source was read, which rows wait in the buffer, and wh
 on from it, the rows of the buffer are read again; all others before are passed over without being tokenised.
 """
 
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -184,19 +183,18 @@ class SourceReader:
         """Read on from there."""
         self.read, self.passes = read, passes
         self._given = read > 0
-        self._ahead: deque[_StreamedRow | DroppedRow] = deque()
-        self._chunks = self._converted(self._entries(read))
+        self._rows = self._converted(self._entries(read))
 
     def next(self, dropped: list[DroppedRow]) -> _StreamedRow:
         """The next row that can be used; those before it go to `dropped`."""
         while True:
-            if not self._ahead and not self._fill():
+            row = next(self._rows, None)
+            if row is None:
                 if not self._given:
                     reason = f"none of its {self.read} rows can be used: see `rlhf-ray data inspect`"
                     raise DataError(self._source, None, reason)
                 self.go_to(0, self.passes + 1)
                 continue
-            row = self._ahead.popleft()
             self.read += 1
             if isinstance(row, _StreamedRow):
                 self._given = True
@@ -225,10 +223,6 @@ class SourceReader:
         entries = islice(self._entries(first), last - first + 1)
         rows = self._converted(entry for entry in entries if entry[0] in places)
         yield from (row for row in rows if isinstance(row, _StreamedRow))
-
-    def _fill(self) -> bool:
-        self._ahead.extend(islice(self._chunks, _CHUNK))
-        return bool(self._ahead)
 
     def _entries(self, skip: int) -> Iterator[tuple[int, int, Row | RowProblem]]:
         """Place, number and content of each row."""
