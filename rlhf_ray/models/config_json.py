@@ -6,7 +6,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from rlhf_ray.data.hub import may_be_on_hub, reach_hub
 from rlhf_ray.data.rows import kind_of
 from rlhf_ray.models.shapes import ModelShape, ShapeError
 
@@ -48,6 +47,8 @@ def read_config(path: Path, model: str) -> dict[str, Any]:
 
 
 def _from_hub(model: str) -> Path:
+    from rlhf_ray.data.hub import may_be_on_hub, reach_hub
+
     if not may_be_on_hub(model):
         raise ShapeError(
             f"model {model!r}",
