@@ -13,6 +13,7 @@ import json
 import stat
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -193,14 +194,22 @@ def _parquet(path: Path, skip: int) -> Entries:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    with damage_told("is not Parquet, or is damaged"), path.open("rb") as data, pq.ParquetFile(data) as file:
+        tables = (pa.Table.from_batches([batch]) for batch in file.iter_batches(ROWS_PER_READ))
+        yield from arrow_rows(tables, skip)
+
+
+@contextmanager
+def damage_told(what: str) -> Iterator[None]:
+    """What Arrow can't read is a `RowProblem` that begins with `what`."""
+    import pyarrow as pa
+
     try:
-        with path.open("rb") as data, pq.ParquetFile(data) as file:
-            tables = (pa.Table.from_batches([batch]) for batch in file.iter_batches(ROWS_PER_READ))
-            yield from arrow_rows(tables, skip)
+        yield
     except (pa.ArrowException, ValueError, OverflowError, RecursionError, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:  # Arrow tells damage so, too, without a number
             raise
-        raise RowProblem(f"is not Parquet, or is damaged: {error}") from error
+        raise RowProblem(f"{what}: {error}") from error
 
 
 def arrow_rows(tables: Iterator[Any], skip: int) -> Entries:

@@ -19,7 +19,16 @@ from typing import Any, TypeVar
 
 from rlhf_ray.config.data import ComparisonData, ConversationData
 from rlhf_ray.data.errors import DataError, Findings, KnownProblem, RowProblem
-from rlhf_ray.data.formats import FORMATS, ROWS_PER_READ, Entries, Row, arrow_rows, check_regular, file_rows
+from rlhf_ray.data.formats import (
+    FORMATS,
+    ROWS_PER_READ,
+    Entries,
+    Row,
+    arrow_rows,
+    check_regular,
+    damage_told,
+    file_rows,
+)
 from rlhf_ray.data.hub import reach_hub, tell_of_cache
 from rlhf_ray.data.rows import uid_of
 
@@ -210,13 +219,5 @@ def _dataset_rows(found: Any, split: str, skip: int) -> Entries:
         found = found[wanted]
     elif split:
         raise RowProblem(f"is one data set without splits: leave out ':{split}'")
-    return _undamaged(arrow_rows(found.with_format("arrow").iter(ROWS_PER_READ), skip))
-
-
-def _undamaged(rows: Entries) -> Entries:
-    import pyarrow as pa
-
-    try:
-        yield from rows
-    except (pa.ArrowException, ValueError, OverflowError, RecursionError) as error:
-        raise RowProblem(f"has rows that can't be read: {error}") from error
+    with damage_told("has rows that can't be read"):
+        yield from arrow_rows(found.with_format("arrow").iter(ROWS_PER_READ), skip)
