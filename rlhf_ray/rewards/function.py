@@ -2,7 +2,7 @@
 
 import importlib
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
 from queue import SimpleQueue
@@ -11,7 +11,7 @@ from typing import Any
 from rlhf_ray.config.rewards import FunctionReward
 from rlhf_ray.data.prompt_rows import RowColumn
 from rlhf_ray.rewards.parameters import ParameterError, Parameters
-from rlhf_ray.rewards.scorer import TextScorer
+from rlhf_ray.rewards.scorer import TextBatch, TextScorer
 
 
 class FunctionScorer(TextScorer):
@@ -51,16 +51,10 @@ class FunctionScorer(TextScorer):
         except ParameterError as error:
             raise self._error(str(error)) from error
 
-    def _answer(
-        self,
-        prompts: Sequence[str],
-        responses: Sequence[str],
-        columns: Mapping[str, Sequence[Any]],
-        uids: Sequence[str],
-    ) -> Any:
+    def _answer(self, batch: TextBatch) -> Any:
         if self._hung:
-            raise self._error("still hangs in an earlier call: restart its process", uids)
-        placed, named = self._parameters.arguments(prompts, responses, columns)
+            raise self._error("still hangs in an earlier call: restart its process", batch.uids)
+        placed, named = self._parameters.arguments(batch.prompts, batch.responses, batch.columns)
         call = Future[Any]()
         self._calls.put((call, partial(self._function, *placed, **named)))
         try:
@@ -70,10 +64,10 @@ class FunctionScorer(TextScorer):
             raise self._error(
                 f"did not return within timeout_s ({self._timeout_s:g} s): raise timeout_s, lower "
                 f"batch_size ({self._batch_size}), or find out what it waits for",
-                uids,
+                batch.uids,
             ) from None
         if error is not None:
-            raise self._error(f"raised {type(error).__name__}: {error}", uids) from error
+            raise self._error(f"raised {type(error).__name__}: {error}", batch.uids) from error
         return call.result()
 
     def _work(self) -> None:

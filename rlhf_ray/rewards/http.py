@@ -9,7 +9,7 @@ import logging
 import os
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any
@@ -18,7 +18,7 @@ import httpx
 
 from rlhf_ray.config.rewards import HttpReward
 from rlhf_ray.rewards.errors import RewardError
-from rlhf_ray.rewards.scorer import TextScorer
+from rlhf_ray.rewards.scorer import TextBatch, TextScorer
 
 _LOG = logging.getLogger(__name__)
 
@@ -60,23 +60,17 @@ class HttpScorer(TextScorer):
         except (httpx.InvalidURL, ValueError) as error:
             raise RewardError(self._part, f"url can't be used: {error}") from error
 
-    def _answer(
-        self,
-        prompts: Sequence[str],
-        responses: Sequence[str],
-        columns: Mapping[str, Sequence[Any]],
-        uids: Sequence[str],
-    ) -> Any:
-        body: dict[str, Any] = {"prompts": list(prompts), "responses": list(responses)}
-        if columns:
-            body["columns"] = {name: list(values) for name, values in columns.items()}
-        content = self._post(body, uids)
+    def _answer(self, batch: TextBatch) -> Any:
+        body: dict[str, Any] = {"prompts": list(batch.prompts), "responses": list(batch.responses)}
+        if batch.columns:
+            body["columns"] = {name: list(values) for name, values in batch.columns.items()}
+        content = self._post(body, batch.uids)
         try:
             answer = json.loads(content)
         except (ValueError, RecursionError) as error:
-            raise self._error(f"gave an answer that is not JSON: {self._excerpt(content)}", uids) from error
+            raise self._error(f"gave an answer that is not JSON: {self._excerpt(content)}", batch.uids) from error
         if not isinstance(answer, dict) or "scores" not in answer:
-            raise self._error(f'must answer {{"scores": [...]}}, but gave {self._excerpt(content)}', uids)
+            raise self._error(f'must answer {{"scores": [...]}}, but gave {self._excerpt(content)}', batch.uids)
         return answer["scores"]
 
     def check(self) -> None:

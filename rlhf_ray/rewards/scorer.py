@@ -4,13 +4,22 @@ import reprlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from numbers import Real
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from rlhf_ray.config.rewards import FunctionReward, HttpReward, part_name
 from rlhf_ray.data.trajectory import Floats
 from rlhf_ray.rewards.errors import RewardError
+
+
+class TextBatch(NamedTuple):
+    """Samples that are scored together, `[samples]` each."""
+
+    prompts: Sequence[str]
+    responses: Sequence[str]
+    uids: Sequence[str]
+    columns: Mapping[str, Sequence[Any]]
 
 
 class TextScorer(ABC):
@@ -44,20 +53,14 @@ class TextScorer(ABC):
         """
         scores = [np.empty(0, np.float32)]
         for start in range(0, len(uids), self._batch_size):
-            batch = slice(start, start + self._batch_size)
-            of_batch = {name: values[batch] for name, values in (columns or {}).items()}
-            answer = self._answer(prompts[batch], responses[batch], of_batch, uids[batch])
-            scores.append(self._checked(answer, uids[batch]))
+            part = slice(start, start + self._batch_size)
+            of_part = {name: values[part] for name, values in (columns or {}).items()}
+            batch = TextBatch(prompts[part], responses[part], uids[part], of_part)
+            scores.append(self._checked(self._answer(batch), batch.uids))
         return np.concatenate(scores)
 
     @abstractmethod
-    def _answer(
-        self,
-        prompts: Sequence[str],
-        responses: Sequence[str],
-        columns: Mapping[str, Sequence[Any]],
-        uids: Sequence[str],
-    ) -> Any:
+    def _answer(self, batch: TextBatch) -> Any:
         """What is said of one batch, as it comes."""
 
     def _checked(self, answer: Any, uids: Sequence[str]) -> Floats:
