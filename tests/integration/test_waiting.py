@@ -302,8 +302,6 @@ def test_an_engine_that_is_still_starting_ends_with_its_processes() -> None:
         time.sleep(0.05)
     [said] = engines.end_engines(0.5)
     assert "did not answer within 0.5 s" in said
-    gone, alive = psutil.wait_procs(children, timeout=5)
-    assert len(gone) == 1
-    assert not alive
+    assert [child.status() for child in children] == [psutil.STATUS_ZOMBIE]  # its parent is busy
     assert not ray.wait(starting.refs, timeout=0)[0]
     engines.kill()
