@@ -4,15 +4,18 @@ What the model is taught must be what it will do: answer a prompt. So the tokens
 the prompt alone has, and a text has one beginning and one end.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rlhf_ray.data.chat import ChatRenderer, Messages
-from rlhf_ray.data.errors import RowProblem
+from rlhf_ray.data.errors import DataError, Findings, RowProblem, raise_all
+from rlhf_ray.data.formats import Row
+from rlhf_ray.data.sources import parse_rows
 from rlhf_ray.data.tokens import Tokenizer, tokenise
 
 
@@ -29,6 +32,63 @@ class AnsweredText:
     text: str
     is_chat: bool
     answers: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ParsedRow:
+    """A row as text.
+
+    Attributes:
+        number, uid: of the row.
+        texts: that are tokenised of it.
+    """
+
+    number: int
+    uid: str
+    texts: tuple[AnsweredText, ...]
+
+
+_Parsed = TypeVar("_Parsed", bound=ParsedRow)
+_Made = TypeVar("_Made")
+
+
+def load_texts(
+    source: str,
+    setting: str,
+    columns: Mapping[str, str],
+    parse: Callable[[int, str, Row], _Parsed],
+    tokenizer: Tokenizer,
+    make: Callable[[_Parsed, list[list[list[int]]]], Iterable[_Made]],
+    findings: Findings | None,
+) -> tuple[list[_Made], Findings]:
+    """Every row of a source through `parse` and then, with the tokens of its texts, through `make`.
+
+    Args:
+        source, setting, columns, parse: as for `parse_rows`.
+        make: what is made of a row and of what `tokenise_answered` gives of each of its texts; raises `RowProblem` when
+            that can't be used.
+        findings: what is found, instead of an error for bad rows.
+
+    Returns:
+        What was made, and the findings.
+
+    Raises:
+        DataErrors: rows can't be used, and no findings are asked for or no row is left.
+        DataError: the source can't be read or is empty.
+    """
+    found = Findings() if findings is None else findings
+    rows = parse_rows(source, setting, columns, parse, found)
+    tokens = tokenise_answered([text for row in rows for text in row.texts], tokenizer)
+    made: list[_Made] = []
+    for row in rows:
+        tokens_of_row = [next(tokens) for _ in row.texts]
+        try:
+            made.extend(make(row, tokens_of_row))
+        except RowProblem as problem:
+            found.problems.append(DataError(source, row.number, str(problem)))
+    if findings is None or not made:
+        raise_all(source, found.problems)
+    return made, found
 
 
 def render_turns(chat: ChatRenderer, messages: Messages, key: str, turns: Sequence[int], given: int) -> AnsweredText:

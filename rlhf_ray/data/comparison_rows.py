@@ -7,7 +7,7 @@ from itertools import takewhile
 from typing import Any
 
 from rlhf_ray.config.data import ComparisonKind, RepeatedPrompt
-from rlhf_ray.data.answers import AnsweredText, render_turns
+from rlhf_ray.data.answers import AnsweredText, ParsedRow, render_turns
 from rlhf_ray.data.chat import ChatRenderer, Messages, check_chat, check_prompt_chat
 from rlhf_ray.data.errors import RowProblem
 from rlhf_ray.data.repeated_prompt import messages_of_prompt, texts_without_prompt
@@ -20,21 +20,16 @@ _LARGEST = 1e30
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
-    """One row.
+class Comparison(ParsedRow):
+    """One row. Its texts are `[candidates]`; for kind `rewards` without a mark on the answer.
 
     Attributes:
-        number, uid: of the row.
         keys: `[candidates]`, where each stands in the row, for errors.
-        texts: `[candidates]`; for kind `rewards` without a mark on the answer.
         ranks: `[candidates]`, 0 for the best.
         margin, weight: 0 and 1 where the row does not say.
     """
 
-    number: int
-    uid: str
     keys: tuple[str, ...]
-    texts: tuple[AnsweredText, ...]
     ranks: tuple[int, ...]
     margin: float
     weight: float
@@ -77,7 +72,7 @@ class ComparisonParser:
         if weight <= 0:
             raise RowProblem(f"'weight' is {weight:g}, but must be more than 0")
         given = {"prompt": row["prompt"]} if "prompt" in row else {}
-        return Comparison(number, uid, tuple(answers), self._texts(given, answers), ranks, margin, weight)
+        return Comparison(number, uid, self._texts(given, answers), tuple(answers), ranks, margin, weight)
 
     def _rating_margin(self, row: dict[str, Any], ranks: tuple[int, ...]) -> float:
         """By how much the chosen text was rated higher; 0 for a tie, and where the row has no ratings."""
@@ -105,40 +100,36 @@ class ComparisonParser:
         elif prompt is not None:
             answers = texts_without_prompt(prompt, answers, self._repeated_prompt)
         _check_different(answers)
-        if self._kind == "rewards":
-            return self._whole_chats(prompt or [], answers) if are_chats else _whole_texts(prompt or "", answers)
-        if not are_chats:
-            return _answered_texts(prompt, answers)
-        return self._answered_chats(prompt, answers)
+        return self._chats(prompt, answers) if are_chats else self._plain_texts(prompt, answers)
 
-    def _whole_chats(self, prompt: Messages, answers: dict[str, Messages]) -> tuple[AnsweredText, ...]:
-        for key, messages in answers.items():
-            _check_last(messages, key)
-        return tuple(render_turns(self._chat, prompt + messages, key, (), 0) for key, messages in answers.items())
-
-    def _answered_chats(self, prompt: Messages | None, answers: dict[str, Messages]) -> tuple[AnsweredText, ...]:
-        """One message of each list of answers answers; without a prompt, what is before it is the prompt."""
-        if prompt is not None:
+    def _chats(self, prompt: Messages | None, answers: dict[str, Messages]) -> tuple[AnsweredText, ...]:
+        """But for `rewards`, one message of each list of answers answers; without a prompt, what is before it is the
+        prompt."""
+        whole = self._kind == "rewards"
+        if prompt is not None and not whole:
             check_prompt_chat(prompt, "prompt")
+        given = prompt or []
         texts = []
         for key, messages in answers.items():
             _check_last(messages, key)
-            if prompt is None:
-                if messages[:-1] != next(iter(answers.values()))[:-1]:
-                    keys = " and ".join(map(repr, answers))
-                    raise RowProblem(f"{keys} differ before their last messages, so they answer no common prompt")
-                if len(messages) == 1:
-                    raise RowProblem(f"{key!r} is one message and there is no 'prompt', so it answers nothing")
-                check_prompt_chat(messages[:-1], f"{key} without its last message")
-            elif len(messages) > 1:
-                raise RowProblem(
-                    f"{key!r} has {len(messages)} messages, but an answer is one of the assistant: what comes before "
-                    "it belongs into 'prompt'"
-                )
-            given = prompt or []
-            turn = len(given) + len(messages) - 1
-            texts.append(render_turns(self._chat, given + messages, key, (turn,), len(given)))
+            if not whole:
+                _check_one_answer(prompt, answers, key)
+            turns = () if whole else (len(given) + len(messages) - 1,)
+            texts.append(render_turns(self._chat, given + messages, key, turns, len(given)))
         return tuple(texts)
+
+    def _plain_texts(self, prompt: str | None, answers: dict[str, str]) -> tuple[AnsweredText, ...]:
+        """But for `rewards`, answers to the prompt; without one, texts that begin with a common one."""
+        if self._kind == "rewards":
+            return tuple(AnsweredText((prompt or "") + answer, is_chat=False) for answer in answers.values())
+        if prompt is None:
+            prompt = _common_prompt(*answers.values())
+            answers = {key: text[len(prompt) :] for key, text in answers.items()}
+            for key, answer in answers.items():
+                if not answer.strip():
+                    raise RowProblem(f"{key!r} is nothing but what both begin with, so its answer is empty")
+        wholes = [prompt + answer for answer in answers.values()]
+        return tuple(AnsweredText(whole, is_chat=False, answers=((prompt, whole),)) for whole in wholes)
 
 
 def _prompt_apart(prompt: str | Messages | None, answers: dict[str, Messages]) -> Messages | None:
@@ -163,21 +154,22 @@ def _prompt_apart(prompt: str | Messages | None, answers: dict[str, Messages]) -
     return prompt
 
 
-def _whole_texts(prompt: str, answers: dict[str, str]) -> tuple[AnsweredText, ...]:
-    return tuple(AnsweredText(prompt + answer, is_chat=False) for answer in answers.values())
-
-
-def _answered_texts(prompt: str | None, answers: dict[str, str]) -> tuple[AnsweredText, ...]:
-    """Answers to the prompt; without one, texts that begin with a common one."""
-    if prompt is None:
-        prompt = _common_prompt(*answers.values())
-        for key, text in answers.items():
-            if not text[len(prompt) :].strip():
-                raise RowProblem(f"{key!r} is nothing but what both begin with, so its answer is empty")
-        wholes = list(answers.values())
-    else:
-        wholes = [prompt + answer for answer in answers.values()]
-    return tuple(AnsweredText(whole, is_chat=False, answers=((prompt, whole),)) for whole in wholes)
+def _check_one_answer(prompt: Messages | None, answers: dict[str, Messages], key: str) -> None:
+    """Messages must be one answer to the prompt; without one, a conversation that ends in an answer to a common one."""
+    messages = answers[key]
+    if prompt is not None:
+        if len(messages) > 1:
+            raise RowProblem(
+                f"{key!r} has {len(messages)} messages, but an answer is one of the assistant: what comes before "
+                "it belongs into 'prompt'"
+            )
+        return
+    if messages[:-1] != next(iter(answers.values()))[:-1]:
+        keys = " and ".join(map(repr, answers))
+        raise RowProblem(f"{keys} differ before their last messages, so they answer no common prompt")
+    if len(messages) == 1:
+        raise RowProblem(f"{key!r} is one message and there is no 'prompt', so it answers nothing")
+    check_prompt_chat(messages[:-1], f"{key} without its last message")
 
 
 def _common_prompt(chosen: str, rejected: str) -> str:

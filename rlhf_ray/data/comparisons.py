@@ -3,6 +3,7 @@
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -10,12 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlhf_ray.config.data import ComparisonData, ComparisonKind
-from rlhf_ray.data.answers import check_special_tokens, mark_answers, tokenise_answered
+from rlhf_ray.data.answers import check_special_tokens, load_texts, mark_answers
 from rlhf_ray.data.comparison_rows import Comparison, ComparisonParser
-from rlhf_ray.data.errors import DataError, Findings, RowProblem, raise_all
-from rlhf_ray.data.sources import parse_rows, setting_of
-from rlhf_ray.data.tokens import Tokenizer, flat_tokens, rows_within_budget
-from rlhf_ray.data.trajectory import Offsets, Tokens, offsets_of, take_rows
+from rlhf_ray.data.errors import Findings, RowProblem
+from rlhf_ray.data.sources import setting_of
+from rlhf_ray.data.tokens import Tokenizer, rows_within_budget
+from rlhf_ray.data.trajectory import Offsets, Tokens, flat, offsets_of, take_rows
 
 
 @dataclass(frozen=True)
@@ -136,19 +137,11 @@ def load_comparisons(
     """
     source = str(path)
     parser = ComparisonParser(kind, tokenizer, config.repeated_prompt)
-    shown = findings or Findings()
-    parsed = parse_rows(source, setting_of(config, source), config.columns, parser.parse, shown)
-    tokens = tokenise_answered([text for row in parsed for text in row.texts], tokenizer)
-    rows: list[_Row] = []
-    for row in parsed:
-        tokens_of_row = [next(tokens) for _ in row.texts]
-        try:
-            rows.extend(_tokenised(row, tokens_of_row, tokenizer, kind))
-        except RowProblem as problem:
-            shown.problems.append(DataError(source, row.number, str(problem)))
-    if findings is None or not rows:
-        raise_all(source, shown.problems)
-    return _within_budget(source, rows, config, kind, shown)
+    make = partial(_tokenised, tokenizer=tokenizer, kind=kind)
+    rows, found = load_texts(
+        source, setting_of(config, source), config.columns, parser.parse, tokenizer, make, findings
+    )
+    return _within_budget(source, rows, config, kind, found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,7 +214,7 @@ def _within_budget(
     texts = [ids for place in places for ids in cut[place]]
     return ComparisonSet(
         uids=tuple(row.uid for row in kept),
-        token_ids=flat_tokens(texts),
+        token_ids=flat(texts, np.int32),
         token_offsets=offsets_of([len(ids) for ids in texts]),
         answer_starts=np.array([start for row in kept for start in row.answer_starts], np.int64),
         candidate_offsets=offsets_of([len(row.texts) for row in kept]),

@@ -1,22 +1,22 @@
 """Texts and conversations to learn to write, as tokens and a mark on those that are learnt."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rlhf_ray.config.data import ConversationData, RepeatedPrompt
-from rlhf_ray.data.answers import AnsweredText, mark_answers, render_turns, tokenise_answered
+from rlhf_ray.data.answers import AnsweredText, ParsedRow, load_texts, mark_answers, render_turns
 from rlhf_ray.data.chat import ChatRenderer, Messages, check_chat
-from rlhf_ray.data.errors import DataError, Findings, RowProblem, raise_all
+from rlhf_ray.data.errors import Findings, RowProblem
 from rlhf_ray.data.repeated_prompt import messages_of_prompt, texts_without_prompt
 from rlhf_ray.data.rows import kind_of, text_of
-from rlhf_ray.data.sources import parse_rows, setting_of
-from rlhf_ray.data.tokens import Tokenizer, flat_tokens, rows_within_budget
-from rlhf_ray.data.trajectory import Offsets, Tokens, offsets_of
+from rlhf_ray.data.sources import setting_of
+from rlhf_ray.data.tokens import Tokenizer, rows_within_budget
+from rlhf_ray.data.trajectory import Offsets, Tokens, flat, offsets_of
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,16 @@ class ConversationSet:
     offsets: Offsets
     dropped: int
     truncated: int
+
+    @classmethod
+    def of(
+        cls, rows: Iterable[tuple[str, Sequence[int] | Tokens, NDArray[np.bool_]]], *, dropped: int, truncated: int
+    ) -> Self:
+        """From uid, tokens, and the mark on those that are learnt, of each row."""
+        uids, ids, learnt = zip(*rows, strict=True)
+        return cls(
+            uids, flat(ids, np.int32), np.concatenate(learnt), offsets_of(list(map(len, ids))), dropped, truncated
+        )
 
     def __len__(self) -> int:
         return len(self.uids)
@@ -69,9 +79,13 @@ class ConversationSet:
         """Tokens of one row."""
         return self.token_ids[self.offsets[row] : self.offsets[row + 1]]
 
+    def learnt_of(self, row: int) -> NDArray[np.bool_]:
+        """Which tokens of one row are learnt."""
+        return self.learnt[self.offsets[row] : self.offsets[row + 1]]
+
     def learnt_places(self, row: int) -> NDArray[np.int64]:
         """Places of the learnt tokens within their row, int64, ascending."""
-        return np.flatnonzero(self.learnt[self.offsets[row] : self.offsets[row + 1]])
+        return np.flatnonzero(self.learnt_of(row))
 
 
 def mix(sets: Sequence[tuple[ConversationSet, float]]) -> ConversationSet:
@@ -82,11 +96,8 @@ def mix(sets: Sequence[tuple[ConversationSet, float]]) -> ConversationSet:
     picked = [
         (data, int(row)) for data, weight in sets for row in np.arange(max(1, round(weight * len(data)))) % len(data)
     ]
-    return ConversationSet(
-        uids=tuple(data.uids[row] for data, row in picked),
-        token_ids=np.concatenate([data.tokens(row) for data, row in picked]),
-        learnt=np.concatenate([data.learnt[data.offsets[row] : data.offsets[row + 1]] for data, row in picked]),
-        offsets=offsets_of([len(data.tokens(row)) for data, row in picked]),
+    return ConversationSet.of(
+        ((data.uids[row], data.tokens(row), data.learnt_of(row)) for data, row in picked),
         dropped=sum(data.dropped for data, _ in sets),
         truncated=sum(data.truncated for data, _ in sets),
     )
@@ -122,42 +133,20 @@ def load_conversations(
     """
     source = str(path)
     parser = ConversationParser(tokenizer, learn_all=config.loss == "all", repeated_prompt=config.repeated_prompt)
-    shown = findings or Findings()
-    rows = parse_rows(source, setting_of(config, source), config.columns, parser.parse, shown)
-    found: list[tuple[list[int], NDArray[np.bool_]]] = []
-    uids: list[str] = []
-    for row, tokens in zip(rows, tokenise_answered([row.text for row in rows], tokenizer), strict=True):
-        try:
-            found.append(mark_answers(row.text, tokens, tokenizer))
-            uids.append(row.uid)
-        except RowProblem as problem:
-            shown.problems.append(DataError(source, row.number, str(problem)))
-    if findings is None or not found:
-        raise_all(source, shown.problems)
 
-    budget = config.max_tokens
-    lengths = [len(ids) for ids, _ in found]
-    # Cut to its beginning, a row can end before the first thing to learn.
-    useless = [not learnt[:budget].any() for _, learnt in found]
-    kept, dropped, truncated = rows_within_budget(source, "beginning", uids, lengths, useless, config, shown)
-    ids = [found[i][0][:budget] for i in kept]
-    return ConversationSet(
-        uids=tuple(uids[i] for i in kept),
-        token_ids=flat_tokens(ids),
-        learnt=np.concatenate([found[i][1][:budget] for i in kept]),
-        offsets=offsets_of([len(row) for row in ids]),
-        dropped=dropped,
-        truncated=truncated,
+    def marked(row: ParsedRow, tokens: list[list[list[int]]]) -> list[tuple[str, list[int], NDArray[np.bool_]]]:
+        return [(row.uid, *mark_answers(row.texts[0], tokens[0], tokenizer))]
+
+    rows, found = load_texts(
+        source, setting_of(config, source), config.columns, parser.parse, tokenizer, marked, findings
     )
-
-
-@dataclass(frozen=True, slots=True)
-class ParsedRow:
-    """A row as text."""
-
-    number: int
-    uid: str
-    text: AnsweredText
+    uids, lengths = [uid for uid, _, _ in rows], [len(ids) for _, ids, _ in rows]
+    budget = config.max_tokens
+    # Cut to its beginning, a row can end before the first thing to learn.
+    useless = [not learnt[:budget].any() for _, _, learnt in rows]
+    kept, dropped, truncated = rows_within_budget(source, "beginning", uids, lengths, useless, config, found)
+    cut = ((uid, ids[:budget], learnt[:budget]) for uid, ids, learnt in (rows[place] for place in kept))
+    return ConversationSet.of(cut, dropped=dropped, truncated=truncated)
 
 
 class ConversationParser:
@@ -174,7 +163,7 @@ class ConversationParser:
         Raises:
             RowProblem: it is not as `load_conversations` says.
         """
-        return ParsedRow(number, uid, self._text(row))
+        return ParsedRow(number, uid, (self._text(row),))
 
     def _text(self, row: dict[str, Any]) -> AnsweredText:
         kinds = [kind for kind in ("text", "messages", "prompt") if kind in row]

@@ -13,11 +13,12 @@ import json
 import stat
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 from rlhf_ray.data.errors import RowProblem
-from rlhf_ray.data.rows import kind_of
+from rlhf_ray.data.rows import kind_of, nested
 
 Row = dict[str, Any]
 Entries = Iterator[tuple[int, Row | RowProblem]]
@@ -29,6 +30,7 @@ _LONGEST_ROW = 32 * 2**20
 _LONGEST_JSON = 4 * 2**30
 # Values within values. What goes on with a row walks through it function by function.
 _DEEPEST = 100
+_TOO_DEEP = f"has values nested deeper than {_DEEPEST}"
 
 # What a file begins with that is none of what its name says.
 _OTHER_KINDS = {
@@ -83,7 +85,9 @@ def _jsonl(path: Path, skip: int) -> Entries:
             if number <= skip:
                 continue
             try:
-                yield number, _json_object(line.removesuffix(b"\n"))
+                if not line.strip():
+                    raise RowProblem("is blank, but must be a JSON object")
+                yield number, _checked(_decoded(line.removesuffix(b"\n")))
             except RowProblem as problem:
                 yield number, problem
 
@@ -123,9 +127,7 @@ def _json(path: Path, skip: int) -> Entries:
         raise RowProblem(f"is {kind_of(rows)}, but must be a list of objects")
     for number, row in enumerate(rows[skip:], start=skip + 1):
         try:
-            if problem := _problem_in(row):
-                raise problem
-            yield number, _shallow(_object(row))
+            yield number, _checked(row)
         except RowProblem as problem:
             yield number, problem
 
@@ -192,16 +194,22 @@ def _parquet(path: Path, skip: int) -> Entries:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    with damage_told("is not Parquet, or is damaged"), path.open("rb") as data, pq.ParquetFile(data) as file:
+        tables = (pa.Table.from_batches([batch]) for batch in file.iter_batches(ROWS_PER_READ))
+        yield from arrow_rows(tables, skip)
+
+
+@contextmanager
+def damage_told(what: str) -> Iterator[None]:
+    """What Arrow can't read is a `RowProblem` that begins with `what`."""
+    import pyarrow as pa
+
     try:
-        with path.open("rb") as data, pq.ParquetFile(data) as file:
-            tables = (pa.Table.from_batches([batch]) for batch in file.iter_batches(ROWS_PER_READ))
-            yield from arrow_rows(tables, skip)
-    except (pa.ArrowException, ValueError, OverflowError, RecursionError) as error:
-        raise RowProblem(f"is not Parquet, or is damaged: {error}") from error
-    except OSError as error:  # Arrow tells damage so, too, without a number
-        if error.errno is not None:
+        yield
+    except (pa.ArrowException, ValueError, OverflowError, RecursionError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # Arrow tells damage so, too, without a number
             raise
-        raise RowProblem(f"is not Parquet, or is damaged: {error}") from error
+        raise RowProblem(f"{what}: {error}") from error
 
 
 def arrow_rows(tables: Iterator[Any], skip: int) -> Entries:
@@ -224,13 +232,13 @@ def _without_nulls(value: Any) -> Any:
     return value
 
 
-def _json_object(line: bytes) -> Row:
-    if not line.strip():
-        raise RowProblem("is blank, but must be a JSON object")
-    return _shallow(_object(_decoded(line)))
-
-
-def _object(value: Any) -> Row:
+def _checked(value: Any) -> Row:
+    """The value, when it is an object without problems in it that is not nested too deep."""
+    for inner, depth in nested(value):
+        if isinstance(inner, RowProblem):
+            raise inner
+        if depth > _DEEPEST and isinstance(inner, dict | list):
+            raise RowProblem(_TOO_DEEP)
     if not isinstance(value, dict):
         raise RowProblem(f"is {kind_of(value)}, but must be a JSON object")
     return value
@@ -266,36 +274,6 @@ def _decoded(text: bytes, *, problems_in_place: bool = False) -> Any:
         raise RowProblem(_TOO_DEEP) from error
     except ValueError as error:  # a number of thousands of digits
         raise RowProblem(f"is not JSON that can be read: {error}") from error
-
-
-_TOO_DEEP = f"has values nested deeper than {_DEEPEST}"
-
-
-def _shallow(row: Row) -> Row:
-    """The row, when it is not nested too deep.
-
-    Raises:
-        RowProblem: it is.
-    """
-    left: list[tuple[Any, int]] = [(row, 1)]
-    while left:
-        value, depth = left.pop()
-        if isinstance(value, dict | list):
-            if depth > _DEEPEST:
-                raise RowProblem(_TOO_DEEP)
-            left.extend((inner, depth + 1) for inner in (value.values() if isinstance(value, dict) else value))
-    return row
-
-
-def _problem_in(value: Any) -> RowProblem | None:
-    left = [value]
-    while left:
-        inner = left.pop()
-        if isinstance(inner, RowProblem):
-            return inner
-        if isinstance(inner, dict | list):
-            left.extend(inner.values() if isinstance(inner, dict) else inner)
-    return None
 
 
 # By the end of a file's name: reads a path, without its first rows.

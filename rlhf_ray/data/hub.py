@@ -5,6 +5,7 @@ import os
 import sys
 import threading
 from functools import cache
+from pathlib import Path
 
 import httpx
 
@@ -30,6 +31,12 @@ def reach_hub() -> bool:
     if "datasets" in sys.modules:
         sys.modules["datasets"].config.HF_HUB_OFFLINE = True
     return False
+
+
+def may_be_on_hub(model: str) -> bool:
+    """Whether a path that does not exist may be the name of a model of the hub, and not a mistyped folder."""
+    parts = Path(model).parts
+    return len(parts) == 2 and parts[0] not in ("models", "runs") and not model.startswith((".", "/", "~"))
 
 
 def tell_of_cache(name: str) -> None:

@@ -7,57 +7,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-class PackingError(ValueError):
-    """Lengths that can't be planned as asked.
-
-    Attributes:
-        name: the argument.
-        value: what it is.
-    """
-
-    def __init__(self, name: str, value: object, expected: str) -> None:
-        self.name = name
-        self.value = value
-        self.expected = expected
-        super().__init__(f"{name} is {value}, but must be {expected}")
-
-    def __reduce__(self) -> tuple[type["PackingError"], tuple[str, object, str]]:
-        return type(self), (self.name, self.value, self.expected)
-
-
-def balance(lengths: Sequence[int] | NDArray[np.integer], parts: int) -> list[list[int]]:
-    """Deal samples into `parts` of about equal length: the longest first, each to the part with the least so far.
-
-    Graham's longest-processing-time rule; ties go to the lowest index, of samples and of parts. The longest part
-    exceeds the shortest by one sample's length at most, and no part is empty when there are samples enough.
-
-    Args:
-        lengths: tokens of each sample, `[samples]`, all positive.
-        parts: at least 1.
-
-    Returns:
-        For each part its sample indices, ascending.
-
-    Raises:
-        PackingError: a length or `parts` is below 1.
-    """
-    if parts < 1:
-        raise PackingError("parts", parts, "at least 1")
-    checked = _checked(lengths)
-    dealt = _deal(checked, _longest_first(checked), parts)
-    return [sorted(part) for part in dealt]
-
-
 def plan_micro_batches(
     lengths: Sequence[int] | NDArray[np.integer], ranks: int, max_tokens: int
 ) -> list[list[list[int]]]:
     """Split one optimizer step into micro-batches of at most `max_tokens` for every rank.
 
     Every rank gets the same number of micro-batches, as ZeRO-3's collectives demand; it is the smallest for which
-    the greedy rule of `balance` meets the bound. A sample over the bound is alone in its micro-batch. Ranks' loads
-    differ by one sample's length at most, and micro-batches with the same number have similar sizes on all ranks,
-    longest first, so ranks wait little for each other and memory peaks at once. Micro-batches are empty only when
-    there are fewer samples than micro-batches.
+    the bound is met when samples are dealt longest first, each to the micro-batch with the least so far (Graham's
+    longest-processing-time rule; ties go to the lowest index, of samples and of micro-batches). A sample over the
+    bound is alone in its micro-batch. Ranks' loads differ by one sample's length at most, and micro-batches with the
+    same number have similar sizes on all ranks, longest first, so ranks wait little for each other and memory peaks
+    at once. Micro-batches are empty only when there are fewer samples than micro-batches.
 
     Args:
         lengths: tokens of each sample, `[samples]`, all positive.
@@ -68,31 +28,34 @@ def plan_micro_batches(
         `[rank][micro-batch]` lists of sample indices, ascending; each sample exactly once.
 
     Raises:
-        PackingError: there are fewer samples than ranks, or a length, `ranks` or `max_tokens` is below 1.
+        ValueError: there are fewer samples than ranks, or a length, `ranks` or `max_tokens` is below 1.
     """
     if ranks < 1:
-        raise PackingError("ranks", ranks, "at least 1")
+        raise ValueError(f"ranks is {ranks}, but must be at least 1")
     if max_tokens < 1:
-        raise PackingError("max_tokens", max_tokens, "at least 1")
-    checked = _checked(lengths)
-    if len(checked) < ranks:
-        raise PackingError("the number of samples", len(checked), f"at least the number of ranks ({ranks})")
-    order = _longest_first(checked)
+        raise ValueError(f"max_tokens is {max_tokens}, but must be at least 1")
+    known: list[int] = np.asarray(lengths, np.int64).tolist()
+    if len(known) < ranks:
+        raise ValueError(f"the number of samples is {len(known)}, but must be at least the number of ranks ({ranks})")
+    for sample, length in enumerate(known):
+        if length < 1:
+            raise ValueError(f"lengths[{sample}] is {length}, but must be at least 1")
+    order = sorted(range(len(known)), key=lambda sample: (-known[sample], sample))
 
     def fits(batches: list[list[int]]) -> bool:
-        return all(len(batch) <= 1 or sum(checked[i] for i in batch) <= max_tokens for batch in batches)
+        return all(len(batch) <= 1 or sum(known[i] for i in batch) <= max_tokens for batch in batches)
 
     # More bins never make the greedy rule's fullest bin fuller, so the smallest count can be searched by halving.
-    tokens = sum(min(length, max_tokens) for length in checked)
-    low, high = max(1, -(-tokens // (max_tokens * ranks))), -(-len(checked) // ranks)
+    tokens = sum(min(length, max_tokens) for length in known)
+    low, high = max(1, -(-tokens // (max_tokens * ranks))), -(-len(known) // ranks)
     while low < high:
         middle = (low + high) // 2
-        if fits(_deal(checked, order, ranks * middle)):
+        if fits(_deal(known, order, ranks * middle)):
             high = middle
         else:
             low = middle + 1
-    batches = _deal(checked, order, ranks * low)
-    return _to_ranks(batches, [sum(checked[i] for i in batch) for batch in batches], ranks)
+    batches = _deal(known, order, ranks * low)
+    return _to_ranks(batches, [sum(known[i] for i in batch) for batch in batches], ranks)
 
 
 def _to_ranks(batches: list[list[int]], loads: list[int], ranks: int) -> list[list[list[int]]]:
@@ -116,15 +79,3 @@ def _deal(lengths: list[int], order: list[int], parts: int) -> list[list[int]]:
         dealt[part].append(sample)
         heapq.heapreplace(loads, (load + lengths[sample], part))
     return dealt
-
-
-def _longest_first(lengths: list[int]) -> list[int]:
-    return sorted(range(len(lengths)), key=lambda sample: (-lengths[sample], sample))
-
-
-def _checked(lengths: Sequence[int] | NDArray[np.integer]) -> list[int]:
-    array = np.asarray(lengths, np.int64)
-    if array.size and array.min() < 1:
-        raise PackingError(f"lengths[{int(array.argmin())}]", int(array.min()), "at least 1")
-    values: list[int] = array.tolist()
-    return values

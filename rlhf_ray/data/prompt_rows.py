@@ -6,6 +6,7 @@ through Ray's object store without copies. Only who reads columns decodes them.
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -14,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlhf_ray.data.errors import RowProblem
-from rlhf_ray.data.rows import kind_of
+from rlhf_ray.data.rows import kind_of, nested
 
 # Bytes of the columns of one row. They go with each sample to every role, and to services in each request.
 ROW_LIMIT = 64 * 2**10
@@ -66,18 +67,12 @@ _CURE = "name in data.keep_columns those that rewards read"
 
 def _not_json(value: Any) -> str | None:
     """What of a value is no JSON, None where it is."""
-    left = [value]
-    while left:
-        inner = left.pop()
+    for inner, _ in nested(value):
         if isinstance(inner, float) and not math.isfinite(inner):
             return f"has the number {inner}"
-        if isinstance(inner, dict):
-            if any(not isinstance(key, str) for key in inner):
-                return "has an object with keys that are no text"
-            left.extend(inner.values())
-        elif isinstance(inner, list | tuple):
-            left.extend(inner)
-        elif not isinstance(inner, str | bool | int | float | None):
+        if isinstance(inner, dict) and any(not isinstance(key, str) for key in inner):
+            return "has an object with keys that are no text"
+        if not isinstance(inner, dict | list | tuple | str | int | float | None):
             return f"has a value {kind_of(inner)}"
     return None
 
@@ -88,20 +83,14 @@ def columns_of(uids: Sequence[str], rows: Sequence[Sequence[str]]) -> tuple[RowC
     Args:
         rows: the names of each row's columns.
     """
-    counts: dict[str, int] = {}
-    for names in rows:
-        for name in names:
-            counts[name] = counts.get(name, 0) + 1
-    return tuple(
-        RowColumn(
-            name,
-            count,
-            next(uid for uid, names in zip(uids, rows, strict=True) if name not in names)
-            if count < len(rows)
-            else None,
-        )
-        for name, count in counts.items()
-    )
+    counts = Counter(name for names in rows for name in names)
+
+    def first_without(name: str) -> str | None:
+        if counts[name] == len(rows):
+            return None
+        return next(uid for uid, names in zip(uids, rows, strict=True) if name not in names)
+
+    return tuple(RowColumn(name, count, first_without(name)) for name, count in counts.items())
 
 
 @dataclass(frozen=True)

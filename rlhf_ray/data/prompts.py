@@ -3,14 +3,16 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
+
 from rlhf_ray.config.data import PromptData
+from rlhf_ray.data.answers import AnsweredText, ParsedRow, load_texts
 from rlhf_ray.data.chat import ChatRenderer, check_prompt_chat
-from rlhf_ray.data.errors import DataError, Findings, RowProblem, raise_all
+from rlhf_ray.data.errors import DataError, Findings, RowProblem
 from rlhf_ray.data.prompt_rows import NO_COLUMNS, RowColumn, columns_of, encoded_columns
 from rlhf_ray.data.rows import kind_of, text_of, value_of
-from rlhf_ray.data.sources import parse_rows
-from rlhf_ray.data.tokens import Tokenizer, flat_tokens, report_overlong, tokenise
-from rlhf_ray.data.trajectory import Offsets, Tokens, offsets_of
+from rlhf_ray.data.tokens import Tokenizer, report_overlong
+from rlhf_ray.data.trajectory import Offsets, Tokens, flat, offsets_of
 
 # Each is a list for every batch of samples that is scored.
 _MOST_COLUMNS = 1000
@@ -70,30 +72,21 @@ def load_prompts(
         DataError: the source can't be read or has fewer usable prompts than `config.prompts_per_step`.
     """
     parser = _PromptParser(tokenizer, config.keep_columns)
-    found = findings or Findings()
-    prompts = parse_rows(config.prompts, "data.prompts", config.columns, parser.parse, found)
-    tokens: list[list[int]] = [[]] * len(prompts)
-    for is_chat in (False, True):
-        chosen = [i for i, prompt in enumerate(prompts) if prompt.is_chat == is_chat]
-        # A chat template writes the special tokens itself.
-        options = {"add_special_tokens": False} if is_chat else {}
-        for i, ids in zip(chosen, tokenise(tokenizer, [prompts[i].text for i in chosen], **options), strict=True):
-            tokens[i] = ids
-    reason = f"'prompt' gives no tokens with tokenizer {tokenizer.name_or_path!r}"
-    good = [i for i, ids in enumerate(tokens) if ids]
-    found.problems += [
-        DataError(config.prompts, prompts[i].number, reason) for i in range(len(tokens)) if not tokens[i]
-    ]
-    if findings is None or not good:
-        raise_all(config.prompts, found.problems)
 
-    found.lengths = [len(tokens[i]) for i in good]
-    over = [i for i in good if len(tokens[i]) > max_prompt_tokens]
+    def tokenised(prompt: _Prompt, tokens: list[list[list[int]]]) -> list[tuple[_Prompt, list[int]]]:
+        [[ids]] = tokens
+        if not ids:
+            raise RowProblem(f"'prompt' gives no tokens with tokenizer {tokenizer.name_or_path!r}")
+        return [(prompt, ids)]
+
+    prompts, found = load_texts(
+        config.prompts, "data.prompts", config.columns, parser.parse, tokenizer, tokenised, findings
+    )
+    found.lengths = [len(ids) for _, ids in prompts]
+    over = [prompt.uid for prompt, ids in prompts if len(ids) > max_prompt_tokens]
     drop = config.overlong == "drop"
-    kept = [i for i in good if not drop or len(tokens[i]) <= max_prompt_tokens]
-    rows = [tokens[i][-max_prompt_tokens:] for i in kept]
-    done = "dropped" if drop else "truncated to their end"
-    report_overlong(config.prompts, "prompts", done, [prompts[i].uid for i in over])
+    kept = [(prompt, ids[-max_prompt_tokens:]) for prompt, ids in prompts if not drop or len(ids) <= max_prompt_tokens]
+    report_overlong(config.prompts, "prompts", "dropped" if drop else "truncated to their end", over)
     if len(kept) < config.prompts_per_step:
         too_few = DataError(
             config.prompts,
@@ -105,8 +98,8 @@ def load_prompts(
         if findings is None or not kept:
             raise too_few
         findings.problems.append(too_few)
-    uids = tuple(prompts[i].uid for i in kept)
-    columns = columns_of(uids, [prompts[i].columns for i in kept])
+    uids = tuple(prompt.uid for prompt, _ in kept)
+    columns = columns_of(uids, [prompt.columns for prompt, _ in kept])
     there = {column.name for column in columns}
     if len(columns) > _MOST_COLUMNS:
         raise DataError(
@@ -123,21 +116,17 @@ def load_prompts(
         )
     return PromptSet(
         uids=uids,
-        token_ids=flat_tokens(rows),
-        offsets=offsets_of([len(row) for row in rows]),
+        token_ids=flat((ids for _, ids in kept), np.int32),
+        offsets=offsets_of([len(ids) for _, ids in kept]),
         dropped=len(over) if drop else 0,
         truncated=0 if drop else len(over),
-        rows=tuple(prompts[i].row for i in kept) if columns else (),
+        rows=tuple(prompt.row for prompt, _ in kept) if columns else (),
         columns=columns,
     )
 
 
 @dataclass(frozen=True, slots=True)
-class _Prompt:
-    number: int
-    uid: str
-    text: str
-    is_chat: bool
+class _Prompt(ParsedRow):
     row: bytes
     columns: tuple[str, ...]
 
@@ -151,7 +140,6 @@ class _PromptParser:
         self._names: dict[tuple[str, ...], tuple[str, ...]] = {}
 
     def parse(self, number: int, uid: str, row: dict[str, Any]) -> _Prompt:
-        text, is_chat = self._text(row)
         columns = {
             name: value
             for name, value in row.items()
@@ -159,13 +147,13 @@ class _PromptParser:
         }
         # Most rows have the same columns: their names are there once.
         names = self._names.setdefault(tuple(columns), tuple(columns))
-        return _Prompt(number, uid, text, is_chat, encoded_columns(columns), names)
+        return _Prompt(number, uid, (self._text(row),), encoded_columns(columns), names)
 
-    def _text(self, row: dict[str, Any]) -> tuple[str, bool]:
+    def _text(self, row: dict[str, Any]) -> AnsweredText:
         value = value_of(row, "prompt")
         if isinstance(value, list):
             messages = check_prompt_chat(value, "prompt")
-            return self._chat.render(messages, "prompt", add_generation_prompt=True), True
+            return AnsweredText(self._chat.render(messages, "prompt", add_generation_prompt=True), is_chat=True)
         if not isinstance(value, str):
             raise RowProblem(f"'prompt' is {kind_of(value)}, but must be text or a list of chat messages")
-        return text_of(row, "prompt"), False
+        return AnsweredText(text_of(row, "prompt"), is_chat=False)

@@ -1,38 +1,17 @@
 """What a row may hold: its uid, its texts, its numbers. What is wrong with it is a `RowProblem`."""
 
+from collections.abc import Iterator
 from typing import Any
 
 from rlhf_ray.data.errors import RowProblem
 
 
-class Uids:
-    """Gives each row its uid and refuses one that was there before.
-
-    Args:
-        stem: what uids of rows without one begin with.
-        unit: what the source's row numbers count: lines or rows.
-    """
-
-    def __init__(self, stem: str, unit: str) -> None:
-        self._stem = stem
-        self._unit = unit
-        self._number_of: dict[str, int] = {}
-
-    def of(self, number: int, row: dict[str, Any]) -> str:
-        """The row's `uid`, text or a whole number, else one from the stem and the row's number.
-
-        Raises:
-            RowProblem: it is neither, is empty or stands twice.
-        """
-        uid = uid_of(self._stem, number, row)
-        if uid in self._number_of:
-            raise RowProblem(f"uid {uid!r} stands in {self._unit} {self._number_of[uid]} already")
-        self._number_of[uid] = number
-        return uid
-
-
 def uid_of(stem: str, number: int, row: dict[str, Any]) -> str:
-    """As `Uids.of`, without a memory of the rows before."""
+    """The row's `uid`, text or a whole number, else one from the stem and the row's number.
+
+    Raises:
+        RowProblem: it is neither, or is empty.
+    """
     value = row.get("uid", f"{stem}:{number}")
     if isinstance(value, bool) or not isinstance(value, str | int):
         raise RowProblem(f"'uid' is {kind_of(value)}, but must be text or a whole number")
@@ -84,6 +63,17 @@ def check_encodable(text: str, what: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise RowProblem(f"{what} has half of a surrogate pair at character {error.start + 1}") from error
+
+
+def nested(value: Any) -> Iterator[tuple[Any, int]]:
+    """A value and all values within it, each with its depth: 1 for the value itself. Without recursion, so that the
+    depth has no limit."""
+    left = [(value, 1)]
+    while left:
+        inner, depth = left.pop()
+        yield inner, depth
+        if isinstance(inner, dict | list | tuple):
+            left.extend((each, depth + 1) for each in (inner.values() if isinstance(inner, dict) else inner))
 
 
 def kind_of(value: Any) -> str:

@@ -19,9 +19,18 @@ from typing import Any, TypeVar
 
 from rlhf_ray.config.data import ComparisonData, ConversationData
 from rlhf_ray.data.errors import DataError, Findings, KnownProblem, RowProblem
-from rlhf_ray.data.formats import FORMATS, ROWS_PER_READ, Entries, Row, arrow_rows, check_regular, file_rows
+from rlhf_ray.data.formats import (
+    FORMATS,
+    ROWS_PER_READ,
+    Entries,
+    Row,
+    arrow_rows,
+    check_regular,
+    damage_told,
+    file_rows,
+)
 from rlhf_ray.data.hub import reach_hub, tell_of_cache
-from rlhf_ray.data.rows import Uids
+from rlhf_ray.data.rows import uid_of
 
 _T = TypeVar("_T")
 
@@ -46,14 +55,17 @@ def parse_rows(
     Raises:
         DataError: the source can't be read or is empty.
     """
-    uids = Uids(stem_of(source), unit_of(source))
+    number_of: dict[str, int] = {}
     parsed: list[_T] = []
     for number, row in read_rows(source, setting, columns):
         found.read += 1
         try:
             if isinstance(row, RowProblem):
                 raise row
-            parsed.append(parse(number, uids.of(number, row), row))
+            uid = uid_of(stem_of(source), number, row)
+            if number_of.setdefault(uid, number) != number:
+                raise RowProblem(f"uid {uid!r} stands in {unit_of(source)} {number_of[uid]} already")
+            parsed.append(parse(number, uid, row))
         except KnownProblem:
             continue
         except RowProblem as problem:
@@ -207,13 +219,5 @@ def _dataset_rows(found: Any, split: str, skip: int) -> Entries:
         found = found[wanted]
     elif split:
         raise RowProblem(f"is one data set without splits: leave out ':{split}'")
-    return _undamaged(arrow_rows(found.with_format("arrow").iter(ROWS_PER_READ), skip))
-
-
-def _undamaged(rows: Entries) -> Entries:
-    import pyarrow as pa
-
-    try:
-        yield from rows
-    except (pa.ArrowException, ValueError, OverflowError, RecursionError) as error:
-        raise RowProblem(f"has rows that can't be read: {error}") from error
+    with damage_told("has rows that can't be read"):
+        yield from arrow_rows(found.with_format("arrow").iter(ROWS_PER_READ), skip)

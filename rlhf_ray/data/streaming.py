@@ -8,7 +8,6 @@ A state says how far each source was read, which rows wait in the buffer, and wh
 on from it, the rows of the buffer are read again; all others before are passed over without being tokenised.
 """
 
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -19,15 +18,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlhf_ray.config.data import ConversationData
-from rlhf_ray.data.answers import mark_answers, tokenise_answered
-from rlhf_ray.data.conversations import ConversationParser, ConversationSet, ParsedRow
+from rlhf_ray.data.answers import ParsedRow, mark_answers, tokenise_answered
+from rlhf_ray.data.conversations import ConversationParser, ConversationSet
 from rlhf_ray.data.cursor import CursorError
 from rlhf_ray.data.errors import DataError, RowProblem, raise_all
 from rlhf_ray.data.formats import Row
 from rlhf_ray.data.rows import uid_of
 from rlhf_ray.data.sources import read_rows, stem_of
 from rlhf_ray.data.tokens import Tokenizer
-from rlhf_ray.data.trajectory import Tokens, offsets_of
+from rlhf_ray.data.trajectory import Tokens
 
 # Tokenised at once, which is faster than one by one.
 _CHUNK = 64
@@ -103,11 +102,8 @@ class ConversationStream:
             drawn.append(self._buffer[place])
             self._buffer[place] = self._buffer[-1]
             self._buffer.pop()
-        found = ConversationSet(
-            uids=tuple(row.uid for row in drawn),
-            token_ids=np.concatenate([row.ids for row in drawn]),
-            learnt=np.concatenate([row.learnt for row in drawn]),
-            offsets=offsets_of([len(row.ids) for row in drawn]),
+        found = ConversationSet.of(
+            ((row.uid, row.ids, row.learnt) for row in drawn),
             dropped=len(dropped),
             truncated=sum(row.truncated for row in drawn),
         )
@@ -187,19 +183,18 @@ class SourceReader:
         """Read on from there."""
         self.read, self.passes = read, passes
         self._given = read > 0
-        self._ahead: deque[_StreamedRow | DroppedRow] = deque()
-        self._chunks = self._converted(self._entries(read))
+        self._rows = self._converted(self._entries(read))
 
     def next(self, dropped: list[DroppedRow]) -> _StreamedRow:
         """The next row that can be used; those before it go to `dropped`."""
         while True:
-            if not self._ahead and not self._fill():
+            row = next(self._rows, None)
+            if row is None:
                 if not self._given:
                     reason = f"none of its {self.read} rows can be used: see `rlhf-ray data inspect`"
                     raise DataError(self._source, None, reason)
                 self.go_to(0, self.passes + 1)
                 continue
-            row = self._ahead.popleft()
             self.read += 1
             if isinstance(row, _StreamedRow):
                 self._given = True
@@ -229,10 +224,6 @@ class SourceReader:
         rows = self._converted(entry for entry in entries if entry[0] in places)
         yield from (row for row in rows if isinstance(row, _StreamedRow))
 
-    def _fill(self) -> bool:
-        self._ahead.extend(islice(self._chunks, _CHUNK))
-        return bool(self._ahead)
-
     def _entries(self, skip: int) -> Iterator[tuple[int, int, Row | RowProblem]]:
         """Place, number and content of each row."""
         rows = read_rows(self._source, self.setting, self._config.columns, skip)
@@ -255,13 +246,13 @@ class SourceReader:
                 parsed.append(self._parser.parse(number, uid, content))
             except RowProblem as problem:
                 parsed.append(problem)
-        good = [row.text for row in parsed if not isinstance(row, RowProblem)]
+        good = [row.texts[0] for row in parsed if not isinstance(row, RowProblem)]
         tokens = tokenise_answered(good, self._tokenizer)
         for (place, number, _), row in zip(chunk, parsed, strict=True):
             try:
                 if isinstance(row, RowProblem):
                     raise row
-                ids, learnt = mark_answers(row.text, next(tokens), self._tokenizer)
+                ids, learnt = mark_answers(row.texts[0], next(tokens), self._tokenizer)
                 yield self._within_budget(place, row.uid, ids, learnt)
             except RowProblem as problem:
                 yield DroppedRow(self._source, number, str(problem), again=self.passes > 0)

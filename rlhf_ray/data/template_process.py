@@ -8,13 +8,12 @@ The child imports transformers' renderer alone, which takes a second and is done
 import json
 import os
 import signal
-import struct
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from typing import IO, Any
+from typing import Any
 
 # Seconds for one conversation, which takes a millisecond, on a machine however busy.
 RENDER_LIMIT_S = 10.0
@@ -22,7 +21,6 @@ RENDER_LIMIT_S = 10.0
 TEXT_LIMIT = 32 * 2**20
 MEMORY_LIMIT = 2**30
 _START_LIMIT_S = 120.0
-_LENGTH = struct.Struct(">Q")
 
 
 class TemplateError(Exception):
@@ -38,7 +36,6 @@ class TemplateProcess:
 
     def __init__(self) -> None:
         self._child: subprocess.Popen[bytes] | None = None
-        self._template: tuple[str, str] | None = None
         self._lock = threading.Lock()
 
     def render(
@@ -57,19 +54,16 @@ class TemplateProcess:
             TemplateLimitError: it takes longer than `limit_s`, makes more than `TEXT_LIMIT` or needs more than
                 `MEMORY_LIMIT`.
         """
-        tokens = json.dumps(dict(special_tokens), default=str, sort_keys=True)
+        call = {"chat_template": template, "add_generation_prompt": add_generation_prompt, **special_tokens}
         try:
-            conversation = json.dumps([limit_s, add_generation_prompt, messages], default=str)
+            request = json.dumps([limit_s, call | {"conversations": [messages]}], default=str)
         except (ValueError, RecursionError) as error:
             raise TemplateError(f"its messages can't be given to a template: {error}") from error
         with self._lock:
             try:
                 if self._child is None or self._child.poll() is not None:
                     self._start()
-                if self._template != (template, tokens):
-                    self._ask(json.dumps({"template": template, "tokens": json.loads(tokens)}))
-                    self._template = template, tokens
-                answer = self._ask(conversation)
+                answer = self._ask(request)
             except (EOFError, BrokenPipeError):
                 code = self._end()
                 raise TemplateLimitError(_death(code, limit_s)) from None
@@ -85,7 +79,6 @@ class TemplateProcess:
     def _start(self) -> None:
         # The child finds this package where this process did.
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
-        self._template = None
         self._child = subprocess.Popen(
             [sys.executable, "-m", "rlhf_ray.data.template_process"],
             stdin=subprocess.PIPE,
@@ -108,8 +101,12 @@ class TemplateProcess:
         assert self._child is not None
         assert self._child.stdin is not None
         assert self._child.stdout is not None
-        _write(self._child.stdin, request.encode())
-        answer: dict[str, Any] = json.loads(_read(self._child.stdout))
+        self._child.stdin.write(request.encode() + b"\n")
+        self._child.stdin.flush()
+        line = self._child.stdout.readline()
+        if not line.endswith(b"\n"):
+            raise EOFError
+        answer: dict[str, Any] = json.loads(line)
         return answer
 
 
@@ -124,22 +121,6 @@ def _death(code: int, limit_s: float) -> str:
     return f"its process ended with code {code}"
 
 
-def _read(pipe: IO[bytes]) -> bytes:
-    head = pipe.read(_LENGTH.size)
-    if len(head) < _LENGTH.size:
-        raise EOFError
-    (length,) = _LENGTH.unpack(head)
-    body = pipe.read(length)
-    if len(body) < length:
-        raise EOFError
-    return body
-
-
-def _write(pipe: IO[bytes], body: bytes) -> None:
-    pipe.write(_LENGTH.pack(len(body)) + body)
-    pipe.flush()
-
-
 def _serve() -> None:
     """The child: answers requests until there are no more."""
     import resource
@@ -147,48 +128,34 @@ def _serve() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches it, too; its parent decides
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.setitimer(signal.ITIMER_REAL, _START_LIMIT_S)
-    requests, answers = sys.stdin.buffer, sys.stdout.buffer
+    answers = sys.stdout.buffer
     sys.stdout = sys.stderr  # nothing that is printed may stand between answers
     from transformers.utils.chat_template_utils import render_jinja_template
 
     with open("/proc/self/statm", encoding="ascii") as file:
         used = int(file.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY_LIMIT, used + MEMORY_LIMIT))
-    setting: dict[str, Any] = {}
-    while True:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        try:
-            request = json.loads(_read(requests))
-        except EOFError:
-            return
-        if isinstance(request, dict):
-            setting = request
-            _write(answers, b"{}")
-            continue
-        limit_s, add_generation_prompt, messages = request
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    for line in sys.stdin.buffer:
+        limit_s, call = json.loads(line)
         signal.setitimer(signal.ITIMER_REAL, limit_s)
-        _write(answers, _answer(render_jinja_template, setting, messages, add_generation_prompt))
+        answers.write(_answer(render_jinja_template, call) + b"\n")
+        answers.flush()
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
-def _answer(render: Any, setting: dict[str, Any], messages: list[dict[str, Any]], add_generation_prompt: bool) -> bytes:
+def _answer(render: Callable[..., tuple[list[str], Any]], call: dict[str, Any]) -> bytes:
     try:
-        [text], _ = render(
-            conversations=[messages],
-            chat_template=setting["template"],
-            add_generation_prompt=add_generation_prompt,
-            **setting["tokens"],
-        )
+        [text], _ = render(**call)
+        told = {"text": text}
         if len(text) > TEXT_LIMIT:
-            return _told("limit", f"it makes {len(text):,} characters of one conversation, more than {TEXT_LIMIT:,}")
-        return _told("text", text)
+            told = {"limit": f"it makes {len(text):,} characters of one conversation, more than {TEXT_LIMIT:,}"}
+        return json.dumps(told).encode()
     except MemoryError:
-        return _told("limit", f"it takes more than {MEMORY_LIMIT // 2**30} GiB for one conversation")
+        told = {"limit": f"it takes more than {MEMORY_LIMIT // 2**30} GiB for one conversation"}
     except Exception as error:  # templates raise what they like
-        return _told("error", str(error)[:1000])
-
-
-def _told(kind: str, text: str) -> bytes:
-    return json.dumps({kind: text}).encode()
+        told = {"error": str(error)[:1000]}
+    return json.dumps(told).encode()
 
 
 if __name__ == "__main__":

@@ -2,14 +2,11 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from itertools import chain, compress
+from itertools import compress
 from typing import Any, Literal, Protocol
-
-import numpy as np
 
 from rlhf_ray.config.data import ComparisonData, ConversationData
 from rlhf_ray.data.errors import DataError, Findings
-from rlhf_ray.data.trajectory import Tokens
 
 _LOG = logging.getLogger(__name__)
 
@@ -45,11 +42,6 @@ def tokenise(tokenizer: Tokenizer, texts: Sequence[str], **options: bool) -> lis
         # verbose=False: overlong texts are reported by the loaders, in our terms.
         rows.extend(tokenizer(chunk, return_attention_mask=False, verbose=False, **options)["input_ids"])
     return rows
-
-
-def flat_tokens(rows: Sequence[Sequence[int]]) -> Tokens:
-    """All rows one after the other, int32 `[tokens]`."""
-    return np.fromiter(chain.from_iterable(rows), np.int32, count=sum(map(len, rows)))
 
 
 def rows_within_budget(

@@ -4,7 +4,7 @@ Numpy arrays without padding pass through Ray's object store without copies. Res
 values, advantages) that other roles add are separate flat float32 arrays aligned with `response_tokens`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, Self
 
@@ -86,14 +86,14 @@ class TrajectoryBatch:
             uids=tuple(t.uid for t in trajectories),
             sample_index=np.array([t.sample_index for t in trajectories], np.int32),
             seeds=np.array([t.seed for t in trajectories], np.int64),
-            prompt_tokens=_flat([t.prompt_tokens for t in trajectories], np.int32),
+            prompt_tokens=flat([t.prompt_tokens for t in trajectories], np.int32),
             prompt_offsets=offsets_of([len(t.prompt_tokens) for t in trajectories]),
-            response_tokens=_flat([t.response_tokens for t in trajectories], np.int32),
+            response_tokens=flat([t.response_tokens for t in trajectories], np.int32),
             response_offsets=offsets_of([len(t.response_tokens) for t in trajectories]),
-            engine_logprobs=_flat([t.engine_logprobs for t in trajectories], np.float32),
-            weight_versions=_flat([t.weight_versions for t in trajectories], np.int32),
+            engine_logprobs=flat([t.engine_logprobs for t in trajectories], np.float32),
+            weight_versions=flat([t.weight_versions for t in trajectories], np.int32),
             truncated=np.array([t.finish_reason == "length" for t in trajectories], np.bool_),
-            loss_mask=_flat([_mask_of(t) for t in trajectories], np.bool_),
+            loss_mask=flat([_mask_of(t) for t in trajectories], np.bool_),
             rows=PromptRows.of([t.row for t in trajectories]),
         )
 
@@ -185,10 +185,9 @@ def _mask_of(trajectory: Trajectory) -> Sequence[bool]:
     return [True] * len(trajectory.response_tokens) if mask is None else mask
 
 
-def _flat(
-    rows: Sequence[Sequence[int] | Sequence[float] | Sequence[bool] | Tokens],
+def flat(
+    rows: Iterable[Sequence[int] | Sequence[float] | Sequence[bool] | Tokens],
     dtype: type[np.int32] | type[np.float32] | type[np.bool_],
 ) -> NDArray[Any]:
-    if not rows:
-        return np.empty(0, dtype)
-    return np.concatenate([np.asarray(row, dtype) for row in rows])
+    """All rows one after the other, `[elements]`."""
+    return np.concatenate([np.empty(0, dtype), *(np.asarray(row, dtype) for row in rows)])

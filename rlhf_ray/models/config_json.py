@@ -6,6 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from rlhf_ray.data.rows import kind_of
 from rlhf_ray.models.shapes import ModelShape, ShapeError
 
 
@@ -26,30 +27,35 @@ def read_shape(model: str) -> ModelShape:
         return ModelShape.of(PUBLIC_MODELS[model], model)
     elif not path.is_file():
         path = _from_hub(model)
-    return ModelShape.of(_content(path, model), model)
+    return ModelShape.of(read_config(path, model), model)
 
 
-def _content(path: Path, model: str) -> dict[str, Any]:
+def read_config(path: Path, model: str) -> dict[str, Any]:
+    """The content of a config.json.
+
+    Raises:
+        ShapeError: it can't be read, or is no object.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ShapeError(f"model {model!r}", f"its config.json can't be read ({error})") from error
+        raise ShapeError(f"model {model!r}", f"its config.json can't be read as JSON ({error})") from error
     if not isinstance(content, dict):
-        raise ShapeError(f"model {model!r}", "its config.json is no JSON object")
+        reason = f"its config.json holds {kind_of(content)}, not an object with the keys of a model"
+        raise ShapeError(f"model {model!r}", reason)
     return content
 
 
 def _from_hub(model: str) -> Path:
-    looks_local = model.startswith((".", "/", "~")) or len(Path(model).parts) != 2
-    if looks_local or Path(model).parts[0] in ("models", "runs"):
+    from rlhf_ray.data.hub import may_be_on_hub, reach_hub
+
+    if not may_be_on_hub(model):
         raise ShapeError(
             f"model {model!r}",
             "no such folder; `rlhf-ray prepare` makes the ones that the examples use. A folder that holds nothing but "
             "the model's config.json is enough to plan",
         )
     from huggingface_hub import hf_hub_download
-
-    from rlhf_ray.data.hub import reach_hub
 
     reached = reach_hub()
     try:
@@ -66,7 +72,6 @@ def _from_hub(model: str) -> Path:
 
 _LLAMA_3_8B = {
     "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
     "dtype": "bfloat16",
     "hidden_size": 4096,
     "intermediate_size": 14336,
@@ -74,7 +79,6 @@ _LLAMA_3_8B = {
     "num_attention_heads": 32,
     "num_hidden_layers": 32,
     "num_key_value_heads": 8,
-    "tie_word_embeddings": False,
     "vocab_size": 128256,
 }
 _LLAMA_3_70B = {
@@ -86,7 +90,6 @@ _LLAMA_3_70B = {
 }
 _QWEN3_8B = {
     "model_type": "qwen3",
-    "architectures": ["Qwen3ForCausalLM"],
     "dtype": "bfloat16",
     "head_dim": 128,
     "hidden_size": 4096,
@@ -95,7 +98,6 @@ _QWEN3_8B = {
     "num_attention_heads": 32,
     "num_hidden_layers": 36,
     "num_key_value_heads": 8,
-    "tie_word_embeddings": False,
     "vocab_size": 151936,
 }
 _QWEN3_32B = {
@@ -108,11 +110,8 @@ _QWEN3_32B = {
 _QWEN3_30B_A3B = {
     **_QWEN3_8B,
     "model_type": "qwen3_moe",
-    "architectures": ["Qwen3MoeForCausalLM"],
-    "decoder_sparse_step": 1,
     "hidden_size": 2048,
     "intermediate_size": 6144,
-    "mlp_only_layers": [],
     "moe_intermediate_size": 768,
     "num_experts": 128,
     "num_experts_per_tok": 8,
@@ -121,7 +120,6 @@ _QWEN3_30B_A3B = {
 }
 _MIXTRAL_8X7B = {
     "model_type": "mixtral",
-    "architectures": ["MixtralForCausalLM"],
     "dtype": "bfloat16",
     "hidden_size": 4096,
     "intermediate_size": 14336,
@@ -131,7 +129,6 @@ _MIXTRAL_8X7B = {
     "num_hidden_layers": 32,
     "num_key_value_heads": 8,
     "num_local_experts": 8,
-    "tie_word_embeddings": False,
     "vocab_size": 32000,
 }
 

@@ -139,8 +139,6 @@ def read_generation_config(empty: PreTrainedModel, model: str) -> None:
         return
     try:
         empty.generation_config = GenerationConfig.from_pretrained(model)
-    except OSError as error:
-        if (Path(model) / GENERATION_CONFIG_NAME).is_file():
+    except Exception as error:  # whatever transformers stumbles over is a fault of the folder, but for a missing file
+        if not isinstance(error, OSError) or (Path(model) / GENERATION_CONFIG_NAME).is_file():
             raise ModelError(model, f"its {GENERATION_CONFIG_NAME} can't be read ({one_line(error)})") from error
-    except Exception as error:  # whatever transformers stumbles over is a fault of the folder
-        raise ModelError(model, f"its {GENERATION_CONFIG_NAME} can't be read ({one_line(error)})") from error

@@ -1,8 +1,8 @@
 """Model folders: what they hold, whether it can be used, and the models that roles make of it."""
 
-import json
 import math
 from collections.abc import Set
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,12 +18,14 @@ from transformers import (
 )
 
 from rlhf_ray.config.training import Lora
-from rlhf_ray.data.hub import why_no_model
+from rlhf_ray.data.hub import may_be_on_hub, why_no_model
 from rlhf_ray.models.attention import PACKED_ATTENTION
+from rlhf_ray.models.config_json import read_config
 from rlhf_ray.models.lora import adapters_in_memory, add_adapters, missing_package, quantization
 from rlhf_ray.models.on_meta import build_on_meta
-from rlhf_ray.models.role_models import CausalModel, ScalarModel
+from rlhf_ray.models.role_models import CausalModel, RoleModel, ScalarModel
 from rlhf_ray.models.sequence_parallel import copies_of_keys
+from rlhf_ray.models.shapes import ShapeError
 from rlhf_ray.models.stored_weights import StoredWeights, check_finite_files, is_finite, not_finite
 
 
@@ -87,7 +89,6 @@ def load_config(model: str, *, trust_remote_code: bool = False) -> Any:
         ModelError: when there is none, or the model can't run packed.
     """
     _check_folder(model)
-    _check_json_object(model)
     try:
         config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever transformers stumbles over is a fault of the folder
@@ -170,11 +171,8 @@ def check_lora(model: str, lora: Lora, *, scalar: bool, trust_remote_code: bool 
     lacks = missing_package(lora)
     if lacks is not None:
         raise ModelError(model, lacks)
-    unquantised = lora.model_copy(update={"base": "as_model"})
-    if scalar:
-        _with_adapters(ScalarModel(empty), model, unquantised)
-    else:
-        _with_adapters(CausalModel(empty, vocab_chunk_tokens=1), model, unquantised)
+    wrapped = ScalarModel(empty) if scalar else CausalModel(empty, vocab_chunk_tokens=1)
+    _ready(wrapped, None, model, lora.model_copy(update={"base": "as_model"}))
 
 
 def empty_model(model: str, *, scalar: bool, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -260,21 +258,16 @@ def load_scalar(
     return _ready(ScalarModel(loaded), stored, model, lora)
 
 
-Wrapped = TypeVar("Wrapped", CausalModel, ScalarModel)
+Wrapped = TypeVar("Wrapped", bound=RoleModel)
 
 
 def _ready(wrapped: Wrapped, stored: StoredWeights | None, model: str, lora: Lora | None) -> Wrapped:
-    if stored is None:
-        return _with_adapters(wrapped, model, lora)
+    """The model with its adapters, and with what its weights are to be read from."""
     wrapped.stored = stored
-    with adapters_in_memory(wrapped):
-        return _with_adapters(wrapped, model, lora)
-
-
-def _with_adapters(wrapped: Wrapped, model: str, lora: Lora | None) -> Wrapped:
     if lora is not None:
         try:
-            add_adapters(wrapped, lora, model)
+            with nullcontext() if stored is None else adapters_in_memory(wrapped):
+                add_adapters(wrapped, lora, model)
         except ValueError as error:
             raise ModelError(model, f"can't get the adapters of lora: {error}") from error
     return wrapped
@@ -345,33 +338,21 @@ def _without_dropout(config: Any) -> Any:
 
 def _check_folder(model: str) -> None:
     path = Path(model)
-    looks_local = (
-        path.is_absolute() or model.startswith(".") or len(path.parts) != 2 or path.parts[0] in ("models", "runs")
-    )
-    if looks_local and not path.exists():
+    if path.exists():
+        if not (path / "config.json").is_file():
+            raise ModelError(model, "the folder has no config.json, so it is no Hugging Face model")
+        try:
+            read_config(path / "config.json", model)
+        except ShapeError as error:  # transformers goes on with a list, or with nothing, as if it had no keys
+            raise ModelError(model, error.reason) from error
+    elif not may_be_on_hub(model):
         raise ModelError(model, "no such folder; `rlhf-ray prepare` makes the ones that the examples use")
-    if path.exists() and not (path / "config.json").is_file():
-        raise ModelError(model, "the folder has no config.json, so it is no Hugging Face model")
-    if not path.exists() and (why := why_no_model(model)):
+    elif why := why_no_model(model):
         raise ModelError(model, why)
 
 
 _SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
 _MOST_LAYERS = 1000  # a mistyped number of layers would otherwise be built, one after the other
-
-
-def _check_json_object(model: str) -> None:
-    """transformers goes on with a list, or with nothing, as if it were a config without any keys."""
-    path = Path(model) / "config.json"
-    if not path.is_file():
-        return
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(model, f"its config.json is no JSON ({one_line(error)})") from error
-    if not isinstance(content, dict):
-        kind = {list: "a list", str: "a text", type(None): "null"}.get(type(content), "a number")
-        raise ModelError(model, f"its config.json holds {kind}, not an object with the keys of a model")
 
 
 def _check_sizes(model: str, config: Any) -> None:

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from rlhf_ray.models.tiny import CORPUS, train_tokenizer, write_llama
+
 
 @dataclass(frozen=True)
 class LlamaSize:
@@ -20,13 +22,10 @@ class LlamaSize:
 
 def write_random_llama(folder: Path, size: LlamaSize) -> Path:
     """Write a model folder, in bfloat16, with a tokenizer that knows the first few tokens. Returns `folder`."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from rlhf_ray.models.tiny import CORPUS, train_tokenizer
-
-    tokenizer = train_tokenizer(512, CORPUS)
-    config = LlamaConfig(
+    return write_llama(
+        folder,
+        train_tokenizer(512, CORPUS),
+        dtype="bfloat16",
         vocab_size=size.vocab,
         hidden_size=size.hidden,
         intermediate_size=size.intermediate,
@@ -34,14 +33,4 @@ def write_random_llama(folder: Path, size: LlamaSize) -> Path:
         num_attention_heads=size.hidden // 64,
         num_key_value_heads=size.hidden // 256,
         max_position_embeddings=4096,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = LlamaForCausalLM(config).to(torch.bfloat16)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder

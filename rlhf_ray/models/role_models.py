@@ -28,6 +28,23 @@ class RoleModel(nn.Module):
         self.stored: StoredWeights | None = None
         self.sequence_parallel: SequenceParallel | None = None
 
+    def _states(self, packed: PackedSequences, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | slice]:
+        """Final hidden states of those of the `positions` that this rank computes, `[own positions, hidden]`, and which
+        of them these are: bool `[positions]`, or a slice of all."""
+        together = self.sequence_parallel
+        if together is None:
+            return _hidden_states(self.model, packed)[positions], slice(None)
+        packed = together.padded(packed)
+        mine = together.own_slice(packed)
+        part = replace(packed, input_ids=packed.input_ids[:, mine], position_ids=packed.position_ids[:, mine])
+        own = (positions >= mine.start) & (positions < mine.stop)
+        return _hidden_states(self.model, part, together)[positions[own] - mine.start], own
+
+    def _joined(self, values: torch.Tensor, own: torch.Tensor | slice) -> torch.Tensor:
+        """What all ranks measured, `[positions]`, from what this one did of its own."""
+        together = self.sequence_parallel
+        return values if together is None or isinstance(own, slice) else together.join(values, own)
+
 
 class CausalModel(RoleModel):
     """A language model that gives log-probs of chosen tokens."""
@@ -46,14 +63,9 @@ class CausalModel(RoleModel):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probs of `targets` `[positions]` as predicted at `positions` of the pack, and what `TokenLogProbs`
         measures beside them."""
-        together = self.sequence_parallel
-        if together is None:
-            hidden = _hidden_states(self.model, packed)
-            logprobs, second = self.token_logprobs(hidden[positions], targets, temperature, beside)
-            return logprobs, second
-        hidden, own = _own_states(self.model, packed, positions, together)
+        hidden, own = self._states(packed, positions)
         logprobs, second = self.token_logprobs(hidden, targets[own], temperature, beside)
-        return together.join(logprobs, own), second if beside == "nothing" else together.join(second, own)
+        return self._joined(logprobs, own), second if beside == "nothing" else self._joined(second, own)
 
 
 class ScalarModel(RoleModel):
@@ -61,27 +73,8 @@ class ScalarModel(RoleModel):
 
     def forward(self, packed: PackedSequences, positions: torch.Tensor) -> torch.Tensor:
         """Float32 `[positions]`."""
-        together = self.sequence_parallel
-        if together is None:
-            return self._scores(_hidden_states(self.model, packed)[positions])
-        hidden, own = _own_states(self.model, packed, positions, together)
-        return together.join(self._scores(hidden), own)
-
-    def _scores(self, hidden: torch.Tensor) -> torch.Tensor:
-        scores: torch.Tensor = self.model.score(hidden)[:, 0].float()
-        return scores
-
-
-def _own_states(
-    model: PreTrainedModel, packed: PackedSequences, positions: torch.Tensor, together: SequenceParallel
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Final hidden states of those of the `positions` that this rank computes, `[own positions, hidden]`, and bool
-    `[positions]`, which these are."""
-    packed = together.padded(packed)
-    mine = together.own_slice(packed)
-    part = replace(packed, input_ids=packed.input_ids[:, mine], position_ids=packed.position_ids[:, mine])
-    own = (positions >= mine.start) & (positions < mine.stop)
-    return _hidden_states(model, part, together)[positions[own] - mine.start], own
+        hidden, own = self._states(packed, positions)
+        return self._joined(self.model.score(hidden)[:, 0].float(), own)
 
 
 def _hidden_states(

@@ -13,6 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from rlhf_ray.models.packed import PackedSequences
+from rlhf_ray.models.shapes import heads_can_be_dealt
 
 
 def copies_of_keys(heads: int, kv_heads: int, ranks: int) -> int:
@@ -21,17 +22,13 @@ def copies_of_keys(heads: int, kv_heads: int, ranks: int) -> int:
     Raises:
         ValueError: the heads can't be dealt evenly; names the numbers of ranks that they can be dealt to.
     """
-    if _fits(heads, kv_heads, ranks):
+    if heads_can_be_dealt(heads, kv_heads, ranks):
         return max(1, ranks // kv_heads)
-    fitting = [str(count) for count in range(2, heads + 1) if _fits(heads, kv_heads, count)]
+    fitting = [str(count) for count in range(2, heads + 1) if heads_can_be_dealt(heads, kv_heads, count)]
     raise ValueError(
         f"{heads} attention heads and {kv_heads} key/value heads can't be dealt evenly to {ranks} ranks"
         + (f", but to {', '.join(fitting)}" if fitting else "")
     )
-
-
-def _fits(heads: int, kv_heads: int, ranks: int) -> bool:
-    return heads % ranks == 0 and (kv_heads % ranks == 0 or ranks % kv_heads == 0)
 
 
 @dataclass(frozen=True)

@@ -240,11 +240,6 @@ class ModelShape:
         return self.hidden * (self.vocab if self.head == "vocabulary" else 1)
 
     @property
-    def largest_layer_parameters(self) -> int:
-        """Weights of the layer that has most of them."""
-        return max(sum(tensor.size for tensor in self.layer_tensors(sparse)) for sparse in self.kinds)
-
-    @property
     def kinds(self) -> dict[bool, int]:
         """How many layers there are without experts (False) and with them (True), as far as there are any."""
         counts = {False: self.dense_layers, True: self.layers - self.dense_layers}
@@ -297,7 +292,12 @@ class ModelShape:
 
 def can_share_heads(shape: ModelShape, ranks: int) -> bool:
     """Whether attention can be divided between so many ranks or workers; several may have the same keys."""
-    return shape.heads % ranks == 0 and (shape.kv_heads % ranks == 0 or ranks % shape.kv_heads == 0)
+    return heads_can_be_dealt(shape.heads, shape.kv_heads, ranks)
+
+
+def heads_can_be_dealt(heads: int, kv_heads: int, ranks: int) -> bool:
+    """Whether so many ranks can have as many heads each, with the keys of these."""
+    return heads % ranks == 0 and (kv_heads % ranks == 0 or ranks % kv_heads == 0)
 
 
 def _linear(name: str, out: int, into: int, *, bias: bool) -> Iterator[Tensor]:

@@ -6,7 +6,7 @@ tied embeddings) and needs no network: the text its tokenizer is trained on is b
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -149,14 +149,13 @@ def build_tiny_model(
     Raises:
         ValueError: `hidden` is not a multiple of the head size, or the corpus is too small for `vocab` tokens.
     """
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     if hidden % HEAD_DIM:
         raise ValueError(f"hidden={hidden} must be a multiple of {HEAD_DIM}, the head size")
     heads = hidden // HEAD_DIM
-    tokenizer = train_tokenizer(vocab, corpus)
-    config = LlamaConfig(
+    return write_llama(
+        directory,
+        train_tokenizer(vocab, corpus),
+        seed=seed,
         vocab_size=vocab,
         hidden_size=hidden,
         intermediate_size=2 * hidden,
@@ -165,18 +164,36 @@ def build_tiny_model(
         num_key_value_heads=max(1, heads // 2),
         head_dim=HEAD_DIM,
         max_position_embeddings=512,
-        tie_word_embeddings=True,
         # Wider than the usual 0.02: with it the logits of so narrow a model would be nearly equal, and greedy
         # decoding would depend on the last bits of the arithmetic.
         initializer_range=0.1,
+    )
+
+
+def write_llama(
+    directory: Path, tokenizer: "PreTrainedTokenizerFast", *, seed: int = 0, dtype: str = "float32", **config: Any
+) -> Path:
+    """Write a model folder of a Llama with random weights and tied embeddings. Returns `directory`.
+
+    Args:
+        seed: of the weights, which are drawn in float32.
+        dtype: number format that they are saved in.
+        config: of `LlamaConfig`.
+    """
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    llama = LlamaConfig(
+        tie_word_embeddings=True,
         bos_token_id=None,
-        eos_token_id=tokenizer.convert_tokens_to_ids(EOS_TOKEN),
-        pad_token_id=tokenizer.convert_tokens_to_ids(PAD_TOKEN),
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **config,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = LlamaForCausalLM(config)
-    model.save_pretrained(directory)
+        model = LlamaForCausalLM(llama)
+    model.to(getattr(torch, dtype)).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
 

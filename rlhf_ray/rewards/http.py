@@ -9,17 +9,16 @@ import logging
 import os
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any
 
 import httpx
-import numpy as np
 
-from rlhf_ray.config.rewards import HttpReward, part_name
-from rlhf_ray.data.trajectory import Floats
-from rlhf_ray.rewards.errors import RewardError, checked_scores
+from rlhf_ray.config.rewards import HttpReward
+from rlhf_ray.rewards.errors import RewardError
+from rlhf_ray.rewards.scorer import TextBatch, TextScorer
 
 _LOG = logging.getLogger(__name__)
 
@@ -27,8 +26,8 @@ _LOG = logging.getLogger(__name__)
 LONGEST_WAIT_S = 120.0
 
 
-class HttpScorer:
-    """Posts samples batch by batch, and again after a back-off when the service is down, slow or busy."""
+class HttpScorer(TextScorer):
+    """Posts samples, and again after a back-off when the service is down, slow or busy."""
 
     def __init__(
         self,
@@ -47,8 +46,8 @@ class HttpScorer:
         Raises:
             RewardError: the address is none, or the token's variable is not set or can't be sent.
         """
+        super().__init__(config, "service")
         self._config = config
-        self._part = part_name(config)
         self._sleep = sleep
         # Not the global generator: a retry must not change what the run draws from it.
         self._jitter = random.Random()
@@ -61,31 +60,18 @@ class HttpScorer:
         except (httpx.InvalidURL, ValueError) as error:
             raise RewardError(self._part, f"url can't be used: {error}") from error
 
-    def score(
-        self,
-        prompts: Sequence[str],
-        responses: Sequence[str],
-        uids: Sequence[str],
-        columns: Mapping[str, Sequence[Any]] | None = None,
-    ) -> Floats:
-        """One score for each sample, float32 `[samples]`.
-
-        Args:
-            columns: by name, a value for each sample, None where its row has none.
-
-        Raises:
-            RewardError: the service failed at every try, refused the request, or answered something else than one
-                finite number for each sample; the samples are named.
-        """
-        scores = [np.empty(0, np.float32)]
-        for start in range(0, len(uids), self._config.batch_size):
-            batch = slice(start, start + self._config.batch_size)
-            body: dict[str, Any] = {"prompts": list(prompts[batch]), "responses": list(responses[batch])}
-            if columns:
-                body["columns"] = {name: list(values[batch]) for name, values in columns.items()}
-            answer = self._post(body, uids[batch])
-            scores.append(checked_scores(self._part, self._source, self._scores_in(answer, uids[batch]), uids[batch]))
-        return np.concatenate(scores)
+    def _answer(self, batch: TextBatch) -> Any:
+        body: dict[str, Any] = {"prompts": list(batch.prompts), "responses": list(batch.responses)}
+        if batch.columns:
+            body["columns"] = {name: list(values) for name, values in batch.columns.items()}
+        content = self._post(body, batch.uids)
+        try:
+            answer = json.loads(content)
+        except (ValueError, RecursionError) as error:
+            raise self._error(f"gave an answer that is not JSON: {self._excerpt(content)}", batch.uids) from error
+        if not isinstance(answer, dict) or "scores" not in answer:
+            raise self._error(f'must answer {{"scores": [...]}}, but gave {self._excerpt(content)}', batch.uids)
+        return answer["scores"]
 
     def check(self) -> None:
         """Ask for any HTTP answer at all, of whatever status, within `timeout_s`.
@@ -99,14 +85,7 @@ class HttpScorer:
         except UnicodeError as error:
             raise RewardError(self._part, f"url names no host that there can be: {error}") from error
         except httpx.RequestError as error:
-            raise RewardError(
-                self._part,
-                f"{self._source} can't be reached: {self._describe(error)}; start it, or correct url",
-            ) from error
-
-    def close(self) -> None:
-        """Close the connections."""
-        self._client.close()
+            raise self._error(f"can't be reached: {self._describe(error)}; start it, or correct url") from error
 
     def _post(self, body: dict[str, Any], uids: Sequence[str]) -> bytes:
         tries = self._config.retries + 1
@@ -128,9 +107,8 @@ class HttpScorer:
                 wait = max(wait, self._retry_after(response))
             if attempt == tries or wait > LONGEST_WAIT_S:
                 asked = f", and it asks to wait {wait:.0f} s" if wait > LONGEST_WAIT_S else ""
-                raise RewardError(
-                    self._part,
-                    f"{self._source} failed at {attempt} of {tries} tries, the last time because {failure}{asked}; "
+                raise self._error(
+                    f"failed at {attempt} of {tries} tries, the last time because {failure}{asked}; "
                     "check that it runs and that the cluster's nodes reach it, or raise retries or timeout_s",
                     uids,
                 ) from cause
@@ -149,23 +127,6 @@ class HttpScorer:
                 if time.monotonic() > deadline:
                     raise httpx.ReadTimeout("the answer was not complete", request=response.request)
         return response, bytes(content)
-
-    def _scores_in(self, content: bytes, uids: Sequence[str]) -> Any:
-        try:
-            answer = json.loads(content)
-        except (ValueError, RecursionError) as error:
-            raise RewardError(
-                self._part,
-                f"{self._source} gave an answer that is not JSON: {self._excerpt(content)}",
-                uids,
-            ) from error
-        if not isinstance(answer, dict) or "scores" not in answer:
-            raise RewardError(
-                self._part,
-                f'{self._source} must answer {{"scores": [...]}}, but gave {self._excerpt(content)}',
-                uids,
-            )
-        return answer["scores"]
 
     def _backoff(self, attempt: int) -> float:
         doubled = self._config.backoff_s * 2.0 ** min(attempt - 1, 60)

@@ -5,6 +5,7 @@ import json
 import logging
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,11 +27,12 @@ from rlhf_ray.data.prepare.rows import LabelRow, PairRow, PreferenceRow, write_r
 def test_prompts_are_the_first_tokens_that_survive_a_round_trip() -> None:
     words = ["the", "cat", "sat", "on", "a", "mat", "and", "slept"]
 
-    def encode(text: str) -> list[int]:
-        return [words.index(word) for word in text.split()]
+    class Tokenizer:
+        def encode(self, text: str, **options: Any) -> list[int]:
+            return [words.index(word) for word in text.split()]
 
-    def decode(ids: list[int]) -> str:
-        return " ".join(words[i] for i in ids).replace("slept", "sat")
+        def decode(self, ids: list[int], **options: Any) -> str:
+            return " ".join(words[i] for i in ids).replace("slept", "sat")
 
     texts = [
         ("long", "the cat<br /><br />sat on a  mat"),
@@ -39,7 +41,7 @@ def test_prompts_are_the_first_tokens_that_survive_a_round_trip() -> None:
         ("lossy", "slept on the mat"),
         ("last", "a mat and slept"),
     ]
-    found = first_tokens(texts, encode=encode, decode=decode, tokens=3)
+    found = first_tokens(Tokenizer(), texts, 3)
     assert [(row.uid, row.prompt) for row in found] == [("long", "the cat sat"), ("last", "a mat and")]
 
 

@@ -50,9 +50,9 @@ BROKEN_CONFIGS = {
     "a list": ("[]", "holds a list, not an object"),
     "a number": ("3", "holds a number, not an object"),
     "null": ("null", "holds null, not an object"),
-    "a text": ('"llama"', "holds a text, not an object"),
-    "cut": ('{"model_type": ', "is no JSON"),
-    "nested without end": ("[" * 100_000, "is no JSON"),
+    "a text": ('"llama"', "holds text, not an object"),
+    "cut": ('{"model_type": ', "can't be read as JSON"),
+    "nested without end": ("[" * 100_000, "can't be read as JSON"),
 }
 WRONG_VALUES: dict[str, tuple[dict[str, Any], str]] = {
     "a word for a size": ({"hidden_size": "big"}, "hidden_size"),

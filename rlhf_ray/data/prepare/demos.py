@@ -101,9 +101,7 @@ def _answers(row: PreferenceRow | LabelRow) -> list[str]:
     return [message["content"] for [message] in answers]
 
 
-def split_by_prompt(
-    rows: Sequence[_Answered], eval_rows: int, *, seed: int = SEED
-) -> tuple[list[_Answered], list[_Answered]]:
+def split_by_prompt(rows: Sequence[_Answered], eval_rows: int) -> tuple[list[_Answered], list[_Answered]]:
     """Training rows and `eval_rows` held-out rows, shuffled; no prompt is in both.
 
     There are fewer held-out rows when those of one prompt would exceed them.
@@ -112,7 +110,7 @@ def split_by_prompt(
     for row in rows:
         by_prompt[json.dumps(row.prompt)].append(row)
     groups = list(by_prompt.values())
-    random.Random(seed).shuffle(groups)
+    random.Random(SEED).shuffle(groups)
     train: list[_Answered] = []
     held_out: list[_Answered] = []
     for group in groups:

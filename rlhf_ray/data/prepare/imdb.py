@@ -5,7 +5,7 @@ import io
 import itertools
 import random
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,29 +25,20 @@ EVAL_REVIEWS = 64
 
 def build_imdb_prompts(stage: Path, target: Path) -> None:
     """The first tokens of IMDB reviews, as SmolLM2's tokenizer cuts them."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(target / "models/smollm2-135m")
-    reviews = _reviews(stage / "work", "imdb-prompts")
-    prompts = list(itertools.islice(_first_tokens_by(tokenizer, reviews), EVAL_PROMPTS + TRAIN_PROMPTS))
-    require(len(prompts), EVAL_PROMPTS + TRAIN_PROMPTS, "distinct prompts")
+    prompts = _beginnings(_reviews(stage / "work", "imdb-prompts"), target, EVAL_PROMPTS + TRAIN_PROMPTS)
     write_rows(stage / "data/imdb_prompts_eval.jsonl", prompts[:EVAL_PROMPTS])
     write_rows(stage / "data/imdb_prompts.jsonl", prompts[EVAL_PROMPTS:])
 
 
 def build_imdb_reviews(stage: Path, target: Path) -> None:
     """IMDB reviews cut after their first tokens, to learn to write on. None of them is the source of a prompt."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(target / "models/smollm2-135m")
     # The prompts are from the other end.
     reviews = _reviews(stage / "work", "imdb-reviews")[::-1]
     texts = dict(reviews)
     rows = [
         CompletionRow(row.uid, row.prompt, _plain(texts[row.uid])[len(row.prompt) :])
-        for row in itertools.islice(_first_tokens_by(tokenizer, reviews), EVAL_REVIEWS + TRAIN_REVIEWS)
+        for row in _beginnings(reviews, target, EVAL_REVIEWS + TRAIN_REVIEWS)
     ]
-    require(len(rows), EVAL_REVIEWS + TRAIN_REVIEWS, "reviews")
     write_rows(stage / "data/imdb_reviews_eval.jsonl", rows[:EVAL_REVIEWS])
     write_rows(stage / "data/imdb_reviews_train.jsonl", rows[EVAL_REVIEWS:])
 
@@ -69,21 +60,17 @@ def _plain(text: str) -> str:
     return " ".join(text.replace("<br />", " ").split())
 
 
-def _first_tokens_by(tokenizer: Any, texts: Iterable[tuple[str, str]]) -> Iterator[PromptRow]:
-    return first_tokens(
-        texts,
-        encode=lambda text: list(tokenizer.encode(text, add_special_tokens=False)),
-        decode=lambda ids: str(tokenizer.decode(ids, clean_up_tokenization_spaces=False)),
-    )
+def _beginnings(reviews: Iterable[tuple[str, str]], target: Path, count: int) -> list[PromptRow]:
+    """The first tokens of `count` reviews, as SmolLM2's tokenizer cuts them."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(target / "models/smollm2-135m")
+    found = list(itertools.islice(first_tokens(tokenizer, reviews, PROMPT_TOKENS), count))
+    require(len(found), count, "distinct prompts")
+    return found
 
 
-def first_tokens(
-    texts: Iterable[tuple[str, str]],
-    *,
-    encode: Callable[[str], list[int]],
-    decode: Callable[[list[int]], str],
-    tokens: int = PROMPT_TOKENS,
-) -> Iterator[PromptRow]:
+def first_tokens(tokenizer: Any, texts: Iterable[tuple[str, str]], tokens: int) -> Iterator[PromptRow]:
     """The first `tokens` tokens of each (uid, text), as text without line breaks.
 
     Left out: texts that are too short, prompts seen before, and prompts whose text does not encode to the same
@@ -92,8 +79,8 @@ def first_tokens(
     seen: set[str] = set()
     for uid, text in texts:
         # A prompt is well under 40 characters a token; encoding whole reviews would take ten times as long.
-        ids = encode(_plain(text)[: 40 * tokens])[:tokens]
-        prompt = decode(ids)
-        if len(ids) == tokens and prompt not in seen and encode(prompt) == ids:
+        ids = tokenizer.encode(_plain(text)[: 40 * tokens], add_special_tokens=False)[:tokens]
+        prompt = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        if len(ids) == tokens and prompt not in seen and tokenizer.encode(prompt, add_special_tokens=False) == ids:
             seen.add(prompt)
             yield PromptRow(uid, prompt)

@@ -76,7 +76,6 @@ def movie_pairs(
     train_pairs: int = TRAIN_PAIRS,
     eval_pairs: int = EVAL_PAIRS,
     eval_snippets: int = EVAL_SNIPPETS,
-    seed: int = SEED,
 ) -> tuple[list[PairRow], list[PairRow]]:
     """Training and held-out pairs that have no snippet in common.
 
@@ -85,7 +84,7 @@ def movie_pairs(
     Raises:
         ValueError: the snippets don't give that many pairs.
     """
-    rng = random.Random(seed)
+    rng = random.Random(SEED)
     shuffled = list(snippets)
     rng.shuffle(shuffled)
     held_out = make_pairs(shuffled[:eval_snippets], eval_pairs, uses=3, rng=rng)
@@ -124,7 +123,7 @@ def build_movie_choices(stage: Path, target: Path) -> None:
     write_rows(stage / "data/movie_choices_train.jsonl", choices)
 
 
-def movie_rankings(pairs: Sequence[PairRow], *, seed: int = SEED) -> list[RatedRankingRow]:
+def movie_rankings(pairs: Sequence[PairRow]) -> list[RatedRankingRow]:
     """Rankings that each have one snippet of every quarter of the ratings; a snippet of `pairs` is in one of them.
 
     Raises:
@@ -135,7 +134,7 @@ def movie_rankings(pairs: Sequence[PairRow], *, seed: int = SEED) -> list[RatedR
     ratings = {text: rating for high, above, low, below in sides for text, rating in ((high, above), (low, below))}
     if len(ratings) != 2 * len(pairs) or len(ratings) % RANKED_SNIPPETS:
         raise ValueError(f"{len(pairs)} pairs of {len(ratings)} texts can't be divided by {RANKED_SNIPPETS}")
-    rng = random.Random(seed)
+    rng = random.Random(SEED)
     best_first = sorted(ratings, key=lambda text: (-ratings[text], text))
     count = len(best_first) // RANKED_SNIPPETS
     rows = []
