@@ -140,7 +140,12 @@ def _first_step(config: Path, overrides: Sequence[str]) -> tuple[SFTJob | Reward
     if isinstance(job, RewardModelJob) and job.loss != BradleyTerry(type="bradley_terry"):
         raise typer.BadParameter("the bare loop knows plain Bradley–Terry only", param_hint="CONFIG")
     name = job.trained.name
-    still = (f"placement.{name}.ranks=1", f"{name}.optimizer.lr=1e-8", f"{name}.optimizer.warmup_steps=0")
+    still = (
+        f"placement.{name}.ranks=1",
+        f"{name}.optimizer.lr=1e-8",
+        f"{name}.optimizer.warmup_steps=0",
+        "run.resume=never",  # a run in its folder may have been of another number format
+    )
     job = choose_before_start(load_config(config, [*overrides, *still])).config
     assert isinstance(job, SFTJob | RewardModelJob)
     inputs = check(job)

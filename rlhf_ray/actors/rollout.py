@@ -4,16 +4,18 @@ import asyncio
 import os
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import ray
 
 from rlhf_ray.actors.address import own_address
 from rlhf_ray.actors.group import ActorGroup, Calls
 from rlhf_ray.actors.shards import GeneratedShard, ShardFacts
 from rlhf_ray.actors.waiting import fetch, settle, wait_any
-from rlhf_ray.actors.watched import Watched
+from rlhf_ray.actors.watched import Watched, beside_work
 from rlhf_ray.config.roles import Level
 from rlhf_ray.config.rollout import Rollout, Sampling
 from rlhf_ray.config.run import Timeouts
@@ -26,6 +28,8 @@ from rlhf_ray.telemetry.trace import SpanRecorder
 if TYPE_CHECKING:  # torch is imported with vLLM, when the engine starts
     from rlhf_ray.engines.engine_metrics import EngineLoad
     from rlhf_ray.models.lora import Adapter
+
+_KILL_S = 5.0
 
 
 class RolloutWorker(Watched):
@@ -138,6 +142,13 @@ class RolloutWorker(Watched):
         if self.engine is not None:
             self.engine.shutdown()
 
+    @beside_work
+    def kill_processes(self) -> None:
+        """Kill the engine's processes: one that is still starting does not hear of `shutdown`."""
+        for process in psutil.Process().children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+
 
 class LoadBalancer:
     """Hands shards to the engine with the least outstanding tokens, and no more than engines can work on.
@@ -236,9 +247,14 @@ class RolloutGroup(ActorGroup[RolloutWorker]):
     def end_engines(self, timeout_s: float) -> list[str]:
         """Have the engines end their own processes, which outlive an actor that is killed; why some did not, in words.
 
-        All are waited for, as one that is dead already must not keep the others from ending.
+        All are waited for, as one that is dead already must not keep the others from ending. The processes of those
+        that take longer are killed.
         """
-        return settle(self._all.call(RolloutWorker.shutdown).refs, timeout_s)
+        ending = self._all.call(RolloutWorker.shutdown).refs
+        errors = settle(ending, timeout_s)
+        _, busy = ray.wait(ending, num_returns=len(ending), timeout=0)
+        stuck = [actor for actor, call in zip(self._all.actors, ending, strict=True) if call in busy]
+        return errors + settle([actor.kill_processes.remote() for actor in stuck], _KILL_S)
 
     @property
     def processes(self) -> list[Any]:

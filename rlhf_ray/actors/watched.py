@@ -26,6 +26,11 @@ def _in_thread(group: str) -> Callable[[_Method], _Method]:
     return decorate
 
 
+def beside_work(method: _Method) -> _Method:
+    """Have Ray run a method in a thread of its own, beside the role's work."""
+    return _in_thread(_GROUP)(method)
+
+
 class Watched:
     """An actor that records spans. Its class goes through `actor_class`.
 
@@ -35,9 +40,9 @@ class Watched:
 
     recorder: SpanRecorder
 
-    @_in_thread(_GROUP)
+    @beside_work
     def activity(self) -> Activity:
-        """What this process does right now; Ray runs it in a thread of its own, beside the role's work."""
+        """What this process does right now."""
         phase, since_s = phase_of(self.recorder.open(), self.recorder.idle_since_s)
         running, waiting, version = self.queue()
         node, node_id = self._node

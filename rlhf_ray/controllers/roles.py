@@ -4,6 +4,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -28,6 +29,10 @@ GroupT = TypeVar("GroupT", bound=ActorGroup[Any])
 RankGroupT = TypeVar("RankGroupT", bound=RankGroup[Any])
 
 _END_S = 30.0
+"""For engines to end in order."""
+
+_END_AFTER_FAILURE_S = 3.0
+"""The same where something failed, which is to be told soon."""
 
 
 def unwatched(group: ActorGroup[Any]) -> None:
@@ -123,7 +128,7 @@ class Actors:
     def own_engines(self, group: RolloutGroup) -> RolloutGroup:
         """The same of engines, whose own processes end before their actors are killed."""
         self.own(group)
-        self._ending.callback(_end_engines, group)
+        self._ending.push(partial(_end_engines, group))
         return group
 
     def own(self, group: GroupT) -> GroupT:
@@ -134,9 +139,14 @@ class Actors:
         return group
 
 
-def _end_engines(rollout: RolloutGroup) -> None:
-    for error in rollout.end_engines(_END_S):
-        logger.warning("a rollout engine did not end in order: %s", error)
+def _end_engines(
+    rollout: RolloutGroup,
+    kind: type[BaseException] | None,
+    error: BaseException | None,
+    trace: TracebackType | None,
+) -> None:
+    for problem in rollout.end_engines(_END_S if error is None else _END_AFTER_FAILURE_S):
+        logger.warning("a rollout engine did not end in order: %s", problem)
 
 
 def identities(role: str, ranks: int, seed: int, deterministic: bool) -> Callable[[int], dict[str, Any]]:

@@ -10,11 +10,13 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import ray
 
 from rlhf_ray.actors.group import ActorGroup
 from rlhf_ray.actors.liveness import liveness
+from rlhf_ray.actors.rollout import RolloutGroup, RolloutWorker
 from rlhf_ray.actors.waiting import (
     ActorDied,
     RoleTimeout,
@@ -26,7 +28,8 @@ from rlhf_ray.actors.waiting import (
 )
 from rlhf_ray.actors.watched import Watched, actor_class
 from rlhf_ray.actors.weight_sync import EngineClient
-from rlhf_ray.config.run import Limit
+from rlhf_ray.config.rollout import Rollout, Sampling
+from rlhf_ray.config.run import Limit, Timeouts
 from rlhf_ray.rewards.errors import RewardError
 from rlhf_ray.telemetry.trace import SpanRecorder
 
@@ -278,3 +281,27 @@ def test_who_is_ended_as_planned_is_not_missed(watched: ActorGroup) -> None:
     ActorGroup("worker", watched.actors[1:]).kill()
     with pytest.raises(RoleTimeout):
         wait([ref(watched, 0, Busy.sleep, 20.0)], timeout_s=3.0)
+
+
+class StartingEngine(RolloutWorker):
+    """Starts for ever, in a process of its own and in the actor's event loop, as vLLM does for half a minute."""
+
+    async def load_model(self, *_: Any) -> None:
+        subprocess.Popen(["sleep", "60"])
+        time.sleep(60)
+
+
+def test_an_engine_that_is_still_starting_ends_with_its_processes() -> None:
+    actor = actor_class(StartingEngine).options(num_cpus=0).remote(0)
+    rollout = Rollout(sampling=Sampling(max_new_tokens=1))
+    engines = RolloutGroup([actor], rollout, deterministic=False, timeouts=Timeouts())
+    [activity] = engines.call(RolloutWorker.activity).wait(LIMIT)
+    starting = engines.call(RolloutWorker.load_model, None)
+    deadline = time.monotonic() + 30
+    while not (children := psutil.Process(activity.pid).children()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    [said] = engines.end_engines(0.5)
+    assert "did not answer within 0.5 s" in said
+    assert [child.status() for child in children] == [psutil.STATUS_ZOMBIE]  # its parent is busy
+    assert not ray.wait(starting.refs, timeout=0)[0]
+    engines.kill()
