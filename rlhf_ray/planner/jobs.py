@@ -60,8 +60,9 @@ def _role(role: RoleSpec, model: ModelSource, step: StepShape) -> ModelRole:
                 f"{shape.model!r} evenly",
             )
         return RolloutRole(**vars(role), shape=shape, step=step)
-    kind = ScoredRole if isinstance(role.engine, ScoringEngine) else TrainedRole
-    return kind(**vars(role), shape=shape, step=step)
+    if isinstance(role.engine, ScoringEngine):
+        return ScoredRole(**vars(role), shape=shape, step=step)
+    return TrainedRole(**vars(role), shape=shape, step=step)
 
 
 def _trajectory_bytes(prompt: int, response: int) -> int:
