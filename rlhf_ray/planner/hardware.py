@@ -273,7 +273,8 @@ def _memory_here() -> int:
 
 def _found(node: Node, kind: str, devices: int, host: int, store: int) -> Machine:
     """A machine that is there, with the bandwidths that a cluster file has by default."""
-    group = NodeGroup.model_construct(device=kind, devices=devices)
+    cpus = int(node.resources.get("CPU", 0))  # unchecked, as there may be none
+    group = NodeGroup.model_construct(device=kind, devices=devices, cpus=cpus, host_memory_gib=host / GIB)
     return _machine(node, group, DEVICES[kind], host, store, None)
 
 
