@@ -217,6 +217,23 @@ def test_a_preference_step_is_the_references_pass_and_the_update(tmp_path: Path)
     assert cached.seconds == pytest.approx(step.phases["update"])
 
 
+def test_a_policy_that_scores_does_so_while_the_reference_does(tmp_path: Path) -> None:
+    planned = Planned(tmp_path)
+    raw = {
+        "job": "preference",
+        "name": "planned",
+        "policy": {"model": str(planned.model), "engine": ENGINE},
+        "algorithm": {"loss": [{"type": "kto", "beta": 0.1}]},
+        "data": {"train": "answers.jsonl", "rows_per_step": 64},
+        "placement": {"policy": gpus(4), "reference": gpus(4)},
+        "run": {"dir": "runs/planned"},
+    }
+    step = planned.of(raw)
+    each = step.busy_s["policy"] - step.phases["update"], step.busy_s["reference"]
+    assert min(each) > 0
+    assert step.phases["score"] == pytest.approx(max(each))
+
+
 def test_a_reference_that_leaves_the_policys_devices_takes_the_time_of_both_states(tmp_path: Path) -> None:
     planned = Planned(tmp_path)
 
