@@ -17,6 +17,7 @@ from benchmarks.measured_job import WATCHED_STEPS, measured_job
 from benchmarks.plan_cases import CASES
 from rlhf_ray.config.jobs import Job, PPOJob
 from rlhf_ray.planner.calibration import constants
+from rlhf_ray.planner.devices import GIB
 from rlhf_ray.planner.hardware import this_machine
 from rlhf_ray.planner.jobs import lengths_of
 from rlhf_ray.planner.memory import MemoryPlan, plan_memory
@@ -24,8 +25,6 @@ from rlhf_ray.planner.step_time import StepTime, predict
 from rlhf_ray.planner.work import Lengths
 from rlhf_ray.platform import machine_name
 from rlhf_ray.telemetry.metrics import Metrics
-
-GIB = 2**30
 
 
 def main(

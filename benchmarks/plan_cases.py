@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,25 +70,20 @@ def _model(name: str, folder: Path) -> Path:
     return made
 
 
-def _sft(model: str, rows: int, tokens: int, *, ranks: int = 1, lora: Raw | None = None, **engine: Any) -> Case:
-    raw = {
-        "job": "sft",
-        "policy": {"engine": engine, "lora": lora},
-        "data": {"rows_per_step": rows, "max_tokens": tokens},
-        "placement": {"policy": {"ranks": ranks, "cpus": CORES / ranks}},
-    }
-    return Case(model, raw)
-
-
-def _of_pairs(job: str, model: str, rows: int, tokens: int, **engine: Any) -> Case:
+def _over_rows(
+    job: str, model: str, rows: int, tokens: int, *, ranks: int = 1, lora: Raw | None = None, **engine: Any
+) -> Case:
     role = "reward" if job == "reward_model" else "policy"
     raw: Raw = {
         "job": job,
-        role: {"engine": engine},
+        role: {"engine": engine, "lora": lora},
         "data": {"rows_per_step": rows, "max_tokens": tokens},
-        "placement": {role: {"cpus": CORES}},
+        "placement": {role: {"ranks": ranks, "cpus": CORES / ranks}},
     }
     return Case(model, raw)
+
+
+_sft = partial(_over_rows, "sft")
 
 
 def _ppo(model: str, samples: int, prompt: int, response: int, **engine: Any) -> Case:
@@ -123,10 +119,10 @@ CASES: dict[str, Case] = {
         "256m", 8, 256, zero_stage=2, micro_batch_tokens=2048, activation_checkpointing=True
     ),
     "sft, 256M, LoRA, 4 x 256": _sft("256m", 8, 256, lora={"rank": 16}, zero_stage=2, micro_batch_tokens=1024),
-    "reward_model, 135M, ZeRO-2, 2 pairs of 256": _of_pairs(
+    "reward_model, 135M, ZeRO-2, 2 pairs of 256": _over_rows(
         "reward_model", "135m", 4, 256, zero_stage=2, micro_batch_tokens=1024
     ),
-    "preference, 33M, ZeRO-2, 4 pairs of 512": _of_pairs(
+    "preference, 33M, ZeRO-2, 4 pairs of 512": _over_rows(
         "preference", "33m", 8, 512, zero_stage=2, micro_batch_tokens=4096
     ),
     "ppo, 135M, ZeRO-2, 16 x 128": _ppo("135m", 16, 64, 64, zero_stage=2, micro_batch_tokens=1024),

@@ -110,20 +110,23 @@ def utilisation(setting: Setting) -> str:
 def _planned_bytes(setting: Setting, stage: int, adapters: config.Lora | None) -> int:
     """What the planner counts as gone when a trainer has left a GPU."""
     from rlhf_ray.config.placement import RolePlacement
+    from rlhf_ray.config.roles import StepShape
     from rlhf_ray.models.config_json import read_shape
     from rlhf_ray.planner.role_memory import trained_items
-    from rlhf_ray.planner.workload import StepBatch, TrainedRole
+    from rlhf_ray.planner.workload import TrainedRole
 
     role = TrainedRole(
         name="policy",
-        placement_key="policy",
-        key="policy",
+        kind="causal",
+        section="policy",
+        model=None,
         shape=read_shape(str(setting.large)),
         engine=_config(stage, "bfloat16"),
         lora=adapters,
+        placed_as="policy",
         placement=RolePlacement(),
         ranks=1,
-        batch=StepBatch(samples=1, longest=64, learnt=64),
+        step=StepShape(samples=1, prompt=0, response=64),
     )
     items = trained_items(role, cpu=False)
     return sum(

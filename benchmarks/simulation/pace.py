@@ -32,7 +32,7 @@ class Pace:
         sequences = config.rollout.engine.max_num_seqs
         each = -(-config.samples_per_step // config.placement.rollout.engines)
         # Of one role: all that it does is scoring, and the updates of the two that are trained are alike.
-        [scoring_s] = [role.busy_s for role in step.roles if role.role == "reference"]
+        scoring_s = step.busy_s["reference"]
         tokens = config.samples_per_step * (lengths.prompt + lengths.response)
         on_rank = tokens / config.placement.ranks_of("policy") * speed
         return cls(

@@ -95,7 +95,7 @@ def plan(
         job = formats.config
         processes = known[hardware.device].memory
         if search:
-            proposals = best_placements(job, hardware, known, processes, lengths)
+            proposals = best_placements(job, hardware, known, lengths)
             if as_json:
                 typer.echo(json.dumps(proposals_json(proposals, lengths), indent=2))
             else:

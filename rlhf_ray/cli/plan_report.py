@@ -1,21 +1,23 @@
 """A plan as tables, or as JSON."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from rlhf_ray.cli.time_report import plain_table
 from rlhf_ray.config.number_formats import NumberFormats
 from rlhf_ray.planner.changes import Change
-from rlhf_ray.planner.footprint import MemoryItem, total
+from rlhf_ray.planner.devices import GIB
+from rlhf_ray.planner.footprint import MemoryItem
 from rlhf_ray.planner.hardware import Hardware
 from rlhf_ray.planner.memory import MemoryPlan, MemoryPool, MemoryUse
 from rlhf_ray.telemetry.progress import QuietConsole
 
-GIB = 2**30
 TIGHT = 0.05
 """Share of a device or node below which what is left is told to be little."""
 
@@ -32,8 +34,6 @@ COLUMNS = {
 def print_plan(plan: MemoryPlan, hardware: Hardware, changes: Sequence[Change]) -> None:
     """Tables on stdout."""
     console = QuietConsole()
-    if not console.is_terminal:
-        console = QuietConsole(width=160)
     _print_table(console, f"Memory on {hardware.name}, in GiB, when it is most", _memory_table(plan))
     for pools in _alike(plan.pools):
         if _is_shared(pools[0]):
@@ -41,11 +41,6 @@ def print_plan(plan: MemoryPlan, hardware: Hardware, changes: Sequence[Change]) 
             _print_table(console, title, _stage_table(plan, pools))
     for line in _verdict(plan, changes):
         console.print(line, soft_wrap=True)
-
-
-def _told_formats(formats: NumberFormats) -> dict[str, object]:
-    """Number formats for JSON."""
-    return {"number_formats": formats.content(), "warnings": list(formats.warnings)}
 
 
 def to_json(
@@ -66,7 +61,8 @@ def to_json(
             "cluster": hardware.name,
             "fits": plan.fits,
             "problems": plan.problems,
-            **_told_formats(formats),
+            "number_formats": formats.content(),
+            "warnings": list(formats.warnings),
             "stages": [stage.name for stage in plan.stages],
             "memory": [_pool_json(pool) for pool in plan.pools],
             "object_store": {"needed": plan.store_needed, "capacity": plan.store},
@@ -93,47 +89,46 @@ def _pool_json(pool: MemoryPool) -> dict[str, object]:
                 "rank": use.rank,
                 "held": max(use.held),
                 "stages": list(use.used),
-                "parts": {name: total(items) for name, items in _by_name(use.items)},
+                "parts": dict(sorted(_summed(use.items, lambda item: item.name).items())),
             }
             for use in pool.uses
         ],
     }
 
 
-def _by_name(items: Iterable[MemoryItem]) -> Iterator[tuple[str, list[MemoryItem]]]:
-    ordered = sorted(items, key=lambda item: item.name)
-    for name, same in groupby(ordered, key=lambda item: item.name):
-        yield name, list(same)
+def _summed(items: Iterable[MemoryItem], name_of: Callable[[MemoryItem], str]) -> Counter[str]:
+    """Bytes of items by some name of each."""
+    sizes = Counter[str]()
+    for item in items:
+        sizes[name_of(item)] += item.size
+    return sizes
+
+
+def _column(item: MemoryItem) -> str:
+    return next((name for name, parts in COLUMNS.items() if item.name in parts), "process")
 
 
 def _memory_table(plan: MemoryPlan) -> Table:
-    table = _table()
-    for name in ("where", "role", "ranks"):
-        table.add_column(name)
-    for name in (*COLUMNS, "process", "together", "of", "left"):
-        table.add_column(name, justify="right")
+    columns = [*COLUMNS, "process"]
+    table = plain_table(["where", "role", "ranks"], [*columns, "together", "of", "left"])
     table.add_column("")
     for pools in _alike(plan.pools):
         pool, where = pools[0], _where(pools)
         rows = _by_role(pools)
         for number, (role, ranks, use) in enumerate(rows):
-            parts = [_gib(size) for size in _columns(use.items)]
+            sizes = _summed(use.items, _column)
+            parts = [_gib(sizes[column]) for column in columns]
             table.add_row(where if number == 0 else "", role, ranks, *parts, _gib(max(use.held)))
         told, style = _told(pool)
-        nothing = [""] * (len(COLUMNS) + 1)
         sums = (_gib(pool.held), _gib(pool.capacity), _gib(pool.headroom))
         name = "" if rows else where
-        table.add_row(name, "", "", *nothing, *sums, Text(told, style), style="bold", end_section=True)
+        table.add_row(name, "", "", *("" for _ in columns), *sums, Text(told, style), style="bold", end_section=True)
     return table
 
 
 def _stage_table(plan: MemoryPlan, pools: Sequence[MemoryPool]) -> Table:
-    table = _table()
-    table.add_column("role")
-    for stage in plan.stages:
-        table.add_column(stage.name, justify="right")
-    rows = _by_role(pools)
-    for role, _, use in rows:
+    table = plain_table(["role"], [stage.name for stage in plan.stages])
+    for role, _, use in _by_role(pools):
         table.add_row(role, *map(_gib, use.used))
     sums = [sum(sizes) for sizes in zip(*(use.used for use in pools[0].uses), strict=True)]
     table.add_row("together", *map(_gib, sums), style="bold")
@@ -175,12 +170,9 @@ def _alike(pools: Sequence[MemoryPool]) -> Iterator[list[MemoryPool]]:
             sorted((t.role, t.held, t.used) for t in pool.uses),
         )
 
-    devices = [pool for pool in pools if pool.device is not None]
-    hosts = [pool for pool in pools if pool.kind == "host"]
-    disks = [pool for pool in pools if pool.kind == "disk"]
-    for kind in (devices, hosts, disks):
-        for _, same in groupby(kind, key=content):
-            yield list(same)
+    devices_first = sorted(pools, key=lambda pool: (pool.device is None, pool.kind == "disk"))
+    for _, same in groupby(devices_first, key=content):
+        yield list(same)
 
 
 def _where(pools: Sequence[MemoryPool]) -> str:
@@ -188,9 +180,7 @@ def _where(pools: Sequence[MemoryPool]) -> str:
     nodes = first.node if first.node == last.node else f"{first.node} to {last.node}"
     if first.device is None:
         return f"{nodes}, {'disk' if first.kind == 'disk' else 'host memory'}"
-    numbers = sorted({pool.device for pool in pools if pool.device is not None})
-    several = f"{numbers[0]}" if len(numbers) == 1 else f"{numbers[0]}-{numbers[-1]}"
-    return f"{nodes}, {first.kind} {several}"
+    return f"{nodes}, {first.kind} {_numbers(pool.device for pool in pools if pool.device is not None)}"
 
 
 def _is_shared(pool: MemoryPool) -> bool:
@@ -203,15 +193,17 @@ def _by_role(pools: Sequence[MemoryPool]) -> list[tuple[str, str, MemoryUse]]:
     rows = []
     for role in dict.fromkeys(use.role for use in pools[0].uses):
         same = sorted((t for t in pools[0].uses if t.role == role), key=lambda use: use.held, reverse=True)
-        ranks = sorted({use.rank for pool in pools for use in pool.uses if use.role == role})
+        ranks = _numbers(use.rank for pool in pools for use in pool.uses if use.role == role)
         for _, alike in groupby(same, key=lambda use: use.held):
             one, *others = list(alike)
             each = f" (each of {len(others) + 1})" if others else ""
-            rows.append((f"{role}{each}", _ranks(ranks), one))
+            rows.append((f"{role}{each}", ranks, one))
     return rows
 
 
-def _ranks(numbers: Sequence[int]) -> str:
+def _numbers(found: Iterable[int]) -> str:
+    """The only one, or the first and the last."""
+    numbers = sorted(set(found))
     return str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]}-{numbers[-1]}"
 
 
@@ -224,22 +216,10 @@ def _told(pool: MemoryPool) -> tuple[str, str]:
     return ("fits, tight", "yellow") if pool.headroom < TIGHT * pool.capacity else ("fits", "green")
 
 
-def _columns(items: Iterable[MemoryItem]) -> list[int]:
-    sizes = dict.fromkeys([*COLUMNS, "process"], 0)
-    for item in items:
-        column = next((name for name, parts in COLUMNS.items() if item.name in parts), "process")
-        sizes[column] += item.size
-    return list(sizes.values())
-
-
 def _gib(size: int) -> str:
     if not size:
         return "-"
     return f"{size / GIB:.1f}" if abs(size) >= 10 * GIB else f"{size / GIB:.2f}"
-
-
-def _table() -> Table:
-    return Table(box=None, pad_edge=False, padding=(0, 1))
 
 
 def _print_table(console: Console, title: str, table: Table) -> None:

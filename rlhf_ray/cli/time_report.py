@@ -1,6 +1,6 @@
 """Predicted step times and proposed placements, as tables or for JSON."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from shlex import quote
 from typing import Any
 
@@ -33,14 +33,14 @@ def print_time(step: StepTime, lengths: Lengths, known: Sequence[Calibration]) -
     """What a step takes, and who idles meanwhile."""
     console = QuietConsole()
     console.print(Text(f"One step, in seconds: {_seconds(step.seconds)}", "bold"))
-    table = _table("phase", "seconds")
+    table = plain_table(["phase"], ["seconds"])
     for phase, seconds in step.phases.items():
         table.add_row(_PHASES[phase], _seconds(seconds))
     console.print(table)
     console.print()
-    roles = _table("role", "busy", "idle")
-    for role in step.roles:
-        roles.add_row(role.role, f"{1 - role.idle:.0%}", f"{role.idle:.0%}")
+    roles = plain_table(["role"], ["busy", "idle"])
+    for role, idle in step.idle.items():
+        roles.add_row(role, f"{1 - idle:.0%}", f"{idle:.0%}")
     console.print(roles)
     console.print()
     for line in _assumed(step, lengths, known):
@@ -55,7 +55,7 @@ def print_proposals(found: Sequence[Proposal], lengths: Lengths, known: Sequence
         return
     for number, proposal in enumerate(found, start=1):
         step = proposal.time
-        idle = ", ".join(f"{role.role} {role.idle:.0%}" for role in step.roles)
+        idle = ", ".join(f"{role} {share:.0%}" for role, share in step.idle.items())
         console.print(Text(f"{number}. {_seconds(step.seconds)} s a step; idle: {idle}", "bold"), soft_wrap=True)
         console.print(Text("   " + (" ".join(map(quote, proposal.arguments)) or "as it is")), soft_wrap=True)
     console.print()
@@ -68,7 +68,7 @@ def time_json(step: StepTime, lengths: Lengths) -> dict[str, Any]:
     return {
         "seconds": step.seconds,
         "phases": step.phases,
-        "idle": {role.role: role.idle for role in step.roles},
+        "idle": step.idle,
         "prompt_tokens": lengths.prompt,
         "response_tokens": lengths.response,
     }
@@ -100,8 +100,11 @@ def _seconds(seconds: float) -> str:
     return f"{seconds:.1f}" if seconds >= 10 else f"{seconds:.2f}"
 
 
-def _table(*columns: str) -> Table:
+def plain_table(left: Iterable[str], right: Iterable[str]) -> Table:
+    """Without lines, with columns of text on the left and of numbers on the right."""
     table = Table(box=None, pad_edge=False, padding=(0, 1))
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left")
+    for name in left:
+        table.add_column(name)
+    for name in right:
+        table.add_column(name, justify="right")
     return table

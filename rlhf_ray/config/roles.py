@@ -34,7 +34,8 @@ class PhaseSpec:
 
     Attributes:
         name: as roles and telemetry name it.
-        after: phases of the same step that must be over before it begins; empty where only the data are waited for.
+        after: phases of the same step, further up in the table, that must be over before it begins; empty where only
+            the data are waited for. The planner's timeline follows it.
     """
 
     name: str

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from rlhf_ray.config.training import Dtype
 from rlhf_ray.models.shapes import ModelShape
+from rlhf_ray.planner.work import BYTES
 
-ITEMSIZE: dict[Dtype, int] = {"bfloat16": 2, "float32": 4}
 FLOAT32 = 4
 INT64 = 8
 SMALL = 16 * 2**10
@@ -29,10 +29,6 @@ class Pack:
 
     tokens: int
     positions: int
-
-    def per_rank(self, ranks: int) -> "Pack":
-        """What one of so many ranks has of it, with sequence parallelism."""
-        return Pack(-(-self.tokens // ranks), -(-self.positions // ranks))
 
 
 @dataclass(frozen=True)
@@ -64,7 +60,7 @@ class PassShape:
     @property
     def item(self) -> int:
         """Bytes of one number."""
-        return ITEMSIZE[self.dtype]
+        return BYTES[self.dtype]
 
     def saved_bytes(self, tokens: int) -> int:
         """What autograd keeps of all layers until their backward pass."""
@@ -95,10 +91,9 @@ class PassShape:
     def working_bytes(self, tokens: int) -> int:
         """What comes and goes in the backward pass of one layer, beside what autograd kept of it."""
         shape, item = self.shape, self.item
-        widest = max(map(self._widest, shape.kinds))
         # Gradients of the feed-forward layer's product and of its factors, less the product itself; or, at a
         # normalisation, float32 copies of what goes in and comes out.
-        feed_forward = 2 * item * widest + 2 * item * shape.hidden
+        feed_forward = 2 * item * widest(shape) + 2 * item * shape.hidden
         norm = (4 * FLOAT32 + item) * shape.hidden
         recomputed = max(sum(self.layer_tensors(sparse)) for sparse in shape.kinds)
         return (max(feed_forward, norm) + (recomputed if self.checkpointing else 0)) * tokens
@@ -106,8 +101,7 @@ class PassShape:
     def forward_bytes(self, tokens: int) -> int:
         """What comes and goes in a forward pass without gradients."""
         shape, item = self.shape, self.item
-        widest = max(map(self._widest, shape.kinds))
-        feed_forward = 2 * item * shape.hidden + 3 * item * widest
+        feed_forward = 2 * item * shape.hidden + 3 * item * widest(shape)
         queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
         attention = 2 * item * shape.hidden + item * (2 * queries + 2 * keys) * (2 if self.cpu else 1)
         norm = (item + 2 * FLOAT32 + item) * shape.hidden
@@ -130,13 +124,6 @@ class PassShape:
         by_logits = copies + (raw + FLOAT32 if blocks > 1 else 0)
         by_hidden = (FLOAT32 + item) * shape.hidden * pack.positions
         return states + by_hidden + max(forward, by_logits) * chunk * shape.vocab
-
-    def _widest(self, sparse: bool) -> int:
-        """Numbers inside the feed-forward layer, for each token."""
-        experts = self.shape.experts
-        if not sparse or experts is None:
-            return self.shape.intermediate
-        return experts.intermediate * experts.per_token + experts.shared_intermediate
 
     def _keeps_input(self, *layers: str) -> bool:
         """Whether what goes into these linear layers is kept: the gradient of a weight needs it."""
@@ -185,6 +172,14 @@ class PassShape:
             kept += [*self._feed_forward("mlp.shared_expert", experts.shared_intermediate), item]
             kept += [item * shape.hidden] if self.adapter_rank else []
         return kept
+
+
+def widest(shape: ModelShape) -> int:
+    """Numbers inside the widest feed-forward layer, for each token."""
+    inner = shape.intermediate if shape.dense_layers else 0
+    if shape.experts is None:
+        return inner
+    return max(inner, shape.experts.intermediate * shape.experts.per_token + shape.experts.shared_intermediate)
 
 
 def size_class(size: int) -> int:

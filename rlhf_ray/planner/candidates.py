@@ -2,7 +2,8 @@
 
 A layout says which roles share devices, and how many each group of them has:
 
-- *mixed*: the reference with the policy, reward models with the critic, engines on their own.
+- *mixed*: models that only score with the trained one of their kind (the reference with the policy, reward models with
+  the critic), engines on their own.
 - *apart*: every role on its own.
 - *trainers together*: all but the engines on the same devices, which they leave to each other or not.
 - *all together*: the engines there too, all leaving the devices to each other.
@@ -10,15 +11,16 @@ A layout says which roles share devices, and how many each group of them has:
 Settings trade memory for time: ZeRO stage, offload of the optimizer, activation checkpointing, micro-batches.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import product
 from typing import Any, Literal
 
 from rlhf_ray.config.jobs import Job
 from rlhf_ray.config.placement import RolloutPlacement
+from rlhf_ray.config.roles import RoleSpec
 from rlhf_ray.planner.hardware import Hardware
-from rlhf_ray.planner.workload import ModelRole, RolloutRole, ScoredRole, TrainedRole
+from rlhf_ray.planner.workload import ModelRole, RolloutRole, TrainedRole
 
 _MOST_CPUS = 8  # of a rank that drives a device; it needs one or two
 _KEPT = ("labels", "resources", "env")  # what a role needs wherever it sits
@@ -70,63 +72,74 @@ def _on_devices(job: Job, hardware: Hardware, heads: int, devices: int) -> Itera
     cpus = min(_MOST_CPUS, min(machine.cpus / machine.devices for machine in nodes))
     place = {"gpus": 1, "cpus": int(cpus) if cpus >= 1 else cpus}
     sizes = _sizes(devices, each)
-    for groups, leave in _groupings(job):
+    rows = _placed(job)
+    for groups, leave in _groupings(rows):
         hosts = [group[0] for group in groups]
-        engines_apart = hosts[-1] == "rollout"
-        with_engines = any("rollout" in group for group in groups)
-        workers = [n for n in sizes if each % n == 0 and heads % n == 0] if with_engines else [1]
-        trained = hosts[:-1] if engines_apart else hosts
-        for counts, tensor_parallel in product(_splits(trained, sizes, devices), workers):
-            rest = devices - sum(counts)
+        engines_apart = rows[hosts[-1]].kind == "engine"
+        workers = [n for n in sizes if each % n == 0 and heads % n == 0] if _has_engines(rows, groups) else [1]
+        models = [rows[host] for host in (hosts[:-1] if engines_apart else hosts)]
+        for counts, tensor_parallel in product(_splits(models, sizes, devices), workers):
             if engines_apart:
-                counts = (*counts, rest // tensor_parallel * tensor_parallel)
-            elif with_engines and counts[0] % tensor_parallel:
+                counts = (*counts, (devices - sum(counts)) // tensor_parallel * tensor_parallel)
+            elif counts[0] % tensor_parallel:
                 continue
             if min(counts) > 0:
-                yield _layout(job, groups, counts, tensor_parallel, leave, [place] * len(groups))
+                yield _layout(job, groups, counts, tensor_parallel, leave, place)
 
 
 def _on_cores(job: Job, hardware: Hardware) -> Iterator[Layout]:
     """One rank of each role on each node; groups have a part of the cores each, or take turns on all of them."""
     cores = int(min(machine.cpus for machine in hardware.machines))
-    for groups, leave in _groupings(job):
-        if leave or len(groups) > cores or any(len(group) > 1 and "rollout" in group for group in groups):
+    rows = _placed(job)
+    for groups, leave in _groupings(rows):
+        shared = [group for group in groups if len(group) > 1]
+        if leave or len(groups) > cores or _has_engines(rows, shared):
             continue
         for nodes, threads in product(_sizes(len(hardware.machines), 1), {max(1, cores // len(groups)), cores}):
             place = {"cpus": cores // len(groups), "threads": threads}
-            yield _layout(job, groups, (nodes,) * len(groups), 1, False, [place] * len(groups))
+            yield _layout(job, groups, (nodes,) * len(groups), 1, False, place)
 
 
-def _groupings(job: Job) -> Iterator[tuple[Groups, bool]]:
+def _placed(job: Job) -> dict[str, RoleSpec]:
+    """Rows of the role table by the name of their place; those of one place are alike in what is asked here."""
+    return {role.placed_as: role for role in job.roles if role.placement is not None}
+
+
+def _has_engines(rows: Mapping[str, RoleSpec], groups: Iterable[Sequence[str]]) -> bool:
+    return any(rows[role].kind == "engine" for group in groups for role in group)
+
+
+def _groupings(rows: Mapping[str, RoleSpec]) -> Iterator[tuple[Groups, bool]]:
     """Roles that share devices, the engines last, and whether they leave them to each other."""
-    roles = list(job.placements)
-    pairs = {"policy": ("policy", "reference"), "critic": ("critic", "reward")}
-    mixed = tuple(
-        tuple(guest for guest in pairs.get(role, (role,)) if guest in roles)
-        for role in roles
-        if role in pairs or role == "rollout" or len(roles) == 1
-    )
-    apart = tuple((role,) for role in roles)
-    together: Groups = (tuple(role for role in roles if role != "rollout"),)
-    if "rollout" in roles:
-        together = (*together, ("rollout",))
-    found: list[tuple[Groups, bool]] = [(mixed, False), (apart, False), (together, False)]
-    if len(together[0]) > 1:
-        found.append((together, True))
-    if "rollout" in roles:
-        found.append(((tuple(roles),), True))
+    models = tuple(role for role, row in rows.items() if row.kind != "engine")
+    engines = tuple(role for role, row in rows.items() if row.kind == "engine")
+    trained = [role for role in models if rows[role].trained]
+    # A model that only scores sits with the trained one of its kind, a reference with a policy for example.
+    host_of = {
+        role: next((host for host in trained if rows[host].kind == rows[role].kind), trained[0])
+        for role in models
+        if role not in trained
+    }
+    mixed = tuple((host, *(role for role in host_of if host_of[role] == host)) for host in trained)
+    apart = tuple((role,) for role in models)
+    alone = tuple((role,) for role in engines)
+    found: list[tuple[Groups, bool]] = [((*groups, *alone), False) for groups in (mixed, apart, (models,))]
+    if len(models) > 1:
+        found.append(((models, *alone), True))
+    if engines:
+        found.append((((*models, *engines),), True))
     yield from dict.fromkeys(found)
 
 
-def _splits(hosts: list[str], sizes: list[int], devices: int) -> Iterator[tuple[int, ...]]:
-    """Devices of each host. Reference and reward models of their own get as many as each other."""
-    scoring = [host for host in hosts if host in ("reference", "reward")]
-    others = [host for host in hosts if host not in scoring]
-    for counts in product(sizes, repeat=len(others)):
+def _splits(hosts: Sequence[RoleSpec], sizes: list[int], devices: int) -> Iterator[tuple[int, ...]]:
+    """Devices of each host. Models that only score on devices of their own get as many as each other."""
+    trained = [host.placed_as for host in hosts if host.trained]
+    scoring = [host.placed_as for host in hosts if not host.trained]
+    for counts in product(sizes, repeat=len(trained)):
         for each in sizes if scoring else [0]:
-            found = {**dict(zip(others, counts, strict=True)), **dict.fromkeys(scoring, each)}
+            found = {**dict(zip(trained, counts, strict=True)), **dict.fromkeys(scoring, each)}
             if sum(found.values()) <= devices and each <= min(counts, default=each):
-                yield tuple(found[host] for host in hosts)
+                yield tuple(found[host.placed_as] for host in hosts)
 
 
 def _sizes(most: int, each: int) -> list[int]:
@@ -138,26 +151,19 @@ def _sizes(most: int, each: int) -> list[int]:
 
 
 def _layout(
-    job: Job,
-    groups: Groups,
-    counts: tuple[int, ...],
-    tensor_parallel: int,
-    leave: bool,
-    places: list[dict[str, Any]],
+    job: Job, groups: Groups, counts: tuple[int, ...], tensor_parallel: int, leave: bool, place: Mapping[str, Any]
 ) -> Layout:
     sections: dict[str, dict[str, Any]] = {}
-    for group, count, place in zip(groups, counts, places, strict=True):
+    for group, count in zip(groups, counts, strict=True):
         for role in group:
             own = job.placements[role]
-            section: dict[str, Any] = {key: getattr(own, key) for key in _KEPT if getattr(own, key)}
-            engines = {"engines": count // tensor_parallel, "tensor_parallel": tensor_parallel}
-            amount = engines if isinstance(own, RolloutPlacement) else {"ranks": count}
+            is_engine = isinstance(own, RolloutPlacement)
+            engines = {"engines": count // tensor_parallel, "tensor_parallel": tensor_parallel} if is_engine else {}
             if role == group[0]:
-                section |= amount | place
+                kept = {key: getattr(own, key) for key in _KEPT if getattr(own, key)}
+                sections[role] = {**kept, **(engines or {"ranks": count}), **place}
             else:
-                guest = {"env": own.env} if own.env else {}
-                section = guest | {"colocate": group[0]} | (engines if isinstance(own, RolloutPlacement) else {})
-            sections[role] = section
+                sections[role] = {**({"env": own.env} if own.env else {}), "colocate": group[0], **engines}
     return Layout(sections, groups, counts, tensor_parallel, leave)
 
 
@@ -181,30 +187,17 @@ class Setting:
         """Of the section `engine` of a role."""
         if isinstance(role, RolloutRole):
             return {}
-        tokens = max(role.batch.longest, int(role.engine.micro_batch_tokens * self.micro_batch))
-        if isinstance(role, ScoredRole):
-            parameters = role.engine.offload_parameters if self.scoring_stage == 3 else "none"
-            return {
-                "zero_stage": self.scoring_stage,
-                "offload_parameters": parameters,
-                "nvme_path": role.engine.nvme_path if parameters == "nvme" else None,
-                "micro_batch_tokens": tokens,
-            }
-        parameters = role.engine.offload_parameters if self.zero_stage == 3 else "none"
-        return {
-            "zero_stage": self.zero_stage,
+        stage = self.zero_stage if isinstance(role, TrainedRole) else self.scoring_stage
+        parameters = role.engine.offload_parameters if stage == 3 else "none"
+        keys = {
+            "zero_stage": stage,
             "offload_optimizer": "cpu" if self.offload_optimizer else "none",
             "offload_parameters": parameters,
             "nvme_path": role.engine.nvme_path if parameters == "nvme" else None,
             "activation_checkpointing": self.activation_checkpointing,
-            "micro_batch_tokens": tokens,
+            "micro_batch_tokens": max(role.step.longest, int(role.engine.micro_batch_tokens * self.micro_batch)),
         }
-
-    def applied(self, role: TrainedRole | ScoredRole) -> TrainedRole | ScoredRole:
-        """The role, held so."""
-        if isinstance(role, TrainedRole):
-            return replace(role, engine=role.engine.model_copy(update=self.keys_of(role)))
-        return replace(role, engine=role.engine.model_copy(update=self.keys_of(role)))
+        return {key: value for key, value in keys.items() if key in type(role.engine).model_fields}
 
     def takes_no_less_than(self, other: "Setting") -> bool:
         """Whether it can fit nowhere where `other` does not."""

@@ -4,20 +4,18 @@ import heapq
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import count, islice, product
-from typing import Any
 
 from rlhf_ray.cluster.assignment import PlacementError
 from rlhf_ray.config.jobs import Job
-from rlhf_ray.config.loading import ConfigError, apply_override, parse_config
 from rlhf_ray.config.placement import RolloutPlacement
 from rlhf_ray.models.shapes import can_share_heads
 from rlhf_ray.planner.calibration import ProcessMemory
 from rlhf_ray.planner.hardware import Hardware
 from rlhf_ray.planner.memory import MemoryPlan, plan_memory
+from rlhf_ray.planner.overrides import JobVariants, arguments
 from rlhf_ray.planner.workload import RolloutRole, ScoredRole, TrainedRole
 
 Value = int | float | bool | str
-
 
 MOST_PLANS = 300
 """Plans that a search makes at most; each takes milliseconds."""
@@ -52,12 +50,12 @@ def moves_of(plan: MemoryPlan, roles: frozenset[str] | None) -> Iterator[Move]:
         elif isinstance(role, ScoredRole):
             yield from _scored(role)
         else:
-            host = role.placement.colocate or role.placement_key
+            host = role.placement.colocate or role.placed_as
             yield from _rollout(role, on_gpu=job.placements[host].gpus > 0)
     if len(job.placements) > 1 and not job.placement.leaves_idle:
         yield Move(4, {"placement.offload_idle": True})
     if plan.workload.rollout is not None and plan.store_needed > plan.store:
-        batch = plan.workload.rollout.batch
+        batch = plan.workload.rollout.step
         prompts = batch.samples // batch.samples_per_prompt
         if prompts > 1:
             yield Move(4, {"data.prompts_per_step": prompts // 2})
@@ -79,8 +77,8 @@ def placement_moves(job: Job) -> Iterator[Move]:
 
 
 def _trained(role: TrainedRole) -> Iterator[Move]:
-    engine, key = role.engine, f"{role.key}.engine"
-    yield from _smaller_micro_batches(engine.micro_batch_tokens, role.batch.longest, key)
+    engine, key = role.engine, f"{role.section}.engine"
+    yield from _smaller_micro_batches(engine.micro_batch_tokens, role.step.longest, key)
     if not engine.activation_checkpointing:
         yield Move(2, {f"{key}.activation_checkpointing": True})
     if engine.vocab_chunk_tokens > 32:
@@ -99,12 +97,12 @@ def _trained(role: TrainedRole) -> Iterator[Move]:
     if engine.dtype == "float32":
         yield Move(6, {f"{key}.dtype": "bfloat16"})
     if role.placement.colocate is None:
-        yield Move(6, {f"placement.{role.placement_key}.ranks": 2 * role.ranks})
+        yield Move(6, {f"placement.{role.placed_as}.ranks": 2 * role.ranks})
 
 
 def _scored(role: ScoredRole) -> Iterator[Move]:
-    engine, key = role.engine, f"{role.key}.engine"
-    yield from _smaller_micro_batches(engine.micro_batch_tokens, role.batch.longest, key)
+    engine, key = role.engine, f"{role.section}.engine"
+    yield from _smaller_micro_batches(engine.micro_batch_tokens, role.step.longest, key)
     if role.ranks > 1 and engine.zero_stage == 0:
         yield Move(2, {f"{key}.zero_stage": 3})
     if engine.offload_parameters == "none":
@@ -121,26 +119,26 @@ def _smaller_micro_batches(budget: int, longest: int, key: str) -> Iterator[Move
 
 
 def _rollout(role: RolloutRole, *, on_gpu: bool) -> Iterator[Move]:
-    engine, place = role.engine, role.placement
+    engine, place, key, at = role.engine, role.placement, f"{role.section}.engine", f"placement.{role.placed_as}"
     workers = 2 * place.tensor_parallel
     if can_share_heads(role.shape, workers):
-        wider: dict[str, Value] = {"placement.rollout.tensor_parallel": workers}
+        wider: dict[str, Value] = {f"{at}.tensor_parallel": workers}
         yield Move(6, wider)
         if place.engines > 1:
-            yield Move(3, {**wider, "placement.rollout.engines": place.engines // 2})
+            yield Move(3, {**wider, f"{at}.engines": place.engines // 2})
     if place.engines > 1:
-        yield Move(5, {"placement.rollout.engines": place.engines // 2})
+        yield Move(5, {f"{at}.engines": place.engines // 2})
     if engine.max_num_seqs > 16:
-        yield Move(2, {"rollout.engine.max_num_seqs": engine.max_num_seqs // 2})
+        yield Move(2, {f"{key}.max_num_seqs": engine.max_num_seqs // 2})
     if engine.max_num_batched_tokens > engine.max_model_len:
         tokens = max(engine.max_model_len, engine.max_num_batched_tokens // 2)
-        yield Move(1.5, {"rollout.engine.max_num_batched_tokens": tokens})
+        yield Move(1.5, {f"{key}.max_num_batched_tokens": tokens})
     if on_gpu:
         for tenths in range(1, 10):
             if (change := abs(tenths / 10 - engine.gpu_memory_utilization)) > 0.01:
-                yield Move(10 * change, {"rollout.engine.gpu_memory_utilization": tenths / 10})
+                yield Move(10 * change, {f"{key}.gpu_memory_utilization": tenths / 10})
     elif engine.cpu_kv_cache_gib > 1:
-        yield Move(1, {"rollout.engine.cpu_kv_cache_gib": engine.cpu_kv_cache_gib // 2})
+        yield Move(1, {f"{key}.cpu_kv_cache_gib": engine.cpu_kv_cache_gib // 2})
 
 
 @dataclass(frozen=True)
@@ -160,7 +158,7 @@ class Change:
     @property
     def arguments(self) -> list[str]:
         """As `key=value`."""
-        return [f"{key}={_written(value)}" for key, value in self.overrides.items()]
+        return arguments(self.overrides)
 
 
 def nearest_changes(job: Job, hardware: Hardware, processes: ProcessMemory, most: int = 3) -> list[Change]:
@@ -186,7 +184,8 @@ def nearest_changes(job: Job, hardware: Hardware, processes: ProcessMemory, most
 
 def _contending(plan: MemoryPlan) -> list[frozenset[str]]:
     """Groups of roles whose memory pools are too small; roles that have a pool in common are in one group."""
-    groups: list[frozenset[str]] = [frozenset({"rollout"})] if plan.engine and not plan.engine.starts else []
+    rollout = plan.workload.rollout
+    groups = [frozenset({rollout.name})] if rollout and plan.engine and not plan.engine.starts else []
     for pool in plan.pools:
         if not pool.fits:
             joined = frozenset(use.role for use in pool.uses)
@@ -198,22 +197,11 @@ def _contending(plan: MemoryPlan) -> list[frozenset[str]]:
 
 class _ChangeSearch:
     def __init__(self, job: Job, hardware: Hardware, processes: ProcessMemory) -> None:
-        self._raw: dict[str, Any] = job.model_dump(mode="json", by_alias=True)
-        self._hardware, self._processes = hardware, processes
-
-    def job(self, overrides: Mapping[str, Value]) -> Job | None:
-        """The changed job; None when the config does not allow it."""
-        raw = _copy(self._raw)
-        for key, value in overrides.items():
-            apply_override(raw, f"{key}={_written(value)}")
-        try:
-            return parse_config(raw)
-        except ConfigError:
-            return None
+        self._variants, self._hardware, self._processes = JobVariants(job), hardware, processes
 
     def plan(self, overrides: Mapping[str, Value]) -> MemoryPlan | None:
         """Of the changed job; None when there is no such job, or no place for it."""
-        job = self.job(overrides)
+        job = self._variants.job(overrides)
         try:
             return None if job is None else plan_memory(job, self._hardware, self._processes)
         except PlacementError:
@@ -240,7 +228,8 @@ class _ChangeSearch:
                     limit = min(limit, plans + PLANS_FOR_OTHERS)
                 continue
             for move in self._moves(overrides, plan, roles):
-                following = self._changed({**overrides, **move.values})
+                changed = {**overrides, **move.values}
+                following = {path: value for path, value in changed.items() if not self._variants.has(path, value)}
                 key = frozenset(following.items())
                 if key in seen or any(change.overrides.items() <= following.items() for change in found):
                     continue
@@ -254,16 +243,12 @@ class _ChangeSearch:
                     heapq.heappush(queue, (far + LACKING * lacking, next(order), far, following, planned, left))
         return sorted(found, key=lambda change: change.cost)
 
-    def _changed(self, overrides: Mapping[str, Value]) -> dict[str, Value]:
-        """Those that are not so already."""
-        return {key: value for key, value in overrides.items() if _at(self._raw, key) != value}
-
     def _moves(
         self, overrides: Mapping[str, Value], plan: MemoryPlan | None, roles: frozenset[str] | None
     ) -> Iterable[Move]:
         if plan is not None:
             return moves_of(plan, roles)
-        job = self.job(overrides)
+        job = self._variants.job(overrides)
         return () if job is None else placement_moves(job)
 
 
@@ -281,23 +266,7 @@ def _excess(plan: MemoryPlan | None, roles: frozenset[str] | None) -> float:
         for pool in plan.pools
         if not pool.fits and (roles is None or any(use.role in roles for use in pool.uses))
     )
-    if plan.engine is not None and not plan.engine.starts and (roles is None or "rollout" in roles):
+    rollout = plan.workload.rollout
+    if rollout and plan.engine and not plan.engine.starts and (roles is None or rollout.name in roles):
         lacking += max(1, plan.engine.needs - (plan.engine.allotted or 0))
     return lacking + (max(0, plan.store_needed - plan.store) if roles is None else 0)
-
-
-def _at(raw: Any, path: str) -> Any:
-    """The value under a dotted path."""
-    for key in path.split("."):
-        raw = raw[int(key)] if isinstance(raw, list) else raw[key]
-    return raw
-
-
-def _copy(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _copy(inner) for key, inner in value.items()}
-    return [_copy(inner) for inner in value] if isinstance(value, list) else value
-
-
-def _written(value: Value) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -69,12 +69,10 @@ class DecodingEngine:
         Weights are read once for all sequences, keys and values for each (Pope et al. 2022, section 2.2).
         """
         shape, memory, workers = self.shape, self.rates.memory, self.workers.ranks
-        # A worker has at least one head of keys and values.
-        cached = cached_bytes(shape, self.dtype) * max(1 / workers, 1 / shape.kv_heads)
         return {
             "weights": touched_parameters(shape, sequences) * BYTES[self.dtype] / workers / memory,
             "products": 2 * (layer_parameters(shape) + shape.head_parameters) * sequences / self._peak,
-            "cache": sequences * context * cached / memory,
+            "cache": sequences * context * cached_bytes(shape, self.dtype, workers) / memory,
             "vocabulary": sequences * _LOGIT_MOVES * shape.vocab * 4 / memory,
             "sequence_s": sequences,
             "layer_s": float(shape.layers),

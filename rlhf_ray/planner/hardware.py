@@ -210,29 +210,11 @@ def _of_file(file: ClusterFile, stem: str, times: int) -> Hardware:
                 resources |= {"GPU": float(group.devices), f"accelerator_type:{group.device}": 1.0}
             host = int(group.host_memory_gib * GIB)
             store = min(int(host * OBJECT_STORE_SHARE), OBJECT_STORE_MOST)
-            machines.append(
-                Machine(
-                    node=Node(name, resources, dict(resources), dict(group.labels), name),
-                    kind_name=group.device,
-                    kind=kind,
-                    devices=group.devices,
-                    device_memory=_device_memory(kind, group, host),
-                    host_memory=host,
-                    object_store=int(group.object_store_gib * GIB) if group.object_store_gib else store,
-                    link=(group.link_gb_s or kind.link_gb_s) * GB,
-                    network=group.network_gb_s * GB,
-                    disk=group.disk_gb_s * GB,
-                    disk_space=int(group.disk_gib * GIB),
-                )
-            )
+            store = int(group.object_store_gib * GIB) if group.object_store_gib else store
+            node = Node(name, resources, dict(resources), dict(group.labels), name)
+            machines.append(_machine(node, group, kind, host, store, int(group.disk_gib * GIB)))
     name = file.name or stem
     return Hardware(f"{times} × {name}" if times > 1 else name, tuple(machines))
-
-
-def _device_memory(kind: DeviceKind, group: NodeGroup, host: int) -> int:
-    if not group.devices:
-        return host
-    return int(group.device_memory_gib * GIB) if group.device_memory_gib else kind.memory_bytes
 
 
 def of_ray(nodes: Sequence[Mapping[str, Any]], free: Mapping[str, Mapping[str, float]], name: str) -> Hardware:
@@ -256,7 +238,7 @@ def of_ray(nodes: Sequence[Mapping[str, Any]], free: Mapping[str, Mapping[str, f
         store = int(resources.get("object_store_memory", 0))
         host = int(resources.get("memory", 0)) + store
         node = Node(address, resources, dict(free.get(row["NodeID"], {})), dict(row.get("Labels") or {}), row["NodeID"])
-        machines.append(_machine(node, kind, devices, host, store))
+        machines.append(_found(node, kind, devices, host, store))
     if not machines:
         raise PlanError(f"cluster {name}", "Ray reports no node that is alive")
     return Hardware(name, tuple(machines))
@@ -278,7 +260,7 @@ def this_machine(cpus: int | None) -> Hardware:
         kind = _known_kind(names[0].removeprefix("NVIDIA ").split()[0], "this machine")
     host = _memory_here()
     node = Node("this machine", resources, dict(resources), {}, "local")
-    return Hardware("this machine", (_machine(node, kind, len(names), host, int(host * OBJECT_STORE_SHARE)),))
+    return Hardware("this machine", (_found(node, kind, len(names), host, int(host * OBJECT_STORE_SHARE)),))
 
 
 def _memory_here() -> int:
@@ -289,20 +271,27 @@ def _memory_here() -> int:
     return min(physical, int(text)) if text.isdigit() else physical
 
 
-def _machine(node: Node, kind_name: str, devices: int, host: int, store: int) -> Machine:
-    group, kind = NodeGroup.model_fields, DEVICES[kind_name]
+def _found(node: Node, kind: str, devices: int, host: int, store: int) -> Machine:
+    """A machine that is there, with the bandwidths that a cluster file has by default."""
+    cpus = int(node.resources.get("CPU", 0))  # unchecked, as there may be none
+    group = NodeGroup.model_construct(device=kind, devices=devices, cpus=cpus, host_memory_gib=host / GIB)
+    return _machine(node, group, DEVICES[kind], host, store, None)
+
+
+def _machine(node: Node, group: NodeGroup, kind: DeviceKind, host: int, store: int, disk_space: int | None) -> Machine:
+    memory = kind.memory_bytes if group.device_memory_gib is None else int(group.device_memory_gib * GIB)
     return Machine(
         node=node,
-        kind_name=kind_name,
+        kind_name=group.device,
         kind=kind,
-        devices=devices,
-        device_memory=kind.memory_bytes if devices else host,
+        devices=group.devices,
+        device_memory=memory if group.devices else host,
         host_memory=host,
         object_store=store,
-        link=kind.link_gb_s * GB,
-        network=group["network_gb_s"].default * GB,
-        disk=group["disk_gb_s"].default * GB,
-        disk_space=None,
+        link=(group.link_gb_s or kind.link_gb_s) * GB,
+        network=group.network_gb_s * GB,
+        disk=group.disk_gb_s * GB,
+        disk_space=disk_space,
     )
 
 

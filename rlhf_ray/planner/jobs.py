@@ -4,14 +4,13 @@ from typing import get_args
 
 from rlhf_ray.config.jobs import Job
 from rlhf_ray.config.placement import RolloutPlacement
-from rlhf_ray.config.roles import RoleSpec, needs_by_phase
-from rlhf_ray.config.rollout import RolloutEngine
-from rlhf_ray.config.training import ScoringEngine, TrainingEngine
+from rlhf_ray.config.roles import ModelSource, RoleSpec, StepShape, needs_by_phase
+from rlhf_ray.config.training import ScoringEngine
 from rlhf_ray.models.config_json import read_shape
-from rlhf_ray.models.shapes import ModelShape, ShapeError, can_share_heads
+from rlhf_ray.models.shapes import ShapeError, can_share_heads
 from rlhf_ray.planner.footprint import StepPhase
 from rlhf_ray.planner.work import Lengths, Sequences
-from rlhf_ray.planner.workload import ModelRole, RolloutRole, ScoredRole, StepBatch, TrainedRole, Workload
+from rlhf_ray.planner.workload import ModelRole, RolloutRole, ScoredRole, TrainedRole, Workload
 
 
 def workload_of(job: Job) -> Workload:
@@ -21,21 +20,11 @@ def workload_of(job: Job) -> Workload:
         ShapeError: when the shape of one of its models can't be read.
     """
     step = job.step_shape
-    batch = StepBatch(
-        samples=step.samples,
-        longest=step.longest,
-        learnt=step.learnt,
-        optimizer_steps=step.optimizer_steps,
-        epochs=step.epochs,
-        shard=step.shard,
-        samples_per_prompt=step.samples_per_prompt,
-    )
-    roles = [_role(role, batch) for role in job.roles if _takes_part(role)]
     generates = any(role.kind == "engine" for role in job.roles)
     sample_bytes = _trajectory_bytes(step.prompt, step.response) if generates else 4 * step.longest
     return Workload(
         job,
-        tuple(roles),
+        tuple(_role(role, role.model, step) for role in job.roles if role.model is not None and _takes_part(role)),
         phases=_phases(job),
         updated=tuple(role.placed_as for role in reversed(job.roles) if role.trained),
         text_workers=sum(role.ranks for role in job.roles if role.kind == "texts"),
@@ -44,76 +33,36 @@ def workload_of(job: Job) -> Workload:
 
 
 def _takes_part(role: RoleSpec) -> bool:
-    """A reference whose log-probs are kept on disk does not; scorers of texts are counted apart."""
-    return role.model is not None and (role.trained or role.kind == "engine" or role.score_passes > 0)
+    """A reference whose log-probs are kept on disk does not."""
+    return role.trained or role.kind == "engine" or role.score_passes > 0
 
 
 def _phases(job: Job) -> tuple[StepPhase, ...]:
     """Those of the step itself that somebody works in. What a trained role alone does before its update takes less than
     that."""
     needs, trained = needs_by_phase(job.roles), {role.placed_as for role in job.roles if role.trained}
-    known: tuple[StepPhase, ...] = get_args(StepPhase)
-    there = {phase.name for phase in job.phases}
+    known: dict[str, StepPhase] = {name: name for name in get_args(StepPhase)}
     return tuple(
-        phase for phase in known if phase in there and (phase == "update" or not needs.get(phase, {}).keys() <= trained)
+        known[phase.name]
+        for phase in job.phases
+        if phase.name in known and (phase.name == "update" or not needs.get(phase.name, {}).keys() <= trained)
     )
 
 
-def _role(role: RoleSpec, batch: StepBatch) -> ModelRole:
-    assert role.model is not None
-    shape = read_shape(role.model.path).with_head("scalar" if role.kind == "scalar" else "vocabulary")
+def _role(role: RoleSpec, model: ModelSource, step: StepShape) -> ModelRole:
+    shape = read_shape(model.path).with_head("scalar" if role.kind == "scalar" else "vocabulary")
     if isinstance(role.placement, RolloutPlacement):
-        assert isinstance(role.engine, RolloutEngine)
-        _check_heads(shape, role.placement.tensor_parallel, f"placement.{role.placed_as}.tensor_parallel")
-        return RolloutRole(
-            name=role.name,
-            placement_key=role.placed_as,
-            key=role.section,
-            shape=shape,
-            dtype=role.engine.dtype,
-            engine=role.engine,
-            placement=role.placement,
-            batch=batch,
-            sync_bytes=role.sync_bytes,
-            adapter_rank=role.adapter_rank,
-        )
-    assert role.placement is not None
+        workers = role.placement.tensor_parallel
+        if not can_share_heads(shape, workers):
+            raise ShapeError(
+                f"placement.{role.placed_as}.tensor_parallel",
+                f"{workers} can't share the {shape.heads} attention heads and {shape.kv_heads} key/value heads of "
+                f"{shape.model!r} evenly",
+            )
+        return RolloutRole(**vars(role), shape=shape, step=step)
     if isinstance(role.engine, ScoringEngine):
-        return ScoredRole(
-            name=role.name,
-            placement_key=role.placed_as,
-            key=role.section,
-            shape=shape,
-            engine=role.engine,
-            placement=role.placement,
-            ranks=role.ranks,
-            batch=batch,
-            score_passes=role.score_passes,
-        )
-    assert isinstance(role.engine, TrainingEngine)
-    return TrainedRole(
-        name=role.name,
-        placement_key=role.placed_as,
-        key=role.section,
-        shape=shape,
-        engine=role.engine,
-        lora=role.lora,
-        placement=role.placement,
-        ranks=role.ranks,
-        batch=batch,
-        entropy=role.entropy,
-        score_passes=role.score_passes,
-        sync_bytes=role.sync_bytes,
-    )
-
-
-def _check_heads(shape: ModelShape, ranks: int, key: str) -> None:
-    if not can_share_heads(shape, ranks):
-        raise ShapeError(
-            key,
-            f"{ranks} can't share the {shape.heads} attention heads and {shape.kv_heads} key/value heads of "
-            f"{shape.model!r} evenly",
-        )
+        return ScoredRole(**vars(role), shape=shape, step=step)
+    return TrainedRole(**vars(role), shape=shape, step=step)
 
 
 def _trajectory_bytes(prompt: int, response: int) -> int:

@@ -163,8 +163,8 @@ def calibration_of(found: Measurements) -> Calibration:
             memory_gb_s=found.memory / cores / GB,
             link_gb_s=None if link is None else link / GB,
         ),
-        "scoring": _scoring(found),
-        "training": _training(found),
+        "scoring": _pass(found, training=False),
+        "training": _pass(found, training=True),
         "optimizer": _optimizer(found),
         "generation": _generation(found, assumed),
         "ray": found.ray,
@@ -186,20 +186,14 @@ def calibration_of(found: Measurements) -> Calibration:
     )
 
 
-def _scoring(found: Measurements) -> Pass:
-    ideal = [_ideal(found, point, training=False) for point in found.passes]
-    return Pass(**fit_factors(ideal, [point.scoring for point in found.passes]))
-
-
-def _training(found: Measurements) -> Pass:
-    ideal = [_ideal(found, point, training=True) for point in found.passes]
-    return Pass(**fit_factors(ideal, [point.training for point in found.passes]))
-
-
-def _ideal(found: Measurements, point: PassSeconds, *, training: bool) -> dict[str, float]:
-    shape, dtype = point.shape, found.dtype
-    work = training_work(shape, point.sequences, shape.parameters) if training else scoring_work(shape, point.sequences)
-    return ideal_times(work, found.rates, dtype, passes=1, layers=shape.layers)
+def _pass(found: Measurements, *, training: bool) -> Pass:
+    ideal, seconds = [], []
+    for point in found.passes:
+        shape, sequences = point.shape, point.sequences
+        work = training_work(shape, sequences, shape.parameters) if training else scoring_work(shape, sequences)
+        ideal.append(ideal_times(work, found.rates, found.dtype, passes=1, layers=shape.layers))
+        seconds.append(point.training if training else point.scoring)
+    return Pass(**fit_factors(ideal, seconds))
 
 
 def _optimizer(found: Measurements) -> OptimizerRates:

@@ -23,6 +23,7 @@ from rlhf_ray.planner.hardware import Hardware, Machine
 from rlhf_ray.planner.jobs import workload_of
 from rlhf_ray.planner.placement import RoleProcess, assign_processes
 from rlhf_ray.planner.role_memory import EnginePlan, engine_plan, scored_items, trained_items
+from rlhf_ray.planner.work import BYTES
 from rlhf_ray.planner.workload import ModelRole, RolloutRole, ScoredRole, TrainedRole, Workload
 
 HOST_SHARE = 0.95
@@ -163,8 +164,8 @@ class MemoryPlan:
         rollout = self.workload.rollout
         if rollout is not None and self.engine is not None and not self.engine.starts:
             found.append(
-                f"rollout: the KV cache of an engine has no room for one sequence of rollout.engine.max_model_len "
-                f"({rollout.engine.max_model_len}) tokens, so vLLM won't start"
+                f"{rollout.name}: the KV cache of an engine has no room for one sequence of "
+                f"{rollout.section}.engine.max_model_len ({rollout.engine.max_model_len}) tokens, so vLLM won't start"
             )
         if self.store_needed > self.store:
             found.append(
@@ -251,7 +252,7 @@ class _Building:
                 continue
             used = tuple(total(self._in_stage(role, footprint, location, stage)) for stage in self._stages)
             # Allocators keep what they once had, unless the process leaves its device.
-            leaves = location == "device" and role.placement_key in self._stages[-1].levels
+            leaves = location == "device" and role.placed_as in self._stages[-1].levels
             peak = tuple(footprint.peak(location))
             found[location] = MemoryUse(role.name, 0, used if leaves else (total(peak),) * len(used), used, peak)
         return found
@@ -293,23 +294,23 @@ class _Building:
         yield always("CUDA", amount("context_mib"), Level.OUT)
         if isinstance(role, RolloutRole) and not role.engine.enforce_eager:
             yield always("CUDA graphs", amount("graphs_mib"), Level.OUT)
-        yield during("weights on their way to the device", self._loading(role), "load", location="host")
-
-    def _loading(self, role: ModelRole) -> int:
-        """A model is read into host memory before it goes to a device."""
-        return 0 if isinstance(role, RolloutRole) else role.loaded_bytes
+        if not isinstance(role, RolloutRole):  # engines read theirs to the device
+            size = BYTES[role.engine.dtype] * role.shape.parameters
+            size //= role.ranks if role.engine.zero_stage == 3 else 1
+            yield during("weights on their way to the device", size, "load", location="host")
 
     def _copies(self, role: ModelRole, items: Sequence[MemoryItem]) -> Iterator[MemoryItem]:
-        """What roles that leave their device keep in host memory, in buffers that stay; engines drop their weights."""
-        if role.placement_key not in self._stages[-1].levels or isinstance(role, RolloutRole):
+        """What roles that leave their device keep in host memory, in buffers that stay."""
+        if role.placed_as not in self._stages[-1].levels or not role.keeps_weights:
             return
+        most = Level.WEIGHTS if isinstance(role, RolloutRole) else Level.FULL  # engines forget their KV cache
         for item in items:
-            if item.location == "device" and item.moments is None and item.level > Level.OUT:
+            if item.location == "device" and item.moments is None and Level.OUT < item.level <= most:
                 yield always(item.name, item.size, Level.OUT, "host")
 
     def _in_stage(self, role: ModelRole, footprint: Footprint, location: Location, stage: Stage) -> list[MemoryItem]:
-        level = stage.levels.get(role.placement_key, Level.FULL)
-        if role.placement_key not in stage.working:
+        level = stage.levels.get(role.placed_as, Level.FULL)
+        if role.placed_as not in stage.working:
             return footprint.idle(location, level)
         return [item for item in footprint.peak(location, stage.phase) if item.moments or item.level <= level]
 

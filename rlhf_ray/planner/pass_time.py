@@ -10,12 +10,12 @@ from rlhf_ray.planner.devices import DEVICES, GB
 from rlhf_ray.planner.hardware import Machine
 from rlhf_ray.planner.work import (
     BYTES,
+    REDUCE_BUCKET,
     Sequences,
     Work,
     adapter_parameters,
     gathered_tensors,
     layers_work,
-    parameters,
     scoring_work,
     training_work,
 )
@@ -24,7 +24,6 @@ from rlhf_ray.planner.work import (
 # bfloat16 the weight itself.
 STEP_TRAFFIC = {"bfloat16": 50, "float32": 40}
 STATE_BYTES = 12  # of a weight: float32 master, two moments
-_BUCKET_ELEMENTS = 500_000_000  # of DeepSpeed's reductions in stages 1 and 2
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,6 @@ class ProcessGroup:
     Attributes:
         ranks: how many.
         nodes: that they sit on.
-        disk: bytes a second of its part of the node's local disk.
         link, network: bytes a second of a rank to one on its node, and from a node to others.
     """
 
@@ -158,12 +156,12 @@ class Ranks:
     @property
     def trained(self) -> int:
         """Weights that learn."""
-        return parameters(self.shape) if self.lora is None else adapter_parameters(self.shape, self.lora)
+        return self.shape.parameters if self.lora is None else adapter_parameters(self.shape, self.lora)
 
     @property
     def weight_bytes(self) -> float:
         """Of all weights."""
-        return parameters(self.shape) * BYTES[self.engine.dtype]
+        return self.shape.parameters * BYTES[self.engine.dtype]
 
     @property
     def held_bytes(self) -> float:
@@ -273,4 +271,4 @@ class Ranks:
 
     @property
     def _buckets(self) -> int:
-        return math.ceil(self.trained / _BUCKET_ELEMENTS)
+        return math.ceil(self.trained / REDUCE_BUCKET)

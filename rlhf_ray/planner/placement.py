@@ -1,7 +1,7 @@
 """On which nodes and devices the processes of a job run, how fast they are there, and what they share."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from rlhf_ray.cluster.assignment import Assignment, assign, requests_of
 from rlhf_ray.config.jobs import Job
@@ -14,25 +14,10 @@ from rlhf_ray.planner.workload import ModelRole, RolloutRole, ScoredRole, Traine
 
 
 @dataclass(frozen=True)
-class AssignedHardware:
-    """A cluster whose nodes have been assigned to the roles of a job.
-
-    Attributes:
-        assignment: node of each bundle of each role that has bundles of its own, ranks in order.
-        constants: of each kind of device in use.
-    """
-
-    hardware: Hardware
-    assignment: Assignment
-    constants: Mapping[Device, Calibration]
-
-
-@dataclass(frozen=True)
 class RoleDevices:
     """What the processes of one role run on.
 
     Attributes:
-        host: role whose bundles they are: another one where the role is colocated.
         rates: of its slowest rank or worker.
         group: its ranks, or the workers of one engine.
         constants: of the device.
@@ -40,37 +25,43 @@ class RoleDevices:
         needs: of each device or node that it may share with others, how much it uses.
     """
 
-    host: str
     rates: Rates
     group: ProcessGroup
     constants: Calibration
     nodes: frozenset[str]
-    needs: Mapping[str, float] = field(default_factory=dict)
+    needs: Mapping[str, float]
 
 
 class JobDevices:
-    """What all roles of a job run on.
+    """What all roles of a job run on, placed as a run would place them.
+
+    Args:
+        constants: of each kind of device in use.
 
     Attributes:
         of: by role.
         capacity: of each resource that roles need: 1 of devices, so that roles on them take turns; cores of nodes.
+
+    Raises:
+        PlacementError: when a role has no place.
     """
 
-    def __init__(self, config: Job, cluster: AssignedHardware) -> None:
-        self._config, self._cluster = config, cluster
+    def __init__(self, job: Job, hardware: Hardware, constants: Mapping[Device, Calibration]) -> None:
+        self._placements, self._hardware, self._constants = job.placements, hardware, constants
+        self._assignment = assign(requests_of(self._placements), hardware.nodes)
         self.capacity: dict[str, float] = {}
-        self.of = {role: self._role_devices(role) for role in config.placements}
+        self.of = {role: self._role_devices(role) for role in self._placements}
 
     def _role_devices(self, role: str) -> RoleDevices:
-        placement = self._config.placements[role]
+        placement = self._placements[role]
         host = placement.colocate or role
-        at = self._config.placements[host]
-        nodes = self._cluster.assignment[host]
-        machines = [self._cluster.hardware.machine(node) for node in nodes]
+        at = self._placements[host]
+        nodes = self._assignment[host]
+        machines = [self._hardware.machine(node) for node in nodes]
         if not at.gpus:
             machines = [_without_devices(machine) for machine in machines]
         threads = placement.threads or at.threads or max(1, int(at.cpus))
-        constants = self._cluster.constants["gpu" if at.gpus else "cpu"]
+        constants = self._constants["gpu" if at.gpus else "cpu"]
         rates = min((rates_of(machine, constants, threads) for machine in machines), key=lambda rates: rates.bfloat16)
         group = ProcessGroup(len(nodes), len({node.name for node in nodes}), rates.link, rates.network)
         processes = 1
@@ -78,7 +69,7 @@ class JobDevices:
             group = replace(group, ranks=placement.tensor_parallel, nodes=1)
             processes = placement.tensor_parallel if host == role else 1
         needs = self._on_devices(host) if at.gpus else self._on_cores(machines, threads * processes)
-        return RoleDevices(host, rates, group, constants, frozenset(node.name for node in nodes), needs)
+        return RoleDevices(rates, group, constants, frozenset(node.name for node in nodes), needs)
 
     def _on_devices(self, host: str) -> dict[str, float]:
         name = f"devices of {host}"
@@ -133,8 +124,8 @@ def assign_processes(workload: Workload, hardware: Hardware) -> list[RoleProcess
     devices = _devices(placements, assignment)
     processes = []
     for role in workload.roles:
-        own = placements[role.placement_key]
-        host = own.colocate or role.placement_key
+        own = placements[role.placed_as]
+        host = own.colocate or role.placed_as
         # A bundle of an engine of its own holds all its workers; a bundle of a role holds one process of each guest.
         slots = [
             (hardware.machine(node), device)

@@ -8,21 +8,21 @@ from dataclasses import dataclass
 from functools import cache
 
 from rlhf_ray.config.roles import Level
-from rlhf_ray.config.training import Lora
+from rlhf_ray.config.training import Lora, TrainingEngine
 from rlhf_ray.models.lora_sizes import adapted_layers, adapter_sizes, frozen_bytes
 from rlhf_ray.models.shapes import ModelShape
-from rlhf_ray.planner.activation_memory import FLOAT32, INT64, ITEMSIZE, PassShape
-from rlhf_ray.planner.footprint import OFFLOAD_LOCATIONS, Location, MemoryItem, Moment, always, during
+from rlhf_ray.planner.activation_memory import FLOAT32, INT64, PassShape, widest
+from rlhf_ray.planner.devices import GIB
+from rlhf_ray.planner.footprint import OFFLOAD_LOCATIONS, MemoryItem, Moment, always, during
+from rlhf_ray.planner.work import BYTES, PERSISTENT, REDUCE_BUCKET, cached_bytes
 from rlhf_ray.planner.workload import RolloutRole, ScoredRole, TrainedRole
 
 # DeepSpeed's defaults, in elements (runtime/zero/config.py), and what `engines/training.py` sets.
-REDUCE_BUCKET = 500_000_000
 LIVE_PARAMETERS = 1_000_000_000
 PREFETCH = 50_000_000
 SUB_GROUP = 1_000_000_000
 SWAP_GROUP = 50_000_000
 SWAP_BUFFERS = 5
-PERSISTENT = 10_000
 
 FLOAT64 = 8
 MOMENTS = 2 * FLOAT32
@@ -30,8 +30,6 @@ MOMENTS = 2 * FLOAT32
 SWAPPED = 4 * FLOAT32
 """Of one weight whose state is on a disk, while it is in host memory: gradient, master weight and moments."""
 
-
-GIB = 2**30
 SORTED_LOGIT = 4 * FLOAT32 + INT64
 """Of one logit while vLLM samples: itself, its log-prob, its place in order with top-p, its probability."""
 
@@ -69,28 +67,46 @@ def trained_items(role: TrainedRole, *, cpu: bool) -> list[MemoryItem]:
     return _Rank(role, cpu).items()
 
 
-def swapped_weights(largest: int, ranks: int, location: Location) -> list[MemoryItem]:
-    """Buffers in host memory of weights that are on a disk; each holds any rank's part of any of them."""
-    size = SWAP_BUFFERS * -(-largest // ranks)
-    return [always("offload buffers", size, location="host")] if location == "disk" else []
+def scored_items(role: ScoredRole, *, cpu: bool) -> list[MemoryItem]:
+    """What one rank holds, without the process itself."""
+    return [*_weights(role, cpu, "score"), _scoring(role, cpu)]
 
 
-def gathered_elements(weights: int, largest: int, ranks: int, location: Location, *, cpu: bool) -> int:
-    """Elements of sharded weights that are whole on a device at a time; DeepSpeed keeps what it soon needs again."""
-    if ranks == 1 and (location == "device" or cpu):
-        return 0
-    kept = largest if location == "disk" else LIVE_PARAMETERS
-    return min(weights, kept + PREFETCH)
+def _weights(role: TrainedRole | ScoredRole, cpu: bool, *passes: Moment) -> list[MemoryItem]:
+    """Weights, which ZeRO-3 brings together in passes."""
+    sizes, item = TrainedSizes.of(role.shape, role.lora), BYTES[role.engine.dtype]
+    size = frozen_bytes(role.shape, role.lora, item) + item * sizes.trained
+    if role.engine.zero_stage < 3:
+        return [always("weights", size, Level.WEIGHTS)]
+    location = OFFLOAD_LOCATIONS[role.engine.offload_parameters]
+    # What is sharded or elsewhere; DeepSpeed keeps what it soon needs again, of weights on a disk the largest.
+    whole = item * sizes.persistent if role.ranks > 1 or location != "device" else 0
+    kept = sizes.largest if location == "disk" else LIVE_PARAMETERS
+    gathered = 0 if role.ranks == 1 and (location == "device" or cpu) else min(sizes.all, kept + PREFETCH)
+    # In host memory, each of the buffers of a disk holds any rank's part of any weight.
+    swapped = SWAP_BUFFERS * -(-item * sizes.largest // role.ranks) if location == "disk" else 0
+    return [
+        always("weights", size / role.ranks, Level.WEIGHTS, location),
+        always("weights kept whole", whole, Level.WEIGHTS),
+        always("offload buffers", swapped, location="host"),
+        during("gathered weights", item * gathered, *passes),
+    ]
 
 
-def pass_shape(role: TrainedRole, *, cpu: bool) -> PassShape:
+def _scoring(role: TrainedRole | ScoredRole, cpu: bool) -> MemoryItem:
+    """A forward pass over the largest micro-batch of a shard."""
+    how, pack = pass_shape(role, cpu=cpu), role.score_pack
+    return during("logits and states", how.forward_bytes(pack.tokens) + how.head_bytes(pack, backward=False), "score")
+
+
+def pass_shape(role: TrainedRole | ScoredRole, *, cpu: bool) -> PassShape:
     """How its model computes."""
     engine = role.engine
     return PassShape(
         shape=role.shape,
         dtype=engine.dtype,
         cpu=cpu,
-        checkpointing=engine.activation_checkpointing,
+        checkpointing=isinstance(engine, TrainingEngine) and engine.activation_checkpointing,
         vocab_chunk_tokens=engine.vocab_chunk_tokens,
         entropy=role.entropy,
         sequence_parallel=engine.sequence_parallel,
@@ -103,29 +119,14 @@ class _Rank:
     def __init__(self, role: TrainedRole, cpu: bool) -> None:
         self.role, self.engine, self.cpu = role, role.engine, cpu
         self.stage, self.ranks = role.engine.zero_stage, role.ranks
-        self.item = ITEMSIZE[role.engine.dtype]
+        self.item = BYTES[role.engine.dtype]
         self.sizes = TrainedSizes.of(role.shape, role.lora)
         self.owned = -(-self.sizes.trained // (self.ranks if self.stage else 1))
         self.states = OFFLOAD_LOCATIONS[role.engine.offload_optimizer]
 
     def items(self) -> list[MemoryItem]:
-        return [*self._weights(), *self._optimizer(), *self._gradients(), *self._step(), *self._passes()]
-
-    def _weights(self) -> list[MemoryItem]:
-        size = frozen_bytes(self.role.shape, self.role.lora, self.item) + self.item * self.sizes.trained
-        if self.role.lora is None:
-            size = self.item * self.sizes.all
-        if self.stage < 3:
-            return [always("weights", size, Level.WEIGHTS)]
-        location = OFFLOAD_LOCATIONS[self.engine.offload_parameters]
-        whole = self.item * self.sizes.persistent
-        gathered = gathered_elements(self.sizes.all, self.sizes.largest, self.ranks, location, cpu=self.cpu) * self.item
-        return [
-            always("weights", size / self.ranks, Level.WEIGHTS, location),
-            always("weights kept whole", whole if self.ranks > 1 or location != "device" else 0, Level.WEIGHTS),
-            *swapped_weights(self.item * self.sizes.largest, self.ranks, location),
-            during("gathered weights", gathered, "score", "backward", "reduce"),
-        ]
+        weights = _weights(self.role, self.cpu, "score", "backward", "reduce")
+        return [*weights, *self._optimizer(), *self._gradients(), *self._step(), *self._passes()]
 
     def _optimizer(self) -> list[MemoryItem]:
         # Stage 0 in float32 trains the weights themselves; all others keep a float32 copy beside them.
@@ -152,8 +153,7 @@ class _Rank:
 
     def _gradients(self) -> list[MemoryItem]:
         role, item, trained = self.role, self.item, self.sizes.trained
-        micro_batches = role.batch.micro_batches(self.engine, self.ranks)
-        accumulates = micro_batches > 1
+        accumulates = role.micro_batches > 1
         bucket = min(REDUCE_BUCKET, trained)
         buckets = bucket if self.cpu or self.ranks == 1 else 2 * bucket  # one is reduced while the other is filled
         flattened = min(max(REDUCE_BUCKET, self.sizes.largest), trained)
@@ -202,7 +202,7 @@ class _Rank:
 
     def _passes(self) -> list[MemoryItem]:
         role, how = self.role, pass_shape(self.role, cpu=self.cpu)
-        pack = role.batch.train_pack(self.engine, self.ranks)
+        pack = role.train_pack
         head, working = how.head_bytes(pack, backward=True), how.working_bytes(pack.tokens)
         head_gradient = self.item * role.shape.head_parameters if role.lora is None else 0
         items = [
@@ -211,9 +211,7 @@ class _Rank:
             during("gradients", head_gradient if role.shape.head == "vocabulary" else 0, "backward"),
         ]
         if role.score_passes:
-            scored = role.batch.score_pack(self.engine, self.ranks)
-            passing = how.forward_bytes(scored.tokens) + how.head_bytes(scored, backward=False)
-            items.append(during("logits and states", passing, "score"))
+            items.append(_scoring(role, self.cpu))
         if role.sync_bytes:
             items.append(during("sync bucket", self._sync_bytes(), "sync"))
         return items
@@ -226,36 +224,6 @@ class _Rank:
             buckets = 1 if self.cpu else 2
             return buckets * sync_bucket(self.role.sync_bytes, self.role.shape, self.item)
         return 2 * FLOAT32 * largest if self.role.lora is not None else 0
-
-
-def scored_items(role: ScoredRole, *, cpu: bool) -> list[MemoryItem]:
-    """What one rank holds, without the process itself."""
-    engine, shape = role.engine, role.shape
-    item = ITEMSIZE[engine.dtype]
-    weights = item * shape.parameters
-    how = PassShape(
-        shape,
-        engine.dtype,
-        cpu,
-        vocab_chunk_tokens=engine.vocab_chunk_tokens,
-        sequence_parallel=engine.sequence_parallel,
-    )
-    pack = role.batch.score_pack(engine, role.ranks)
-    passing = how.forward_bytes(pack.tokens) + how.head_bytes(pack, backward=False)
-    items = [during("logits and states", passing, "score")]
-    if engine.zero_stage == 0:
-        return [always("weights", weights, Level.WEIGHTS), *items]
-    location = OFFLOAD_LOCATIONS[engine.offload_parameters]
-    largest = max(tensor.size for tensor in shape.tensors())
-    gathered = gathered_elements(shape.parameters, largest, role.ranks, location, cpu=cpu) * item
-    whole = sum(tensor.size * tensor.count for tensor in shape.tensors() if tensor.size <= PERSISTENT) * item
-    return [
-        always("weights", weights / role.ranks, Level.WEIGHTS, location),
-        always("weights kept whole", whole if role.ranks > 1 or location != "device" else 0, Level.WEIGHTS),
-        *swapped_weights(item * largest, role.ranks, location),
-        during("gathered weights", gathered, "score"),
-        *items,
-    ]
 
 
 @dataclass(frozen=True)
@@ -282,14 +250,6 @@ class EnginePlan:
         return self.cached_tokens > 0
 
 
-def token_bytes(role: RolloutRole) -> int:
-    """Keys and values of one token in one worker. Workers share the heads; with more workers than there are of keys
-    and values, several hold the same."""
-    shape = role.shape
-    heads = max(1, shape.kv_heads // role.placement.tensor_parallel)
-    return 2 * shape.layers * heads * shape.head_dim * ITEMSIZE[role.dtype]
-
-
 def engine_plan(role: RolloutRole, device_memory: int, *, cpu: bool) -> EnginePlan:
     """What one worker of an engine holds.
 
@@ -297,18 +257,18 @@ def engine_plan(role: RolloutRole, device_memory: int, *, cpu: bool) -> EnginePl
         device_memory: of one device; on the CPU of the node.
     """
     shape, engine, workers = role.shape, role.engine, role.placement.tensor_parallel
-    item = ITEMSIZE[role.dtype]
+    item = BYTES[role.engine.dtype]
     weights = item * shape.parameters // workers
     adapters = (
         item * role.adapter_rank * sum(sum(tensor.shape) * tensor.count for tensor in shape.tensors() if tensor.linear)
     )
     passing = _pass_bytes(role)
-    each = token_bytes(role)
+    each = cached_bytes(shape, engine.dtype, workers)
     allotted = None if cpu else int(engine.gpu_memory_utilization * device_memory)
     cache = engine.cpu_kv_cache_gib * GIB if allotted is None else allotted - weights - adapters - passing
     tokens = max(0, cache) // each
     longest = engine.max_model_len
-    wanted = min(engine.max_num_seqs, -(-role.batch.samples // role.placement.engines)) * role.batch.longest
+    wanted = min(engine.max_num_seqs, -(-role.step.samples // role.placement.engines)) * role.step.longest
     items = (
         always("weights", weights, Level.WEIGHTS),
         always("adapters", adapters, Level.WEIGHTS),
@@ -329,13 +289,9 @@ def engine_plan(role: RolloutRole, device_memory: int, *, cpu: bool) -> EnginePl
 def _pass_bytes(role: RolloutRole) -> int:
     """One step of the engine with as many tokens as it may have, and the sampling of as many sequences."""
     shape, engine, workers = role.shape, role.engine, role.placement.tensor_parallel
-    item = ITEMSIZE[role.dtype]
-    experts = shape.experts
-    inner = shape.intermediate if shape.dense_layers else 0
-    if experts is not None:
-        inner = max(inner, experts.intermediate * experts.per_token + experts.shared_intermediate)
+    item = BYTES[role.engine.dtype]
     tokens = max(engine.max_num_batched_tokens, engine.max_model_len)
-    states = item * (3 * shape.hidden + 3 * -(-inner // workers)) * tokens
+    states = item * (3 * shape.hidden + 3 * -(-widest(shape) // workers)) * tokens
     return states + SORTED_LOGIT * shape.vocab * min(engine.max_num_seqs, tokens)
 
 

@@ -1,7 +1,7 @@
 """What a model must compute for some sequences: operations and bytes, whatever the machine."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Self
 
@@ -11,7 +11,10 @@ from rlhf_ray.models.shapes import ModelShape
 
 BYTES: dict[Dtype, int] = {"bfloat16": 2, "float32": 4}
 _GOLDEN = (math.sqrt(5) - 1) / 2  # multiples of it, modulo 1, are spread evenly
-_SHARDED_FROM = 10_000  # elements of a weight
+# DeepSpeed's defaults, in elements (runtime/zero/config.py): weights that stage 3 keeps whole, and gradients that are
+# reduced together.
+PERSISTENT = 10_000
+REDUCE_BUCKET = 500_000_000
 
 # Tensors that are read or written for each token in a layer, counted in transformers' Llama; factors of a calibration
 # are relative to these, so that only their proportions matter.
@@ -99,26 +102,11 @@ class Work:
     logits: float
     weights: float
 
-    def __add__(self, other: "Work") -> "Work":
-        return Work(
-            self.products + other.products,
-            self.attention + other.attention,
-            self.elementwise + other.elementwise,
-            self.logits + other.logits,
-            self.weights + other.weights,
-        )
-
-
-@cache
-def parameters(shape: ModelShape) -> int:
-    """All weights."""
-    return shape.parameters
-
 
 @cache
 def gathered_tensors(shape: ModelShape) -> int:
-    """Weights that ZeRO-3 shards: DeepSpeed keeps small ones whole (`stage3_param_persistence_threshold`)."""
-    return sum(tensor.count for tensor in shape.tensors() if tensor.size > _SHARDED_FROM)
+    """Weights that ZeRO-3 shards: all but the small ones."""
+    return sum(tensor.count for tensor in shape.tensors() if tensor.size > PERSISTENT)
 
 
 @cache
@@ -130,12 +118,12 @@ def layer_parameters(shape: ModelShape) -> int:
 
 def scoring_work(shape: ModelShape, sequences: Sequences) -> Work:
     """A forward pass with the head at the scored tokens."""
-    return layers_work(shape, sequences) + Work(
-        products=_head_products(shape, sequences),
-        attention=0,
-        elementwise=0,
+    layers = layers_work(shape, sequences)
+    return replace(
+        layers,
+        products=layers.products + _head_products(shape, sequences),
         logits=_logit_bytes(shape, sequences),
-        weights=shape.head_parameters,
+        weights=layers.weights + shape.head_parameters,
     )
 
 
@@ -143,14 +131,14 @@ def training_work(shape: ModelShape, sequences: Sequences, trained: int) -> Work
     """A forward and a backward pass: gradients of states, and of weights unless these are frozen beside adapters. The
     vocabulary head makes its logits twice."""
     layers, head = layers_work(shape, sequences), _head_products(shape, sequences)
-    times = 3 if trained >= parameters(shape) else 2
+    times = 3 if trained >= shape.parameters else 2
     again = head if shape.head == "vocabulary" else 0
     return Work(
         products=times * (layers.products + head) + again,
         attention=3 * layers.attention,
         elementwise=3 * layers.elementwise,
         logits=2 * _logit_bytes(shape, sequences),
-        weights=2 * parameters(shape) + trained,
+        weights=2 * shape.parameters + trained,
     )
 
 
@@ -169,7 +157,7 @@ def layers_work(shape: ModelShape, sequences: Sequences) -> Work:
         attention=4 * queries * shape.layers * sequences.pairs,
         elementwise=moved * shape.layers * sequences.tokens,
         logits=0,
-        weights=parameters(shape) - shape.embedding_parameters,
+        weights=shape.parameters - shape.embedding_parameters,
     )
 
 
@@ -179,9 +167,10 @@ def adapter_parameters(shape: ModelShape, lora: Lora) -> int:
     return sum(adapter_sizes(shape, lora))
 
 
-def cached_bytes(shape: ModelShape, dtype: Dtype) -> int:
-    """Keys and values of one token in all layers."""
-    return 2 * shape.layers * shape.kv_heads * shape.head_dim * BYTES[dtype]
+def cached_bytes(shape: ModelShape, dtype: Dtype, workers: int) -> int:
+    """Keys and values of one token in all layers, in one of so many workers. They share the heads; with more workers
+    than there are of keys and values, several hold the same."""
+    return 2 * shape.layers * max(1, shape.kv_heads // workers) * shape.head_dim * BYTES[dtype]
 
 
 def touched_parameters(shape: ModelShape, tokens: float) -> float:

@@ -13,7 +13,8 @@ from rlhf_ray.planner.footprint import total
 from rlhf_ray.planner.hardware import Hardware, load_hardware
 from rlhf_ray.planner.jobs import workload_of
 from rlhf_ray.planner.memory import MemoryPlan, MemoryPool, plan_memory, stages
-from rlhf_ray.planner.role_memory import token_bytes, trained_items
+from rlhf_ray.planner.role_memory import trained_items
+from rlhf_ray.planner.work import cached_bytes
 from rlhf_ray.planner.workload import RolloutRole, ScoredRole, TrainedRole
 
 MakeJob = Callable[..., Any]
@@ -148,7 +149,7 @@ def test_checkpointing_keeps_one_state_for_each_layer(make_job: MakeJob) -> None
 def test_the_kv_cache_gets_what_the_share_of_the_device_leaves(make_job: MakeJob) -> None:
     job = make_job("ppo")
     [role] = [role for role in workload_of(job).roles if isinstance(role, RolloutRole)]
-    assert token_bytes(role) == 2 * 32 * 8 * 128 * 2
+    assert cached_bytes(role.shape, role.engine.dtype, role.placement.tensor_parallel) == 2 * 32 * 8 * 128 * 2
     plan = plan_of(job)
     rollout = device(plan, 4).uses[0]
     parts = {item.name: item.size for item in rollout.items}
@@ -162,7 +163,7 @@ def test_the_kv_cache_gets_what_the_share_of_the_device_leaves(make_job: MakeJob
 def test_tensor_parallel_divides_weights_and_cache(make_job: MakeJob) -> None:
     job = make_job("ppo", "placement.rollout.tensor_parallel=4", "placement.rollout.engines=1")
     [role] = [role for role in workload_of(job).roles if isinstance(role, RolloutRole)]
-    assert token_bytes(role) == 2 * 32 * 2 * 128 * 2
+    assert cached_bytes(role.shape, role.engine.dtype, role.placement.tensor_parallel) == 2 * 32 * 2 * 128 * 2
     rollout = device(plan_of(job), 4).uses[0]
     assert {item.name: item.size for item in rollout.items}["weights"] == 2 * LLAMA_8B // 4
 
@@ -349,6 +350,18 @@ def test_a_reference_on_the_policys_devices_leaves_before_the_update(make_job: M
         ("score", Level.WEIGHTS),
         ("update", Level.OUT),
     ]
+
+
+def test_engines_that_get_adapters_keep_their_weights_in_host_memory(make_job: MakeJob) -> None:
+    def copied(sync: str) -> int:
+        together = "placement={offload_idle: true, policy: {ranks: 8, gpus: 1}, critic: {colocate: policy}, "
+        together += "reward: {colocate: policy}, rollout: {engines: 8, colocate: policy}}"
+        plan = plan_of(make_job("ppo", "policy.lora.rank=8", f"rollout.lora_sync={sync}", together))
+        items = next(use.items for use in host(plan).uses if use.role == "rollout")
+        return total(item for item in items if item.name in ("weights", "KV cache", "pass"))
+
+    assert copied("merged") == 0
+    assert copied("adapters") == 2 * LLAMA_8B
 
 
 def test_a_job_with_one_role_only_updates(make_job: MakeJob) -> None:

@@ -10,15 +10,15 @@ import pytest
 import yaml
 
 from on_bfloat16 import on_bfloat16
-from rlhf_ray.cluster.assignment import PlacementError, assign, requests_of
+from rlhf_ray.cluster.assignment import PlacementError
 from rlhf_ray.config.jobs import Job
 from rlhf_ray.config.loading import ConfigError, apply_override, parse_config
-from rlhf_ray.planner.calibration import ProcessMemory, defaults
+from rlhf_ray.planner.calibration import Calibration, Device, ProcessMemory, defaults
 from rlhf_ray.planner.candidates import Setting, layouts, settings
 from rlhf_ray.planner.hardware import Hardware, load_hardware
 from rlhf_ray.planner.jobs import workload_of
 from rlhf_ray.planner.memory import plan_memory
-from rlhf_ray.planner.placement import AssignedHardware
+from rlhf_ray.planner.placement import JobDevices
 from rlhf_ray.planner.search import Proposal, best_placements
 from rlhf_ray.planner.step_time import step_time
 from rlhf_ray.planner.work import Lengths
@@ -34,7 +34,7 @@ SMALL = {
     "tie_word_embeddings": True,
 }
 LENGTHS = Lengths(prompt=256, response=384, longest=512)
-CONSTANTS = {"cpu": defaults("cpu"), "gpu": defaults("gpu")}
+CONSTANTS: dict[Device, Calibration] = {"cpu": defaults("cpu"), "gpu": defaults("gpu")}
 
 
 def ppo(folder: Path, **sections: Any) -> Job:
@@ -67,7 +67,7 @@ def cluster(folder: Path, devices: int, memory_gib: float) -> Hardware:
 
 
 def search(job: Job, hardware: Hardware, most: int = 5) -> list[Proposal]:
-    return best_placements(job, hardware, CONSTANTS, ProcessMemory(), LENGTHS, most)  # type: ignore[arg-type]
+    return best_placements(job, hardware, CONSTANTS, LENGTHS, most)
 
 
 def everything(job: Job, hardware: Hardware) -> list[float]:
@@ -80,12 +80,8 @@ def everything(job: Job, hardware: Hardware) -> list[float]:
             list(
                 settings(
                     ranks=count,
-                    scores=any(
-                        role.placement_key in ("reference", "reward") for role in roles if role.placement_key in group
-                    ),
-                    learns=any(
-                        role.placement_key in ("policy", "critic") for role in roles if role.placement_key in group
-                    ),
+                    scores=any(role.placed_as in ("reference", "reward") for role in roles if role.placed_as in group),
+                    learns=any(role.placed_as in ("policy", "critic") for role in roles if role.placed_as in group),
                     leaves=layout.offload_idle,
                     on_devices=True,
                 )
@@ -98,9 +94,9 @@ def everything(job: Job, hardware: Hardware) -> list[float]:
                 apply_override(changed, f"{key}={json.dumps(value)}")
             for group, setting in zip(layout.groups, chosen, strict=True):
                 for role in roles:
-                    if role.placement_key in group:
+                    if role.placed_as in group:
                         for key, value in setting.keys_of(role).items():
-                            apply_override(changed, f"{role.key}.engine.{key}={json.dumps(value)}")
+                            apply_override(changed, f"{role.section}.engine.{key}={json.dumps(value)}")
             seconds = timed(changed, hardware)
             if seconds is not None:
                 found.append(seconds)
@@ -110,15 +106,14 @@ def everything(job: Job, hardware: Hardware) -> list[float]:
 def timed(raw: dict[str, Any], hardware: Hardware) -> float | None:
     try:
         job = on_bfloat16(parse_config(raw))
-        nodes = assign(requests_of(job.placements), hardware.nodes)
+        devices = JobDevices(job, hardware, CONSTANTS)
     except (ConfigError, PlacementError):
         return None
     plan = plan_memory(job, hardware, ProcessMemory())
     if not plan.fits:
         return None
     assert plan.engine is not None
-    at = AssignedHardware(hardware, nodes, CONSTANTS)  # type: ignore[arg-type]
-    return step_time(workload_of(job), at, LENGTHS, plan.engine.cached_tokens).seconds
+    return step_time(workload_of(job), devices, LENGTHS, plan.engine.cached_tokens).seconds
 
 
 @pytest.mark.parametrize(("devices", "memory_gib"), [(3, 60.0), (4, 30.0)])
@@ -215,6 +210,17 @@ def test_every_layout_has_all_roles_and_no_more_devices_than_there_are(tmp_path:
         assert sum(layout.devices) <= 16
         assert set(layout.sections) == {"policy", "critic", "reference", "reward", "rollout"}
         assert layout.tensor_parallel in (1, 2, 4, 8)
+
+
+def test_without_a_critic_reward_models_sit_with_the_policy(tmp_path: Path) -> None:
+    job = ppo(
+        tmp_path,
+        algorithm={"advantage": "rloo"},
+        data={"prompts": "prompts.jsonl", "prompts_per_step": 64, "samples_per_prompt": 4},
+        placement={"policy": {"gpus": 1}, "reward": {"gpus": 1}, "rollout": {"gpus": 1}},
+    )
+    for layout in layouts(job, load_hardware("8xh100"), heads=32):
+        assert set(layout.sections) == {"policy", "reference", "reward", "rollout"}
 
 
 def test_a_setting_that_takes_more_is_known_to(tmp_path: Path) -> None:

@@ -7,13 +7,12 @@ from typing import Any
 import pytest
 
 from on_bfloat16 import on_bfloat16
-from rlhf_ray.cluster.assignment import assign, requests_of
+from rlhf_ray.config.jobs import PPOJob
 from rlhf_ray.config.loading import parse_config
-from rlhf_ray.planner.calibration import defaults
+from rlhf_ray.config.roles import PhaseSpec
+from rlhf_ray.planner.calibration import Calibration, Device, defaults
 from rlhf_ray.planner.hardware import load_hardware
-from rlhf_ray.planner.jobs import workload_of
-from rlhf_ray.planner.placement import AssignedHardware
-from rlhf_ray.planner.step_time import StepTime, step_time
+from rlhf_ray.planner.step_time import StepTime, predict
 from rlhf_ray.planner.work import Lengths
 
 LLAMA_3_8B = {
@@ -32,6 +31,7 @@ LLAMA_3_70B = {
     "num_attention_heads": 64,
     "num_hidden_layers": 80,
 }
+CONSTANTS: dict[Device, Calibration] = {"cpu": defaults("cpu"), "gpu": defaults("gpu")}
 LENGTHS = Lengths(prompt=256, response=512, longest=1024)
 ENGINE = {"zero_stage": 3, "micro_batch_tokens": 16384, "activation_checkpointing": True}
 
@@ -73,11 +73,7 @@ class Planned:
         return self.of({**raw, **sections})
 
     def of(self, raw: dict[str, Any]) -> StepTime:
-        job = on_bfloat16(parse_config(raw))
-        requests = requests_of(job.placements)
-        constants = {"cpu": defaults("cpu"), "gpu": defaults("gpu")}
-        cluster = AssignedHardware(self.hardware, assign(requests, self.hardware.nodes), constants)  # type: ignore[arg-type]
-        return step_time(workload_of(job), cluster, LENGTHS)
+        return predict(on_bfloat16(parse_config(raw)), self.hardware, CONSTANTS, LENGTHS)
 
 
 SEPARATE = {
@@ -89,16 +85,12 @@ SEPARATE = {
 }
 
 
-def idle(step: StepTime) -> dict[str, float]:
-    return {role.role: role.idle for role in step.roles}
-
-
-def test_busy_and_idle_add_up_to_the_step(tmp_path: Path) -> None:
+def test_every_role_is_idle_when_it_is_not_busy(tmp_path: Path) -> None:
     step = Planned(tmp_path).ppo(SEPARATE)
-    assert set(idle(step)) == {"policy", "critic", "reference", "reward", "rollout"}
-    for role in step.roles:
-        assert role.busy_s + role.idle * step.seconds == pytest.approx(step.seconds)
-        assert 0 <= role.idle < 1
+    assert set(step.idle) == {"policy", "critic", "reference", "reward", "rollout"}
+    for role, idle in step.idle.items():
+        assert step.busy_s[role] + idle * step.seconds == pytest.approx(step.seconds)
+        assert 0 <= idle < 1
 
 
 def test_phases_that_wait_for_each_other_add_up_and_scoring_overlaps_with_generation(tmp_path: Path) -> None:
@@ -107,6 +99,25 @@ def test_phases_that_wait_for_each_other_add_up_and_scoring_overlaps_with_genera
     update = max(phases["policy_update"], phases["critic_update"])
     after_generation = step - phases["generate"] - update - phases["weight_sync"]
     assert 0 < after_generation < phases["score"]
+
+
+def test_the_timeline_follows_the_phase_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    planned = Planned(tmp_path)
+    overlapping = planned.ppo(SEPARATE)
+    phases = (
+        PhaseSpec("generate"),
+        PhaseSpec("score", after=("generate",)),
+        PhaseSpec("update", after=("score",)),
+        PhaseSpec("checkpoint", after=("update",)),
+        PhaseSpec("sync", after=("generate",)),
+        PhaseSpec("export", after=("checkpoint",)),
+    )
+    monkeypatch.setattr(PPOJob, "phases", phases)
+    step = planned.ppo(SEPARATE)
+    update = max(step.phases["policy_update"], step.phases["critic_update"])
+    assert step.seconds == pytest.approx(step.phases["generate"] + step.phases["score"] + update)
+    assert overlapping.seconds < overlapping.phases["generate"] + overlapping.phases["score"] + update
+    assert step.phases["weight_sync"] == pytest.approx(overlapping.phases["weight_sync"])
 
 
 def test_separate_roles_are_updated_in_the_time_of_the_slower_and_colocated_ones_in_the_sum(tmp_path: Path) -> None:
@@ -138,7 +149,7 @@ def test_engines_that_leave_the_policys_devices_overlap_with_nothing(tmp_path: P
     assert within <= step.seconds
     assert 0 < step.phases["switch"] < step.seconds - step.phases["generate"]
     assert step.phases["score"] > 0
-    assert idle(step)["rollout"] == pytest.approx(
+    assert step.idle["rollout"] == pytest.approx(
         1 - (step.phases["generate"] + step.phases["weight_sync"]) / step.seconds
     )
 
@@ -163,7 +174,7 @@ def test_moving_states_takes_their_bytes_over_the_bus(tmp_path: Path) -> None:
 def test_a_role_waits_more_the_more_devices_it_has(tmp_path: Path) -> None:
     few = Planned(tmp_path).ppo(SEPARATE)
     more = Planned(tmp_path).ppo({**SEPARATE, "rollout": engines(1)})
-    assert idle(more)["rollout"] < idle(few)["rollout"]
+    assert more.idle["rollout"] < few.idle["rollout"]
     assert more.seconds > few.seconds
 
 
@@ -201,9 +212,61 @@ def test_a_preference_step_is_the_references_pass_and_the_update(tmp_path: Path)
     }
     step = planned.of(raw)
     assert step.seconds == pytest.approx(step.phases["score"] + step.phases["update"])
-    assert idle(step)["reference"] == pytest.approx(step.phases["update"] / step.seconds)
+    assert step.idle["reference"] == pytest.approx(step.phases["update"] / step.seconds)
     cached = planned.of({**raw, "reference": {"cache": "cache"}})
     assert cached.seconds == pytest.approx(step.phases["update"])
+
+
+def test_a_policy_that_scores_does_so_while_the_reference_does(tmp_path: Path) -> None:
+    planned = Planned(tmp_path)
+    raw = {
+        "job": "preference",
+        "name": "planned",
+        "policy": {"model": str(planned.model), "engine": ENGINE},
+        "algorithm": {"loss": [{"type": "kto", "beta": 0.1}]},
+        "data": {"train": "answers.jsonl", "rows_per_step": 64},
+        "placement": {"policy": gpus(4), "reference": gpus(4)},
+        "run": {"dir": "runs/planned"},
+    }
+    step = planned.of(raw)
+    each = step.busy_s["policy"] - step.phases["update"], step.busy_s["reference"]
+    assert min(each) > 0
+    assert step.phases["score"] == pytest.approx(max(each))
+
+
+def test_a_reference_that_leaves_the_policys_devices_takes_the_time_of_both_states(tmp_path: Path) -> None:
+    planned = Planned(tmp_path)
+
+    def step(offload: bool) -> StepTime:
+        raw = {
+            "job": "preference",
+            "name": "planned",
+            "policy": {"model": str(planned.model), "engine": {"zero_stage": 2}},
+            "data": {"train": "pairs.jsonl", "rows_per_step": 64},
+            "placement": {"policy": gpus(8), "offload_idle": offload},
+            "run": {"dir": "runs/planned"},
+        }
+        return planned.of(raw)
+
+    parameters = 8_030_261_248
+    moved = step(True)
+    # The reference's weights come and go, as does the policy's optimizer state, of which each rank has an eighth.
+    assert moved.phases["switch"] == pytest.approx(2 * parameters * (2 + 12 / 8) / 55e9)
+    assert moved.seconds - step(False).seconds == pytest.approx(moved.phases["switch"])
+
+
+def test_engines_that_get_adapters_take_their_weights_along(tmp_path: Path) -> None:
+    def switch_s(sync: str) -> float:
+        planned, guest = Planned(tmp_path), {"colocate": "policy"}
+        policy = {"model": str(planned.model), "engine": {"zero_stage": 2}, "lora": {"rank": 8}}
+        reward = [{"model": str(planned.model)}]
+        rollout = {"lora_sync": sync, "engine": {"max_model_len": 2048}, "sampling": {"max_new_tokens": 1024}}
+        placement = {"policy": gpus(8), "critic": guest, "reward": guest, "rollout": {"engines": 8, **guest}}
+        sections = {"policy": policy, "reward": reward, "reference": {}, "rollout": rollout}
+        return planned.ppo({**placement, "offload_idle": True}, **sections).phases["switch"]
+
+    parameters = 8_030_261_248
+    assert switch_s("adapters") - switch_s("merged") == pytest.approx(2 * 2 * parameters / 55e9)
 
 
 @pytest.mark.parametrize("job", ["sft", "reward_model"])
@@ -219,7 +282,7 @@ def test_a_job_with_one_role_never_idles(tmp_path: Path, job: str) -> None:
         "run": {"dir": "runs/planned"},
     }
     step = planned.of(raw)
-    assert idle(step) == {role: pytest.approx(0)}
+    assert step.idle == {role: pytest.approx(0)}
     assert step.response_tokens == 0
 
 
