@@ -168,7 +168,8 @@ class _Step:
         if self._rollout is not None and self._rollout.placed_as in self._sharing.levels:
             after = (*after, self._waves[-1][0])
         last = dict.fromkeys(self._models, self._enter("score", after))
-        for generated, shards in [((task,), shards) for task, shards in self._waves] or [((), self._shards)]:
+        waves: list[tuple[tuple[int, ...], int]] = [((task,), shards) for task, shards in self._waves]
+        for generated, shards in waves or [((), self._shards)]:
             for role, models in self._models.items():
                 if any(passes for passes, _ in models):
                     seconds = shards * sum(passes * ranks.scoring_s(shard) for passes, ranks in models)
