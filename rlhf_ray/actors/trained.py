@@ -14,8 +14,7 @@ import torch.distributed as dist
 from rlhf_ray.actors.device_means import MicroStats, StepNumbers
 from rlhf_ray.actors.group import on_all
 from rlhf_ray.actors.worker import RankGroup, Worker, load_rng, save_rng
-from rlhf_ray.config.reward_model import RewardModel
-from rlhf_ray.config.training import Critic, Policy
+from rlhf_ray.config.training import Critic, Policy, RewardModel
 from rlhf_ray.engines.training import DTYPES, TrainingEngine, copy_to_host, full_adapter
 from rlhf_ray.engines.weight_files import is_written_as_held, write_sharded
 from rlhf_ray.models.heads import load_causal, load_scalar, load_tokenizer
