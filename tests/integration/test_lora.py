@@ -53,10 +53,11 @@ def assert_export_is_base_and_adapter(export: Path, base: Path, auto: Any, **set
     merged = auto.from_pretrained(export, dtype=torch.float32)
     assert not [name for name in merged.state_dict() if "lora_" in name or "base_layer" in name]
     start = auto.from_pretrained(base, dtype=torch.float32, **settings)
-    before = logits(start)
     adapted = PeftModel.from_pretrained(start, export / "adapter")
     torch.testing.assert_close(logits(adapted), logits(merged), rtol=0, atol=1e-4)
-    assert (logits(merged) - before).abs().max() > 1e-2, "it has learned something"
+    learnt = [weight for name, weight in adapted.named_parameters() if "lora_B" in name]  # they begin as zeros
+    assert all(weight.any() for weight in learnt), "it has learned something"
+    assert learnt
 
 
 def assert_same_export(found: Path, wanted: Path) -> None:
