@@ -1,14 +1,14 @@
-"""What each worker of an engine has on CPU, through `worker_extension_cls`: our gloo backend, the C kernels, the short
-way to log-probs, and a way to lose its weights."""
+"""What each worker of an engine has on CPU, through `worker_extension_cls`: our gloo backend, the C kernels, and a way
+to lose its weights."""
 
 from typing import Any
 
 import torch
 
-from rlhf_ray.engines import cpu_kernels, cpu_sampler
+from rlhf_ray.engines import cpu_kernels
 from rlhf_ray.engines.weight_transfer import gloo
 
-__all__ = ["WorkerExtension", "cpu_kernels", "cpu_sampler", "gloo"]
+__all__ = ["WorkerExtension", "cpu_kernels", "gloo"]
 
 
 class WorkerExtension:
