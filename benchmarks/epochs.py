@@ -29,14 +29,14 @@ from benchmarks.common import (
     say,
     spread,
 )
-from rlhf_ray.actors.reward_training import RewardTrainingGroup, RewardTrainingWorker
-from rlhf_ray.actors.sft import SFTGroup, SFTWorker, pack_learnt
-from rlhf_ray.actors.worker import join_collectives_of
+from rlhf_ray.actors.reward_training import RewardTrainingGroup
+from rlhf_ray.actors.sft import SFTGroup, pack_learnt
 from rlhf_ray.cluster.session import ray_session
 from rlhf_ray.config.jobs import RewardModelJob, SFTJob
 from rlhf_ray.config.loading import load_config
 from rlhf_ray.config.reward_loss import BradleyTerry
 from rlhf_ray.config.training import Optimizer, TrainingEngine
+from rlhf_ray.controllers.epoch_jobs import start_reward_training, start_sft
 from rlhf_ray.controllers.inputs import EpochInputs, RowSet
 from rlhf_ray.controllers.job import check
 from rlhf_ray.controllers.number_formats import choose_before_start
@@ -103,17 +103,10 @@ def main(config: ConfigArgument, overrides: OverridesArgument = None, repeats: R
 def _trained_role(job: SFTJob | RewardModelJob, steps: int) -> Iterator[SFTGroup | RewardTrainingGroup]:
     """The ranks of the job's model, ready to train."""
     with Actors.of_job(job) as actors:
-        group: SFTGroup | RewardTrainingGroup
         if isinstance(job, SFTJob):
-            group = actors.ranks(job.trained, SFTWorker, SFTGroup, job)
-            join_collectives_of([group], job.run.timeouts)
-            loading = group.load_model(job.policy, steps)
+            yield start_sft(job, steps, actors)
         else:
-            group = actors.ranks(job.trained, RewardTrainingWorker, RewardTrainingGroup, job)
-            join_collectives_of([group], job.run.timeouts)
-            loading = group.load_model(job.reward, job.loss, steps, job.seed)
-        loading.wait(job.run.timeouts.setup)
-        yield group
+            yield start_reward_training(job, steps, actors)
 
 
 def _first_step(config: Path, overrides: Sequence[str]) -> tuple[SFTJob | RewardModelJob, RowSet, list[list[int]]]:

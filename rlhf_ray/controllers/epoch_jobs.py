@@ -77,9 +77,7 @@ class SFTDefinition(EpochDefinition[SFTJob, EpochInputs]):
     def run(self, config: SFTJob, inputs: EpochInputs, formats: NumberFormats) -> None:
         """Train."""
         with RunFolder(config, inputs.steps, formats) as folder, Actors.of_job(config, folder.watch) as actors:
-            group = actors.ranks(config.trained, SFTWorker, SFTGroup, config)
-            join_collectives_of([group], config.run.timeouts)
-            group.load_model(config.policy, inputs.steps).wait(config.run.timeouts.setup)
+            group = start_sft(config, inputs.steps, actors)
             checkpointing = Checkpointing(folder, {config.trained.name: group}, config.run.timeouts)
             EpochController(config, inputs, group, folder, checkpointing).train()
 
@@ -116,10 +114,7 @@ class RewardModelDefinition(EpochDefinition[RewardModelJob, EpochInputs]):
     def run(self, config: RewardModelJob, inputs: EpochInputs, formats: NumberFormats) -> None:
         """Train."""
         with RunFolder(config, inputs.steps, formats) as folder, Actors.of_job(config, folder.watch) as actors:
-            group = actors.ranks(config.trained, RewardTrainingWorker, RewardTrainingGroup, config)
-            join_collectives_of([group], config.run.timeouts)
-            loading = group.load_model(config.reward, config.loss, inputs.steps, config.seed)
-            loading.wait(config.run.timeouts.setup)
+            group = start_reward_training(config, inputs.steps, actors)
             checkpointing = Checkpointing(folder, {config.trained.name: group}, config.run.timeouts)
             RewardModelController(config, inputs, group, folder, checkpointing).train()
 
@@ -140,6 +135,22 @@ class RewardModelDefinition(EpochDefinition[RewardModelJob, EpochInputs]):
         found = load_comparisons(config.data, source.name, report.tokenizer, config.kind, report.findings)
         judged = report.show_comparisons(found, source.limit, whole=True)
         report.problems += unfit_rows(config, source.key, judged)
+
+
+def start_sft(config: SFTJob, steps: int, actors: Actors) -> SFTGroup:
+    """The ranks of the policy, ready to train for so many steps."""
+    group = actors.ranks(config.trained, SFTWorker, SFTGroup, config)
+    join_collectives_of([group], config.run.timeouts)
+    group.load_model(config.policy, steps).wait(config.run.timeouts.setup)
+    return group
+
+
+def start_reward_training(config: RewardModelJob, steps: int, actors: Actors) -> RewardTrainingGroup:
+    """The same of a reward model."""
+    group = actors.ranks(config.trained, RewardTrainingWorker, RewardTrainingGroup, config)
+    join_collectives_of([group], config.run.timeouts)
+    group.load_model(config.reward, config.loss, steps, config.seed).wait(config.run.timeouts.setup)
+    return group
 
 
 SFT = SFTDefinition()

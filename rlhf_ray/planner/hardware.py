@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from rlhf_ray.cluster.topology import Node
-from rlhf_ray.config.base import NonNegativeFloat, PositiveFloat, ProcessCount, Section, nearest
+from rlhf_ray.config.base import NonNegativeFloat, PositiveFloat, ProcessCount, Section, nearest, suggestion
 from rlhf_ray.config.loading import load_section
 from rlhf_ray.config.placement import Cluster
 from rlhf_ray.planner.devices import DEVICES, GB, GIB, RAY_NAMES, DeviceKind
@@ -96,8 +96,7 @@ class ClusterFile(Section):
         known = {**DEVICES, **self.devices}
         for number, group in enumerate(self.nodes):
             if group.device not in known:
-                close = nearest(group.device, known)
-                hint = f"did you mean {close!r}?" if close else f"known: {', '.join(known)}"
+                hint = suggestion(group.device, known)
                 raise ValueError(f"nodes.{number}.device: {group.device!r} is not known; {hint}")
         return self
 

@@ -200,16 +200,20 @@ def test_llama_70b_on_eight_nodes_lies_there_too(tmp_path: Path) -> None:
     assert fewer.phases["policy_update"] > 1.5 * step.phases["policy_update"]
 
 
-def test_a_preference_step_is_the_references_pass_and_the_update(tmp_path: Path) -> None:
-    planned = Planned(tmp_path)
-    raw = {
+def preference(planned: Planned, engine: dict[str, Any] = ENGINE, **sections: Any) -> dict[str, Any]:
+    return {
         "job": "preference",
         "name": "planned",
-        "policy": {"model": str(planned.model), "engine": ENGINE},
-        "data": {"train": "pairs.jsonl", "rows_per_step": 64},
-        "placement": {"policy": gpus(8)},
+        "policy": {"model": str(planned.model), "engine": engine},
+        "data": {"train": "rows.jsonl", "rows_per_step": 64},
         "run": {"dir": "runs/planned"},
+        **sections,
     }
+
+
+def test_a_preference_step_is_the_references_pass_and_the_update(tmp_path: Path) -> None:
+    planned = Planned(tmp_path)
+    raw = preference(planned, placement={"policy": gpus(8)})
     step = planned.of(raw)
     assert step.seconds == pytest.approx(step.phases["score"] + step.phases["update"])
     assert step.idle["reference"] == pytest.approx(step.phases["update"] / step.seconds)
@@ -219,15 +223,11 @@ def test_a_preference_step_is_the_references_pass_and_the_update(tmp_path: Path)
 
 def test_a_policy_that_scores_does_so_while_the_reference_does(tmp_path: Path) -> None:
     planned = Planned(tmp_path)
-    raw = {
-        "job": "preference",
-        "name": "planned",
-        "policy": {"model": str(planned.model), "engine": ENGINE},
-        "algorithm": {"loss": [{"type": "kto", "beta": 0.1}]},
-        "data": {"train": "answers.jsonl", "rows_per_step": 64},
-        "placement": {"policy": gpus(4), "reference": gpus(4)},
-        "run": {"dir": "runs/planned"},
-    }
+    raw = preference(
+        planned,
+        algorithm={"loss": [{"type": "kto", "beta": 0.1}]},
+        placement={"policy": gpus(4), "reference": gpus(4)},
+    )
     step = planned.of(raw)
     each = step.busy_s["policy"] - step.phases["update"], step.busy_s["reference"]
     assert min(each) > 0
@@ -238,15 +238,8 @@ def test_a_reference_that_leaves_the_policys_devices_takes_the_time_of_both_stat
     planned = Planned(tmp_path)
 
     def step(offload: bool) -> StepTime:
-        raw = {
-            "job": "preference",
-            "name": "planned",
-            "policy": {"model": str(planned.model), "engine": {"zero_stage": 2}},
-            "data": {"train": "pairs.jsonl", "rows_per_step": 64},
-            "placement": {"policy": gpus(8), "offload_idle": offload},
-            "run": {"dir": "runs/planned"},
-        }
-        return planned.of(raw)
+        placement = {"policy": gpus(8), "offload_idle": offload}
+        return planned.of(preference(planned, engine={"zero_stage": 2}, placement=placement))
 
     parameters = 8_030_261_248
     moved = step(True)

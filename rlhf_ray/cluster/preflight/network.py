@@ -14,6 +14,7 @@ from rlhf_ray.cluster.preflight.report import Broadcast, Check
 from rlhf_ray.cluster.preflight.view import View
 from rlhf_ray.cluster.topology import Node
 from rlhf_ray.config.jobs import Job
+from rlhf_ray.config.number_formats import on_gpus
 from rlhf_ray.config.placement import RolePlacement, RolloutPlacement
 from rlhf_ray.models.shapes import ShapeError
 
@@ -76,13 +77,13 @@ def link_probes(config: Job, seats: Mapping[str, Sequence[Node]], limit_s: float
     with ExitStack() as stack:
         links: dict[Backend, tuple[Sequence[Node], Probes]] = {}
         kinds: tuple[tuple[Backend, bool], ...] = (("nccl", True), ("gloo", False))
-        for backend, on_gpus in kinds:
+        for backend, with_gpus in kinds:
             roles = {
-                role: placement for role, placement in config.placements.items() if _on_gpus(config, role) == on_gpus
+                role: placement for role, placement in config.placements.items() if on_gpus(config, role) == with_gpus
             }
             nodes = list({node.node_id: node for role in roles for node in seats[role]}.values())
             if len(nodes) > 1:
-                options = {"num_gpus": _HARDLY_A_GPU * on_gpus, "runtime_env": {"env_vars": _interfaces(roles)}}
+                options = {"num_gpus": _HARDLY_A_GPU * with_gpus, "runtime_env": {"env_vars": _interfaces(roles)}}
                 links[backend] = (
                     nodes,
                     stack.enter_context(
@@ -138,10 +139,6 @@ def _broadcast(
         "and name their common network with GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME in placement.ROLE.env"
     )
     return None, [problem]
-
-
-def _on_gpus(config: Job, role: str) -> bool:
-    return bool(config.placements[config.placements[role].colocate or role].gpus)
 
 
 def _interfaces(roles: Mapping[str, RolePlacement | RolloutPlacement]) -> dict[str, str]:
